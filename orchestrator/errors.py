@@ -1,0 +1,36 @@
+"""The errors a training can raise, beside those that its parts define."""
+
+from __future__ import annotations
+
+from states.errors import InterlockError
+
+__all__ = ["ConfigurationError", "LossError", "NonFiniteError", "TaintedError"]
+
+
+class ConfigurationError(InterlockError, ValueError):
+    """An argument, or a combination of them, that cannot be honoured. Nothing was started."""
+
+
+class LossError(InterlockError, TypeError):
+    """What `forward` or `loss_fn` returned is not a scalar floating-point tensor."""
+
+
+class TaintedError(InterlockError):
+    """Memory is in the middle of a transition that failed; it cannot be saved or continued."""
+
+
+class NonFiniteError(InterlockError):
+    """A loss or a gradient was NaN or infinite and `nonfinite="halt"` was asked for.
+
+    The weights are those from before the batch. `epoch` and `batch` say where, `statistics` holds for
+    each parameter with non-finite gradients how many of its elements are not finite.
+    """
+
+    def __init__(
+        self, message: str, *, epoch: int, batch: int, loss: float, statistics: dict[str, int]
+    ) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        self.batch = batch
+        self.loss = loss
+        self.statistics = statistics

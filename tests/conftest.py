@@ -1,0 +1,25 @@
+"""Hypothesis profiles, one torch thread for each worker of pytest, and trainings to test with."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_quiet)
+settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=_quiet, derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests see does not depend on who runs them, or from where."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "INTERLOCK_")):
+            monkeypatch.delenv(name)
