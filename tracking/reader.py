@@ -1,0 +1,312 @@
+"""Reading a journal, and the flight recorder beside it, while a trainer writes or long after."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+from states.table import State, Trigger
+from tracking.packing import ROW_LENGTH, to_number
+from tracking.recorder import Record, RecorderError, RecorderView, is_pending, read_recorder
+from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Metric, RunInfo, Transition
+from tracking.runs import RunFolder
+from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained
+
+__all__ = ["Journal"]
+
+_PAGE = 4096  # rows a read transaction: short ones let the writer's WAL be emptied
+
+_ATTEMPT_COLUMNS = (
+    "attempt, position, first_seq, started_ns, ended_ns, pid, host, process_started, end_state, outcome, "
+    "reason, exception, command, params, versions, device, kept_until"
+)
+_CHECKPOINT_COLUMNS = (
+    "id, name, attempt, seq, epoch, batch, state, size_bytes, time_ns, duration_ns, best, metrics, "
+    "removed_ns, superseded"
+)
+_STATES = {state.value: state for state in State}
+_TRIGGERS = {trigger.value: trigger for trigger in Trigger}
+
+
+class Journal:
+    """A run's journal, read-only. Every read is a short transaction of its own: no writer waits for it.
+
+    Iterators read page by page: what is written meanwhile is part of what they yield. Use it in one thread
+    at a time, and `close` it (or `with`).
+    """
+
+    def __init__(self, run: RunFolder, connection: Connection):
+        self.run = run
+        self._connection = connection
+
+    @classmethod
+    def open(cls, run: RunFolder) -> "Journal":
+        """Open the journal of a run; needs no right to write, where SQLite allows.
+
+        Raises JournalError if there is none, JournalDamagedError if the file is no journal,
+        JournalFormatError if a newer interlock wrote it.
+        """
+        return cls(run, connect_to_read(run.journal))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def run_info(self) -> RunInfo:
+        """Who this run is."""
+        found = dict(self._all("SELECT key, value FROM run"))
+        return RunInfo(found["id"], found["name"], int(found["created_ns"]), int(found["format"]))
+
+    def attempts(self) -> list[Attempt]:
+        """The run's attempts, oldest first."""
+        return [
+            _attempt(row) for row in self._all(f"SELECT {_ATTEMPT_COLUMNS} FROM attempts ORDER BY attempt")
+        ]
+
+    def newest_seq(self) -> int:
+        """The seq of the newest transition in the journal, superseded or not; 0 if there is none."""
+        rows = self._all(
+            """SELECT seq + (SELECT max(pos) FROM words WHERE words.word = packed_transitions.word)
+               FROM packed_transitions ORDER BY seq DESC LIMIT 1"""
+        )
+        return int(rows[0][0]) if rows else 0
+
+    def transitions(
+        self,
+        *,
+        state: State | None = None,
+        epoch: int | None = None,
+        scope: str | None = None,
+        after: int = 0,
+        include_superseded: bool = False,
+        live: bool = False,
+    ) -> Iterator[Transition]:
+        """Transitions with a seq greater than `after`, in the order of seq.
+
+        `state` is the state reached. `live=True` goes on with those which are in the flight recorder only.
+        """
+        wanted = _Wanted(state, epoch, scope, include_superseded)
+        for found in self._journaled(after):
+            after = found.seq
+            if wanted.fits(found):
+                yield found
+        if live:
+            # The recorder before the journal: what is drained in between is then found in the journal.
+            view = self._recorder()
+            for found in self._journaled(after):
+                after = found.seq
+                if wanted.fits(found):
+                    yield found
+            for found in self._recorded(view, after):
+                if wanted.fits(found):
+                    yield found
+
+    def last_transition(self, scope: str = TRAIN, *, live: bool = True) -> Transition | None:
+        """The newest transition of `scope` that is not superseded; None if there is none. Takes no scan."""
+        view = self._recorder() if live else None
+        rows = self._all(
+            f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
+                    WHERE scopes.name = ?
+                        AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)
+                    ORDER BY packed.seq DESC, pattern.pos DESC)
+                WHERE NOT superseded LIMIT 1""",
+            scope,
+        )
+        newest = [_transition(row) for row in rows]
+        newest += [found for found in self._recorded(view, self.newest_seq()) if found.scope == scope]
+        return newest[-1] if newest else None
+
+    def metrics(
+        self,
+        *,
+        after: int = 0,
+        scope: str | None = None,
+        epoch: int | None = None,
+        key: str | None = None,
+        include_superseded: bool = False,
+        limit: int | None = None,
+    ) -> Iterator[Metric]:
+        """Metric values with an id greater than `after`, in the order of id (which is that of insertion)."""
+        left = limit
+        while left is None or left > 0:
+            # One row more than `after` names may hold values beyond it, hence the first condition.
+            rows = self._all(
+                f"""SELECT id, attempt, scope, epoch, batch, step, key, value, time_ns, superseded
+                    FROM ({UNPACKED_METRICS} WHERE packed.id >= ?1 / {ROW_LENGTH})
+                    WHERE id > ?1 AND (?2 IS NULL OR scope = ?2) AND (?3 IS NULL OR epoch = ?3)
+                        AND (?4 IS NULL OR key = ?4) AND (?5 OR NOT superseded) LIMIT ?6""",
+                after,
+                scope,
+                epoch,
+                key,
+                include_superseded,
+                _PAGE if left is None else min(left, _PAGE),
+            )
+            for row in rows:
+                yield _metric(row)
+            if len(rows) < (_PAGE if left is None else min(left, _PAGE)):
+                return
+            after = rows[-1][0]
+            left = None if left is None else left - len(rows)
+
+    def checkpoints(
+        self, *, include_removed: bool = False, include_superseded: bool = False
+    ) -> list[Checkpoint]:
+        """The checkpoints that were made, oldest first."""
+        rows = self._all(
+            f"""SELECT {_CHECKPOINT_COLUMNS} FROM (
+                    SELECT *, kept_until IS NOT NULL AND seq > kept_until AS superseded
+                    FROM checkpoints JOIN attempts USING (attempt))
+                WHERE (?1 OR removed_ns IS NULL) AND (?2 OR NOT superseded) ORDER BY id""",
+            include_removed,
+            include_superseded,
+        )
+        return [_checkpoint(row) for row in rows]
+
+    def logs(self, *, after: int = 0) -> list[LogRecord]:
+        """Messages with an id greater than `after`, oldest first."""
+        return [
+            LogRecord(*row)
+            for row in self._all(
+                "SELECT id, attempt, time_ns, level, message FROM logs WHERE id > ? ORDER BY id", after
+            )
+        ]
+
+    def _all(self, sql: str, *arguments: object) -> list[Any]:
+        self._connection.check_ours()
+        try:
+            return self._connection.execute(sql, arguments).fetchall()
+        except sqlite3.Error as error:
+            raise explained(self.run.journal, error) from error
+
+    def _journaled(self, after: int) -> Iterator[Transition]:
+        while True:
+            rows = self._all(
+                f"""SELECT * FROM ({UNPACKED_TRANSITIONS} WHERE packed.seq > ?1 - {ROW_LENGTH})
+                    WHERE seq > ?1 LIMIT {_PAGE}""",
+                after,
+            )
+            for row in rows:
+                yield _transition(row)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1][0]
+
+    def _recorder(self) -> RecorderView | None:
+        try:
+            return read_recorder(self.run.recorder)
+        except (OSError, RecorderError):
+            return None  # none yet, or none that can be read: then the journal is what there is
+
+    def _recorded(self, view: RecorderView | None, after: int) -> Iterator[Transition]:
+        """What follows `after` in the recorder, if the recorder is that of the newest attempt, still open."""
+        if view is None or not self._all(
+            "SELECT 1 FROM attempts WHERE attempt = ? AND outcome IS NULL AND first_seq <= ? + 1",
+            view.attempt,
+            after,
+        ):
+            return
+        for record in view.records:
+            if record.seq == after + 1:
+                after = record.seq
+                yield _from_record(record, view)
+
+
+class _Wanted:
+    """Which transitions a reader asked for; None: all."""
+
+    def __init__(self, state: State | None, epoch: int | None, scope: str | None, superseded: bool):
+        self._state, self._epoch, self._scope, self._superseded = state, epoch, scope, superseded
+
+    def fits(self, found: Transition) -> bool:
+        return (
+            (self._superseded or not found.superseded)
+            and (self._state is None or found.dest is self._state)
+            and (self._epoch is None or found.epoch == self._epoch)
+            and (self._scope is None or found.scope == self._scope)
+        )
+
+
+def _transition(row: tuple[Any, ...]) -> Transition:
+    (
+        seq,
+        attempt,
+        scope,
+        epoch,
+        batch,
+        phase,
+        trigger,
+        source,
+        dest,
+        time_ns,
+        duration_ns,
+        loss,
+        note,
+        gone,
+    ) = row
+    return Transition(
+        seq,
+        attempt,
+        scope,
+        epoch,
+        batch,
+        phase,
+        _TRIGGERS[trigger],
+        _STATES[source],
+        _STATES[dest],
+        time_ns,
+        duration_ns,
+        to_number(loss),
+        note or "",
+        bool(gone),
+    )
+
+
+def _from_record(record: Record, view: RecorderView) -> Transition:
+    trigger, source, dest = view.arcs[record.arc]
+    nothing = is_pending(record.loss) or (record.loss != record.loss and record.arc not in view.forwards)
+    return Transition(
+        record.seq,
+        view.attempt,
+        view.scopes[record.scope],
+        record.epoch,
+        record.batch,
+        view.phases[record.phase],
+        _TRIGGERS[trigger],
+        _STATES[source],
+        _STATES[dest],
+        record.time_ns,
+        record.duration_ns,
+        None if nothing else record.loss,
+        record.note,
+    )
+
+
+def _metric(row: tuple[Any, ...]) -> Metric:
+    metric, attempt, scope, epoch, batch, step, key, value, time_ns, superseded = row
+    return Metric(metric, attempt, scope, epoch, batch, step, key, float(value), time_ns, bool(superseded))
+
+
+def _attempt(row: tuple[Any, ...]) -> Attempt:
+    columns = dict(zip(_ATTEMPT_COLUMNS.split(", "), row, strict=True))
+    for name in ("command", "params", "versions"):
+        columns[name] = json.loads(columns[name])
+    for name in ("reason", "exception"):
+        columns[name] = columns[name] or ""
+    if columns["end_state"]:
+        columns["end_state"] = _STATES[columns["end_state"]]
+    return Attempt(**columns)
+
+
+def _checkpoint(row: tuple[Any, ...]) -> Checkpoint:
+    columns = dict(zip(_CHECKPOINT_COLUMNS.split(", "), row, strict=True))
+    columns["state"] = _STATES[columns["state"]]
+    columns["metrics"] = {key: float(value) for key, value in json.loads(columns["metrics"]).items()}
+    columns["best"], columns["superseded"] = bool(columns["best"]), bool(columns["superseded"])
+    return Checkpoint(**columns)

@@ -1,0 +1,171 @@
+"""The values that go into a journal and come out of it, as plain frozen dataclasses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from states.table import State, Trigger
+
+__all__ = [
+    "TRAIN",
+    "Attempt",
+    "AttemptStart",
+    "Checkpoint",
+    "CheckpointRow",
+    "LogRecord",
+    "Metric",
+    "Outcome",
+    "RunInfo",
+    "Transition",
+]
+
+TRAIN = "train"
+"""The scope of the training itself; validation passes have scopes 'validation/NAME'."""
+
+Outcome = Literal["done", "failed", "stopped", "died"]
+"""How an attempt ended: DONE reached, an exception, a signal or halt, or without saying so."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run's identity: folder name, name, nanoseconds since 1970, and the format of its journal."""
+
+    id: str
+    name: str
+    created_ns: int
+    format: int
+
+
+@dataclass(frozen=True)
+class AttemptStart:
+    """What the trainer knows of an attempt when it begins; its number is chosen by the journal.
+
+    `position` is the seq of the transition that the attempt goes back to (0: the very beginning), None for
+    a run's first attempt. `process_started` is in seconds since 1970. `command` (anything
+    that JSON can hold), `params` and `versions` are kept as JSON; values it cannot hold become their `str`.
+    """
+
+    position: int | None
+    started_ns: int
+    pid: int
+    host: str
+    process_started: float
+    command: Any = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process's part of a run. `outcome`, `ended_ns` and `end_state` are None while it runs.
+
+    Its transitions with a seq greater than `kept_until` are superseded by a later attempt (None: none is).
+    """
+
+    attempt: int
+    position: int | None
+    first_seq: int
+    started_ns: int
+    ended_ns: int | None
+    pid: int
+    host: str
+    process_started: float
+    end_state: State | None
+    outcome: Outcome | None
+    reason: str
+    exception: str
+    command: Any
+    params: dict[str, Any]
+    versions: dict[str, Any]
+    device: str
+    kept_until: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One completed transition. `epoch` and `batch` are -1 where there is none.
+
+    `loss` is None where there is none (or none yet); NaN is a loss that was NaN.
+    """
+
+    seq: int
+    attempt: int
+    scope: str
+    epoch: int
+    batch: int
+    phase: str
+    trigger: Trigger
+    source: State
+    dest: State
+    time_ns: int
+    duration_ns: int
+    loss: float | None
+    note: str
+    superseded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One value. `id` goes up with insertion; `batch` is -1 for metrics of a whole epoch."""
+
+    id: int
+    attempt: int
+    scope: str
+    epoch: int
+    batch: int
+    step: int
+    key: str
+    value: float
+    time_ns: int
+    superseded: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A checkpoint as the trainer announces it, once it is durable; `seq` is the transition it stands at.
+
+    `best` says that it was the best so far by the metric that is watched.
+    """
+
+    name: str
+    seq: int
+    epoch: int
+    batch: int
+    state: State
+    size_bytes: int
+    time_ns: int
+    duration_ns: int = 0
+    best: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as the journal has it; `removed_ns` is None while its folder is there."""
+
+    id: int
+    name: str
+    attempt: int
+    seq: int
+    epoch: int
+    batch: int
+    state: State
+    size_bytes: int
+    time_ns: int
+    duration_ns: int
+    best: bool
+    metrics: dict[str, float]
+    removed_ns: int | None
+    superseded: bool
+
+
+@dataclass(frozen=True)
+class LogRecord:
+    """One message of the trainer; `level` as in the standard library ('INFO', 'WARNING', ...)."""
+
+    id: int
+    attempt: int
+    time_ns: int
+    level: str
+    message: str
