@@ -1,0 +1,127 @@
+"""What can be asked of a batch whatever its structure: how many samples, on which device, pinned."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+__all__ = ["count_samples", "is_empty", "pinned", "to_device"]
+
+
+def count_samples(batch: Any) -> int:
+    """How many samples `batch` holds; 0 means that it is empty.
+
+    The size of the first dimension of the first tensor or array found in it, depth first through mappings,
+    lists, tuples and dataclasses (a tensor without dimensions is one sample). Where there is none, the length
+    of the first list or tuple whose elements are not themselves nested, as `["a", "b"]`; of anything else its
+    `len`, and 1 if it has none. None has 0. A PackedSequence has as many samples as sequences.
+    """
+    if batch is None:
+        return 0
+    for size in _sizes(batch):
+        return size
+    for size in _lengths(batch):
+        return size
+    return 1
+
+
+def is_empty(batch: Any) -> bool:
+    """Whether there is nothing to train on: None (as from a collate function), or no samples."""
+    return count_samples(batch) == 0
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """`batch` with every tensor in it on `device`; its structure and types are kept.
+
+    Goes through mappings, lists, tuples, named tuples and dataclasses; an object that has `.to` is asked to
+    move itself. Pinned tensors are copied without waiting. What holds nothing to move is returned as it is.
+    """
+
+    def moved(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return item.to(device, non_blocking=device.type != "cpu" and item.is_pinned())
+        return item.to(device)
+
+    return _mapped(batch, moved, "to")
+
+
+def pinned(batch: Any) -> Any:
+    """`batch` with every tensor in it in pinned memory, as a loader with `pin_memory=True` gives it."""
+    return _mapped(batch, lambda item: item.pin_memory(), "pin_memory")
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    """The sizes of the first dimension of each tensor or array in `batch`."""
+    if isinstance(batch, PackedSequence):
+        yield int(batch.batch_sizes[0]) if len(batch.batch_sizes) else 0
+    elif isinstance(batch, torch.Tensor | np.ndarray):
+        yield int(batch.shape[0]) if batch.ndim else 1
+    else:
+        for part in _parts(batch):
+            yield from _sizes(part)
+
+
+def _lengths(batch: Any) -> Iterator[int]:
+    """The lengths of each innermost list or tuple in `batch`, or the length of `batch`."""
+    parts = _parts(batch)
+    nested = [part for part in parts if _parts(part) or isinstance(part, list | tuple)]
+    if isinstance(batch, list | tuple) and not nested:
+        yield len(batch)
+    elif parts:
+        for part in parts:
+            if not isinstance(part, str | bytes):
+                yield from _lengths(part)
+    elif hasattr(batch, "__len__") and not isinstance(batch, str | bytes):
+        yield len(batch)
+
+
+def _parts(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, list | tuple):
+        return list(batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return []
+
+
+def _mapped(batch: Any, function: Callable[[Any], Any], method: str) -> Any:
+    """`batch` with `function` applied to every tensor, and to every object that has `method`."""
+    if isinstance(batch, torch.Tensor):
+        return function(batch)
+    # Lists and tuples of tensors first: they are nearly all there is.
+    if type(batch) in (list, tuple):
+        return type(batch)([_mapped(part, function, method) for part in batch])
+    if isinstance(batch, str | bytes | int | float | type(None) | type):
+        return batch
+    if callable(getattr(batch, method, None)):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return _mapped_mapping(batch, function, method)
+    if isinstance(batch, list | tuple):
+        parts = [_mapped(part, function, method) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if dataclasses.is_dataclass(batch):
+        return _mapped_dataclass(batch, function, method)
+    return batch
+
+
+def _mapped_mapping(batch: Mapping[Any, Any], function: Callable[[Any], Any], method: str) -> Any:
+    mapped = {key: _mapped(value, function, method) for key, value in batch.items()}
+    if type(batch) is dict or not isinstance(batch, MutableMapping):
+        return mapped
+    clone = copy.copy(batch)  # keeps an OrderedDict's or a defaultdict's ways
+    clone.update(mapped)
+    return clone
+
+
+def _mapped_dataclass(batch: Any, function: Callable[[Any], Any], method: str) -> Any:
+    clone = copy.copy(batch)
+    for field in dataclasses.fields(batch):
+        # Not dataclasses.replace: it refuses fields without init, and runs __post_init__ again.
+        object.__setattr__(clone, field.name, _mapped(getattr(batch, field.name), function, method))
+    return clone

@@ -1,0 +1,222 @@
+"""What tells one data set from another: a fingerprint of plain values, and the differences of two."""
+
+import hashlib
+import struct
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+
+from orchestrator.data.loading import BatchMaker, rebuilt
+from orchestrator.data.order import Task, index_sampler
+
+__all__ = ["compare_fingerprints", "fingerprint_loader", "fingerprint_sequence"]
+
+_UNSTABLE = "unstable"
+
+
+def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences of two fingerprints, one readable line each; none means the same data.
+
+    What one of them does not know (None) is not compared.
+    """
+    lines = []
+    flat_saved, flat_now = _flat(saved), _flat(now)
+    for key in [*flat_saved, *(flat_now.keys() - flat_saved.keys())]:
+        before, after = flat_saved.get(key), flat_now.get(key)
+        if before is not None and after is not None and before != after:
+            lines.append(f"{key}: {before} when saved, {after} now")
+    return lines
+
+
+def fingerprint_sequence(batches: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
+    """The fingerprint of a sequence of batches: its length, and digests of its first and last batch."""
+    ends = (batches[0], batches[-1]) if batches else (None, None)
+    return {
+        "kind": "sequence",
+        "number of batches": len(batches),
+        "first batch": _digest_or_none(ends[0]),
+        "last batch": _digest_or_none(ends[1]),
+    }
+
+
+def fingerprint_loader(loader: DataLoader[Any], length: int | None, role: str) -> dict[str, Any]:
+    """The fingerprint of a loader; `length` is its number of batches.
+
+    The first and the last item of the data set are read, each twice, from streams of their own: in a worker
+    if the loader has workers, since a file that the data set opened here would be shared with every worker
+    forked.
+    """
+    dataset: Any = loader.dataset
+    size = _size(dataset)
+    first, last = _end_digests(loader, size, role)
+    return {
+        "kind": "map",
+        "data set": _describe_dataset(dataset),
+        "length of the data set": size,
+        "sampler": _describe_sampler(index_sampler(loader)),
+        "batch size": loader.batch_size,
+        "drop_last": loader.drop_last,
+        "number of batches": length,
+        "first item": first,
+        "last item": last,
+    }
+
+
+def digest(item: Any) -> str:
+    """A digest of the content of `item`: tensors, arrays, images, numbers, text, and containers of them.
+
+    Raises TypeError for anything else.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    _feed(state, item)
+    return state.hexdigest()
+
+
+def _feed(state: "hashlib.blake2b", item: Any) -> None:
+    if isinstance(item, torch.Tensor):
+        plain = item.detach().cpu().contiguous()
+        state.update(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
+        state.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(item, np.ndarray | np.generic):
+        if item.dtype.hasobject:
+            raise TypeError("an array of objects")
+        state.update(f"array {item.dtype} {item.shape} ".encode() + item.tobytes())
+    elif isinstance(item, float):
+        state.update(b"float " + struct.pack("<d", item))
+    elif item is None or isinstance(item, bool | int | str | bytes):
+        state.update(f"{type(item).__name__} {item!r} ".encode())
+    elif isinstance(item, Mapping):
+        _feed_all(state, "mapping", [part for pair in item.items() for part in pair])
+    elif isinstance(item, list | tuple):
+        _feed_all(state, "sequence", item)
+    elif hasattr(item, "tobytes") and hasattr(item, "mode") and hasattr(item, "size"):  # an image of Pillow's
+        state.update(f"image {item.mode} {item.size} ".encode() + item.tobytes())
+    else:
+        raise TypeError(f"no digest of a {type(item).__name__}")
+
+
+def _feed_all(state: "hashlib.blake2b", kind: str, parts: Any) -> None:
+    state.update(f"{kind} {len(parts)} ".encode())
+    for part in parts:
+        _feed(state, part)
+
+
+def _digest_or_none(item: Any) -> str | None:
+    try:
+        return None if item is None else digest(item)
+    except Exception:  # a fingerprint that cannot be taken is one that cannot be compared, and no more
+        return None
+
+
+class _ItemDigests(Dataset[Any]):
+    """A data set of the digests of another's items, each read twice from the same stream."""
+
+    def __init__(self, loader: DataLoader[Any], role: str) -> None:
+        self._maker = BatchMaker(loader, role)
+        self._maker.collate_fn = digest
+        self._maker._batched = False
+        self.dataset = loader.dataset
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            once, again = (self._maker.make(Task(0, index, index)) for _ in range(2))
+        except Exception:  # any: it is the user's data set, and training it will show
+            return None
+        return once if once == again else _UNSTABLE
+
+
+def _end_digests(loader: DataLoader[Any], size: int | None, role: str) -> tuple[str | None, str | None]:
+    if not size:
+        return None, None
+    digests = _ItemDigests(loader, role)
+    ends = [0, size - 1]
+    first, last = (
+        _in_worker(loader, digests, ends) if loader.num_workers else [digests[index] for index in ends]
+    )
+    if _UNSTABLE in (first, last):
+        warnings.warn(
+            f"{role} data: an item of the data set was not the same when read twice with all known "
+            "generators seeded "
+            "alike, so a resumed run will not be exact; let it draw from torch, random, np.random, or "
+            "a generator "
+            "made in its __init__",
+            stacklevel=4,
+        )
+    return None if first == _UNSTABLE else first, None if last == _UNSTABLE else last
+
+
+def _in_worker(loader: DataLoader[Any], digests: _ItemDigests, ends: list[int]) -> list[str | None]:
+    try:
+        found = list(rebuilt(loader, digests, ends, generator=torch.Generator(), num_workers=1))
+    except Exception:  # as for an item
+        return [None, None]
+    return found
+
+
+def _describe_dataset(dataset: Any) -> dict[str, Any]:
+    described: dict[str, Any] = {"type": _type_name(dataset)}
+    if isinstance(dataset, Subset):
+        described["indices"] = _digest_or_none(np.asarray(dataset.indices))
+        described["of"] = {**_describe_dataset(dataset.dataset), "length": _size(dataset.dataset)}
+    return described
+
+
+def _describe_sampler(sampler: Any) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "type": _type_name(sampler),
+        "length": _size(sampler) if _is_torchs(sampler) else None,
+    }
+    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+        described["replacement"] = sampler.replacement
+        described["num_samples"] = sampler.num_samples
+    if isinstance(sampler, WeightedRandomSampler):
+        described["weights"] = _digest_or_none(sampler.weights)
+    if isinstance(sampler, DistributedSampler):
+        described |= {
+            name: getattr(sampler, name) for name in ("num_replicas", "shuffle", "seed", "drop_last")
+        }
+    for name in ("batch_size", "drop_last"):
+        value = getattr(sampler, name, None)
+        if isinstance(value, int):
+            described[name] = value
+    if isinstance(sampler, list | tuple):
+        described["indices"] = _digest_or_none(sampler)
+    if hasattr(sampler, "sampler"):
+        described["of"] = _describe_sampler(sampler.sampler)
+    return described
+
+
+def _is_torchs(sampler: Any) -> bool:
+    return type(sampler).__module__.startswith("torch.") or isinstance(sampler, list | tuple | range)
+
+
+def _size(sized: Any) -> int | None:
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _type_name(item: Any) -> str:
+    return f"{type(item).__module__}.{type(item).__qualname__}"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat

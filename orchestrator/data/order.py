@@ -1,0 +1,228 @@
+"""The order of an epoch: a sampler's index lists, fixed by the random states at the epoch's start."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from orchestrator.data.errors import DataError
+from orchestrator.data.generators import Generator, find_generators, get_state, set_state
+from orchestrator.data.randomness import (
+    SideStream,
+    mixed,
+    put_globals,
+    record_globals,
+    restore_globals,
+    take_globals,
+)
+
+__all__ = ["Order", "Task", "index_sampler"]
+
+_DRAW_BEFORE_FIRST = (
+    *(SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler),
+    *(list, tuple, range),
+)
+_SAMPLER_STREAM = -1  # beside the batches' streams, which are numbered from 0
+_END = object()
+
+
+class Task(NamedTuple):
+    """What it takes to make one batch, in any process: its indices, and the seed of its stream."""
+
+    epoch: int
+    seed: int
+    indices: Any
+
+
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """What gives a batch's indices: the batch sampler, or the sampler where there is no automatic
+    batching."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+class Order:
+    """The tasks of one epoch after another, with one index list of look-ahead.
+
+    The random states at the start of an epoch (`origin`) fix it: `replay` from them gives the same tasks and
+    leaves the sampler's generators in the same states. A sampler that may draw from the global generators
+    while it is iterated does so, after its first index list, on a stream of its own.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self._sampler = index_sampler(loader)
+        self._isolated = not _draws_before_first(self._sampler)
+        self._generators = self._find_generators()
+        self._initial = self._counters()
+        # A loader with workers takes its sampler's iterator twice. It shows with samplers that draw, or
+        # count, when their iterator is taken, and then belongs to the order, whatever the number of workers
+        # later on.
+        self.passes = 2 if loader.num_workers > 0 else 1
+        self.base_seed = 0
+        self._epoch = -1
+        self.taken = 0
+        self._indices: Iterator[Any] = iter(())
+        self._ahead: Any = _END
+        self._side: SideStream | None = None
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a task that was not taken yet."""
+        return self._ahead is not _END
+
+    @property
+    def length(self) -> int | None:
+        """The number of batches that the sampler says an epoch has; None if it does not say."""
+        if not self._isolated:
+            return _length(self._sampler)
+        # A bucketing sampler may go through its own drawing to count its batches.
+        origin, main = self.record(), take_globals()
+        try:
+            restore_globals(origin)
+            return _length(self._sampler)
+        finally:
+            self.restore(origin)
+            put_globals(main)
+
+    def take(self) -> Task:
+        """The next task; StopIteration at the end of the epoch."""
+        if self._ahead is _END:
+            raise StopIteration
+        indices = self._ahead
+        with self._side or nullcontext():
+            self._ahead = next(self._indices, _END)
+        task = Task(self._epoch, mixed(self.base_seed, self.taken), indices)
+        self.taken += 1
+        return task
+
+    def record(self) -> dict[str, Any]:
+        """The random states that an epoch beginning now is fixed by, and what the sampler counts."""
+        recorded = record_globals()
+        if not self._isolated:
+            recorded = {"torch": recorded["torch"]}
+        recorded["generators"] = {path: get_state(owned) for path, owned in self._generators.items()}
+        recorded["counters"] = {
+            path: value for path, value in self._counters().items() if self._initial.get(path, _END) != value
+        }
+        return recorded
+
+    def restore(self, origin: dict[str, Any]) -> None:
+        """Put the sampler and its generators, not the global ones, back to `origin`.
+
+        Raises DataError if `origin` was recorded with generators that this loader does not have.
+        """
+        saved = origin["generators"]
+        if saved.keys() != self._generators.keys():
+            raise DataError(
+                f"the saved order of the data was drawn with the generators {sorted(saved)}, this loader has "
+                f"{sorted(self._generators)}; build the loader and its sampler as they were when it was saved"
+            )
+        for path, generator in self._generators.items():
+            set_state(generator, saved[path])
+        for path, value in {**self._initial, **origin["counters"]}.items():
+            owner, _, name = path.rpartition(".")
+            setattr(self._counting()[owner], name, value)
+
+    def begin(self, epoch: int) -> None:
+        """Fix the order of `epoch` from the random states of this moment, drawing as a plain loader does."""
+        self._epoch = epoch
+        self.taken = 0
+        self._side = None
+        for sampler in (self._loader.sampler, *_chain(self._sampler).values()):
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        indices = iter(self._sampler)
+        self.base_seed = int(
+            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator).item()
+        )
+        for _ in range(self.passes - 1):
+            indices = iter(self._sampler)
+        self._indices = indices
+        self._ahead = next(indices, _END)
+        if self._isolated:
+            self._side = SideStream(mixed(self.base_seed, _SAMPLER_STREAM))
+
+    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
+        """Stand before task `position` of the epoch that began at `origin`; the global states do not move.
+
+        Only the sampler is iterated. Raises DataError if the epoch has fewer than `position` tasks.
+        """
+        main = take_globals()
+        try:
+            restore_globals(origin)
+            self.restore(origin)
+            self.begin(epoch)
+        finally:
+            put_globals(main)
+        side: AbstractContextManager[None] = self._side or nullcontext()
+        with side:
+            self._skip(position)
+
+    def _skip(self, count: int) -> None:
+        for taken in range(count):
+            if self._ahead is _END:
+                raise DataError(
+                    f"the saved position is after batch {count - 1} of epoch {self._epoch}, but now the "
+                    "epoch has "
+                    f"{taken} batches; give the data set, sampler and batch size that it was saved with"
+                )
+            self._ahead = next(self._indices, _END)
+        self.taken = count
+
+    def _find_generators(self) -> dict[str, Generator]:
+        roots = {"generator": self._loader.generator, "sampler": self._sampler}
+        return find_generators(roots, outside=[self._loader.dataset]).seedable
+
+    def _counting(self) -> dict[str, Any]:
+        """The samplers, of those that are not torch's own, that may count by themselves."""
+        return {
+            path: sampler
+            for path, sampler in _chain(self._sampler).items()
+            if hasattr(sampler, "__dict__") and not type(sampler).__module__.startswith("torch.")
+        }
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            f"{path}.{name}": value
+            for path, sampler in self._counting().items()
+            for name, value in vars(sampler).items()
+            if value is None or type(value) in (bool, int, float, str)
+        }
+
+
+def _draws_before_first(sampler: Any) -> bool:
+    """Whether `sampler` is known to draw nothing from global generators after its first index."""
+    if type(sampler) is BatchSampler:
+        return _draws_before_first(sampler.sampler)
+    return (
+        type(sampler) in _DRAW_BEFORE_FIRST
+        and getattr(sampler, "generator", None) is not torch.default_generator
+    )
+
+
+def _chain(sampler: Any) -> dict[str, Any]:
+    """`sampler` and those it wraps, as far as they keep the next one where torch's do."""
+    chain: dict[str, Any] = {}
+    path = "sampler"
+    while sampler is not None and len(chain) < 8:
+        chain[path] = sampler
+        path, sampler = f"{path}.sampler", getattr(sampler, "sampler", None)
+    return chain
+
+
+def _length(sampler: Any) -> int | None:
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        return None

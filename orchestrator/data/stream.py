@@ -1,0 +1,373 @@
+"""BatchStream: the batches of one loader, addressed by (epoch, index), the same one every time."""
+
+import warnings
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from orchestrator.data.errors import DataError
+from orchestrator.data.fingerprint import fingerprint_loader, fingerprint_sequence
+from orchestrator.data.loading import BatchMaker, Loading
+from orchestrator.data.order import Order, index_sampler
+
+__all__ = ["BatchStream"]
+
+_VERSION = 1
+
+
+class BatchStream:
+    """The batches of one loader, one epoch after another, each the same whenever and wherever it is made.
+
+    `loader` is a `torch.utils.data.DataLoader` over a map-style data set, or a list or tuple of batches.
+    `role` names it in messages. Iterable data sets, `in_order=False`, loaders that iterate in a way of their
+    own, and iterators that can be gone through but once are refused (DataError).
+
+        stream = BatchStream(loader)
+        stream.begin_epoch(0)  # fixes the order, from the random states of this moment
+        while stream.has_next:
+            batch = stream.fetch()
+
+    Order and random states are those of `for batch in loader` written by hand: `begin_epoch` draws one base
+    seed and lets the sampler draw where the plain loader's iterator would. What the data set and the collate
+    function draw, from the global generators (torch CPU, Python, NumPy's legacy one) or from generators that
+    they own, comes from a stream for each batch, so a batch depends neither on the number of workers nor on
+    what was drawn meanwhile elsewhere. A generator given to the loader or its sampler is restored with the
+    stream: nothing else may draw from it.
+
+    A failed `fetch` (an exception of the data set, a signal) leaves the stream before the batch that failed.
+    """
+
+    def __init__(self, loader: Any, *, role: str = "training") -> None:
+        self._source = _source(loader, role)
+        self._epoch: int | None = None
+        self._position = 0
+        self._origin = self._source.record()
+        self._stands = True
+        self._fingerprint: dict[str, Any] | None = None
+
+    @property
+    def length(self) -> int | None:
+        """The number of batches of an epoch; None if the loader does not know."""
+        return self._source.length
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch begun last; None before any."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """The index, within its epoch, of the batch that `fetch` gives next."""
+        return self._position
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the epoch has another batch; known without loading it. False before any epoch."""
+        return self._epoch is not None and self._source.has_next(self._position)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch fetched last is the last one of its epoch."""
+        return self._position > 0 and not self.has_next
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `fetch` is at this moment waiting for a data worker.
+
+        A signal handler may then raise: the stream stays before this batch, and nothing is lost.
+        """
+        return self._source.waiting
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Fix the order of `epoch` from the random states of this moment; drop what is left of the one
+        before."""
+        self._drop_epoch()
+        self._origin = self._source.record()
+        self._source.begin(epoch)
+        self._epoch, self._position, self._stands = epoch, 0, True
+
+    def fetch(self) -> Any:
+        """The next batch, as the loader makes it (None if its collate function returns None).
+
+        Raises DataError where there is none; an exception of the data set or a worker passes through.
+        """
+        if not self.has_next:
+            raise DataError(
+                f"there is no batch {self._position} in epoch {self._epoch}; look at has_next before fetching"
+                if self._epoch is not None
+                else "no epoch was begun; call begin_epoch before fetching"
+            )
+        if not self._stands:
+            self._stand()
+        try:
+            batch = self._source.next()
+        except BaseException:
+            # Tearing down takes seconds where a worker is stuck: that waits until the stream is used again,
+            # or closed.
+            self._stands = False
+            raise
+        self._position += 1
+        if not self._source.has_next(self._position):
+            self._source.end_epoch()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: epoch, position, and the random states that fixed the epoch's order.
+
+        Plain values, arrays and tensors, 5 to 20 kB.
+        """
+        origin = self._origin if self._epoch is not None else self._source.record()
+        return {
+            "version": _VERSION,
+            "epoch": self._epoch,
+            "position": self._position,
+            "passes": self._source.passes,
+            "origin": origin,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand after batch `position` - 1 of the saved epoch again, loading nothing: only the sampler is
+        iterated.
+
+        The global random states are left alone; generators of the loader and the sampler are set. Raises
+        DataError if the epoch turns out shorter than the saved position, or the generators are not those that
+        were saved.
+        """
+        if state["version"] != _VERSION:
+            raise DataError(
+                f"found the state of a data stream in version {state['version']}, this is version "
+                f"{_VERSION}; "
+                "resume with the version of interlock that saved it"
+            )
+        self._drop_epoch()
+        self._source.passes = state["passes"]
+        self._epoch, self._position, self._origin = state["epoch"], state["position"], state["origin"]
+        self._stand()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data, as plain values (see `compare_fingerprints`); taken once.
+
+        Reads the first and the last item of the data set. The number of workers is not part of it.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._source.fingerprint()
+        return self._fingerprint
+
+    def close(self) -> None:
+        """End the data workers. The stream keeps its place, and a later `fetch` starts new ones."""
+        self._source.close()
+        self._stands = False
+
+    def _drop_epoch(self) -> None:
+        """Give up what is left of an epoch; after a failure the workers, even persistent ones, with it."""
+        if self._stands:
+            self._source.end_epoch()
+        else:
+            self._source.close()
+
+    def _stand(self) -> None:
+        """Bring the source, whatever it was doing, to this stream's epoch and position."""
+        if not self._stands:
+            self._source.close()
+        if self._epoch is None:
+            self._source.restore(self._origin)
+        else:
+            self._source.replay(self._epoch, self._origin, self._position)
+        self._stands = True
+
+
+class _Source(Protocol):
+    """Where a stream's batches come from."""
+
+    passes: int
+
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def waiting(self) -> bool: ...
+    def has_next(self, position: int) -> bool: ...
+    def record(self) -> dict[str, Any]: ...
+    def restore(self, origin: dict[str, Any]) -> None: ...
+    def begin(self, epoch: int) -> None: ...
+    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None: ...
+    def next(self) -> Any: ...
+    def end_epoch(self) -> None: ...
+    def close(self) -> None: ...
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+class _SequenceSource:
+    """A list or tuple of batches: no order to draw, and nothing to make."""
+
+    waiting = False
+
+    def __init__(self, batches: list[Any] | tuple[Any, ...]) -> None:
+        self._batches = batches
+        self._next = 0
+        self.passes = 1
+
+    @property
+    def length(self) -> int:
+        return len(self._batches)
+
+    def has_next(self, position: int) -> bool:
+        return position < len(self._batches)
+
+    def record(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, origin: dict[str, Any]) -> None:
+        self._next = 0
+
+    def begin(self, epoch: int) -> None:
+        self._next = 0
+
+    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
+        if position > len(self._batches):
+            raise DataError(
+                f"the saved position is after batch {position - 1}, but the sequence now has "
+                f"{len(self._batches)} "
+                "batches; give the batches that it was saved with"
+            )
+        self._next = position
+
+    def next(self) -> Any:
+        self._next += 1
+        return self._batches[self._next - 1]
+
+    def end_epoch(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint_sequence(self._batches)
+
+
+class _LoaderSource:
+    """A DataLoader over a map-style data set."""
+
+    def __init__(self, loader: DataLoader[Any], role: str) -> None:
+        self._loader = loader
+        self._role = role
+        self._order = Order(loader)
+        self._maker = BatchMaker(loader, role)
+        self._loading = Loading(loader, self._order, self._maker)
+        self._warn_of_generators()
+
+    @property
+    def passes(self) -> int:
+        return self._order.passes
+
+    @passes.setter
+    def passes(self, passes: int) -> None:
+        self._order.passes = passes
+
+    @property
+    def length(self) -> int | None:
+        return self._order.length
+
+    @property
+    def waiting(self) -> bool:
+        return self._loading.waiting
+
+    def has_next(self, position: int) -> bool:
+        return self._order.has_next or position < self._order.taken
+
+    def record(self) -> dict[str, Any]:
+        return self._order.record()
+
+    def restore(self, origin: dict[str, Any]) -> None:
+        self._order.restore(origin)
+
+    def begin(self, epoch: int) -> None:
+        self._order.begin(epoch)
+
+    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
+        self._order.replay(epoch, origin, position)
+
+    def next(self) -> Any:
+        return self._loading.next()
+
+    def end_epoch(self) -> None:
+        self._loading.end_epoch()
+
+    def close(self) -> None:
+        self._loading.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint_loader(self._loader, self.length, self._role)
+
+    def _warn_of_generators(self) -> None:
+        found = self._maker.find_generators()
+        for path, generator in found.unseedable.items():
+            warnings.warn(
+                f"{self._role} data: {path}, a {type(generator).__name__}, cannot be seeded, so what it "
+                "draws is not "
+                "reproducible and a resumed run will not be exact; use random.Random or "
+                "np.random.default_rng instead",
+                stacklevel=5,
+            )
+        if not found.complete:
+            warnings.warn(
+                f"{self._role} data: the data set is too large a graph of objects to be searched for "
+                "generators to its "
+                "end; one that was not found is not seeded, and a resumed run may then not be exact",
+                stacklevel=5,
+            )
+
+
+def _source(loader: Any, role: str) -> _Source:
+    if isinstance(loader, list | tuple):
+        return _SequenceSource(loader)
+    if not isinstance(loader, DataLoader):
+        found = (
+            "an iterator, which can be gone through but once"
+            if hasattr(loader, "__next__")
+            else "no such thing"
+        )
+        raise DataError(
+            f"the {role} data is a {type(loader).__name__}, {found}; expected a torch DataLoader over a "
+            "map-style data "
+            "set, or a list or tuple of batches"
+        )
+    _refuse(loader, role)
+    return _LoaderSource(loader, role)
+
+
+_ITERATION = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation", "__len__")
+
+
+def _refuse(loader: DataLoader[Any], role: str) -> None:
+    """Raise DataError for a loader whose batches cannot be addressed."""
+    name = type(loader).__name__
+    if isinstance(loader.dataset, IterableDataset):
+        raise DataError(
+            f"the {role} loader reads a {type(loader.dataset).__name__}, an iterable data set; expected "
+            "one with "
+            "__getitem__ and __len__, since only its items can be read again, or skipped, one by one"
+        )
+    if not getattr(loader, "in_order", True):
+        raise DataError(
+            f"the {role} loader has in_order=False, so the order of its batches is chance; expected "
+            "in_order=True"
+        )
+    overridden = [
+        attribute
+        for attribute in _ITERATION
+        if getattr(type(loader), attribute, None) is not getattr(DataLoader, attribute, None)
+    ]
+    if overridden:
+        raise DataError(
+            f"the {role} loader is a {name}, which overrides {', '.join(overridden)}; expected the "
+            "iteration of "
+            "torch's DataLoader: build a DataLoader, and put the change into its sampler or collate function"
+        )
+    for sampler in (index_sampler(loader), loader.sampler):
+        if hasattr(sampler, "__next__"):
+            raise DataError(
+                f"the sampler of the {role} loader is a {type(sampler).__name__}, an iterator that can "
+                "be gone through "
+                "but once; expected one that starts anew each epoch: a list, or an object with __iter__"
+            )
