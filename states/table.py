@@ -3,7 +3,18 @@
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["ARCS", "EVALUATION", "TERMINAL", "TRAINING", "Arc", "Row", "State", "Trigger", "arcs", "event_name"]
+__all__ = [
+    "ARCS",
+    "EVALUATION",
+    "TERMINAL",
+    "TRAINING",
+    "Arc",
+    "Row",
+    "State",
+    "Trigger",
+    "arcs",
+    "event_name",
+]
 
 
 class State(Enum):
@@ -108,4 +119,4 @@ def event_name(trigger: Trigger, dest: State) -> str:
     """
     if trigger is Trigger.RESUME:
         return f"{trigger.value}_to_{dest.value}"
-    return trigger.value
+    return str(trigger.value)
