@@ -1,0 +1,120 @@
+"""Files in chunks: cut from memory, hashed by several threads while other work goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+__all__ = ["CHUNK", "TOGETHER", "InParallel", "after", "chunked", "sha256"]
+
+CHUNK = 4 << 20
+"""Bytes of a file under one digest; its last chunk may be shorter."""
+
+TOGETHER = 512
+"""How many buffers one system call is given; Linux allows 1,024."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def chunked(buffers: Iterable[memoryview], size: int = CHUNK) -> list[list[memoryview]]:
+    """The bytes of `buffers`, one after another, cut into pieces of `size` in all; nothing is copied."""
+    chunks: list[list[memoryview]] = []
+    room = 0
+    for buffer in buffers:
+        position = 0
+        while position < buffer.nbytes:
+            if room == 0:
+                chunks.append([])
+                room = size
+            part = buffer[position : position + room]
+            chunks[-1].append(part)
+            position += part.nbytes
+            room -= part.nbytes
+    return chunks
+
+
+def after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of `buffers` when the first `count` bytes are done."""
+    done = 0
+    while done < len(buffers) and count >= buffers[done].nbytes:
+        count -= buffers[done].nbytes
+        done += 1
+    left = list(buffers[done:])
+    if count:
+        left[0] = left[0][count:]
+    return left
+
+
+def sha256(chunk: Sequence[memoryview]) -> str:
+    """The hexadecimal SHA-256 of a chunk. Other threads run meanwhile."""
+    digest = hashlib.sha256()
+    for part in chunk:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class InParallel(Generic[T, R]):
+    """Work on each of some items, begun at once by helper threads; whoever asks for the results joins in.
+
+    Leaving the `with` block abandons what has not begun. No thread outlives it. Not an executor of
+    concurrent.futures: those refuse work once the interpreter exits, while a last checkpoint is written.
+    """
+
+    def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
+        self._work = work
+        self._items = items
+        self._results: list[Any] = [None] * len(items)
+        self._numbers = itertools.count()  # its next() is one step for all threads
+        self._errors: list[BaseException] = []
+        self._abandoned = False
+        self._threads: list[threading.Thread] = []
+        self._start(min(_helpers(), len(items)))
+
+    def _start(self, helpers: int) -> None:
+        for _ in range(helpers):
+            thread = threading.Thread(target=self._run, name="interlock-chunks")
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter exits, or there are too many: fewer hands do it too
+                return
+            self._threads.append(thread)
+
+    def _run(self) -> None:
+        while not (self._abandoned or self._errors):
+            number = next(self._numbers)
+            if number >= len(self._items):
+                return
+            try:
+                self._results[number] = self._work(self._items[number])
+            except BaseException as error:
+                self._errors.append(error)
+
+    def results(self) -> list[R]:
+        """What the work gave for each item, in their order; the first error is raised again."""
+        self._run()
+        self._join()
+        if self._errors:
+            raise self._errors[0]
+        return self._results
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> InParallel[T, R]:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._abandoned = True
+        self._join()
+
+
+def _helpers() -> int:
+    """How many threads help: one for each further processor, but always one, and no more than eight."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(processors - 1, 8))

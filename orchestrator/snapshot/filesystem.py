@@ -1,0 +1,122 @@
+"""The one seam through which checkpoints change a disk, so that tests can fail each call in turn."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.snapshot.chunks import TOGETHER, after
+
+__all__ = ["DISK", "Disk", "FileSystem", "discard", "write_file"]
+
+
+class FileSystem(Protocol):
+    """What writing and removing a checkpoint does to a disk. Everything raises OSError."""
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder, which must not exist."""
+
+    def create(self, path: Path) -> int:
+        """Open a new file, which must not exist, for writing; returns its descriptor."""
+
+    def write(self, file: int, data: Sequence[memoryview]) -> int:
+        """Write the buffers in order, or some of their bytes; returns how many."""
+
+    def sync(self, file: int) -> None:
+        """Make the content of an open file durable."""
+
+    def close(self, file: int) -> None:
+        """Close a descriptor."""
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder durable."""
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a folder another name."""
+
+    def remove_file(self, path: Path) -> None:
+        """Remove a file."""
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove an empty folder."""
+
+
+class Disk:
+    """The file system of the machine."""
+
+    def make_folder(self, path: Path) -> None:
+        """See FileSystem."""
+        path.mkdir()
+
+    def create(self, path: Path) -> int:
+        """See FileSystem."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, file: int, data: Sequence[memoryview]) -> int:
+        """See FileSystem."""
+        return os.writev(file, data)
+
+    def sync(self, file: int) -> None:
+        """See FileSystem."""
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        """See FileSystem."""
+        os.close(file)
+
+    def sync_folder(self, path: Path) -> None:
+        """See FileSystem."""
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """See FileSystem."""
+        os.rename(old, new)
+
+    def remove_file(self, path: Path) -> None:
+        """See FileSystem."""
+        path.unlink()
+
+    def remove_folder(self, path: Path) -> None:
+        """See FileSystem."""
+        path.rmdir()
+
+
+DISK = Disk()
+
+
+def write_file(files: FileSystem, path: Path, chunks: Sequence[Sequence[memoryview]]) -> None:
+    """Write a new file, chunk by chunk, and make its content durable."""
+    file = files.create(path)
+    try:
+        for chunk in chunks:
+            _write_all(files, file, chunk)
+        files.sync(file)
+    finally:
+        files.close(file)
+
+
+def _write_all(files: FileSystem, file: int, data: Sequence[memoryview]) -> None:
+    while data:
+        written = files.write(file, data[:TOGETHER])
+        if written <= 0:
+            raise OSError(errno.EIO, f"nothing was written of {sum(part.nbytes for part in data)} bytes")
+        data = after(data, written)
+
+
+def discard(files: FileSystem, folder: Path) -> None:
+    """Remove a folder with all that is in it."""
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            discard(files, Path(entry.path))
+        else:
+            files.remove_file(Path(entry.path))
+    files.remove_folder(folder)

@@ -1,0 +1,50 @@
+"""CheckpointInfo: what a checkpoint's manifest says of it, without its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.snapshot.storage import read_manifest
+from states.table import State
+
+__all__ = ["CheckpointInfo", "info_of"]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One checkpoint of a run."""
+
+    path: Path
+    seq: int
+    """The number of the transition it was saved after."""
+    attempt: int
+    epoch: int
+    batch: int
+    batches: int
+    state: State
+    purpose: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The epoch's metrics, where it was saved at an epoch's end."""
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.name
+
+
+def info_of(path: Path) -> CheckpointInfo:
+    """What the manifest of the checkpoint at `path` says; raises what `read_manifest` raises."""
+    manifest = read_manifest(path)
+    return CheckpointInfo(
+        path=path,
+        seq=manifest["seq"],
+        attempt=manifest["attempt"],
+        epoch=manifest["epoch"],
+        batch=manifest["batch"],
+        batches=manifest["batches"],
+        state=State(manifest["state"]),
+        purpose=manifest["purpose"],
+        metrics=manifest["metrics"],
+    )

@@ -1,0 +1,111 @@
+"""Plain names: those of the underlying model, whatever torch.compile or DDP wrap around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from orchestrator.snapshot.tensors import is_uninitialized
+
+__all__ = ["Slot", "aliases", "buffer_slots", "parameter_names", "parameter_slots", "submodules", "unwrapped"]
+
+# What these hold is the wrapped module and nothing else; the names are torch's own.
+_WRAPPED_AS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside any number of wrappers (torch.compile, DDP, activation checkpointing)."""
+    while True:
+        inner = _inside(module)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, DistributedDataParallel | DataParallel):
+        return cast(nn.Module, module.module)
+    for key in _WRAPPED_AS:
+        inner = module._modules.get(key)
+        if inner is not None:
+            return inner
+    return None
+
+
+def submodules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every path that leads to it, in torch's order; the root's path is ''."""
+    yield from _submodules("", root, frozenset())
+
+
+def _submodules(path: str, module: nn.Module, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrapped(module)
+    if id(module) in above:
+        return
+    yield path, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _submodules(f"{path}.{key}" if path else key, child, above | {id(module)})
+
+
+class Slot(NamedTuple):
+    """The place in a module where a parameter or buffer is registered."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    kind: Literal["parameter", "buffer"]
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What is registered there now."""
+        registered = self.owner._parameters if self.kind == "parameter" else self.owner._buffers
+        return registered[self.key]
+
+
+def parameter_slots(root: nn.Module) -> Iterator[Slot]:
+    """Where parameters are registered, by every path; those registered as None are left out."""
+    for path, module in submodules(root):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Slot(f"{path}.{key}" if path else key, module, key, "parameter")
+
+
+def buffer_slots(root: nn.Module) -> Iterator[Slot]:
+    """Where buffers are registered, by every path, those that are None and non-persistent ones too."""
+    for path, module in submodules(root):
+        for key in module._buffers:
+            yield Slot(f"{path}.{key}" if path else key, module, key, "buffer")
+
+
+def aliases(slots: list[Slot]) -> dict[str, str]:
+    """For each name whose tensor (object or memory) an earlier name has already: that earlier name."""
+    first: dict[object, str] = {}
+    found: dict[str, str] = {}
+    for slot in slots:
+        if slot.tensor is not None:
+            name = first.setdefault(_memory(slot.tensor), slot.name)
+            if name != slot.name:
+                found[slot.name] = name
+    return found
+
+
+def _memory(tensor: Tensor) -> object:
+    if is_uninitialized(tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return id(tensor)
+    start = tensor.untyped_storage().data_ptr()
+    if start == 0:  # no memory of its own: a meta tensor
+        return id(tensor)
+    return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def parameter_names(module: nn.Module) -> dict[Tensor, str]:
+    """The plain name of each parameter of `module`; a tied one has the first of its names."""
+    names: dict[Tensor, str] = {}
+    for slot in parameter_slots(module):
+        if slot.tensor is not None:
+            names.setdefault(slot.tensor, slot.name)
+    return names

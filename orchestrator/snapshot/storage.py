@@ -1,0 +1,401 @@
+"""Checkpoints on disk: folders that are written whole or not at all, verified while read, listed, removed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.snapshot.chunks import CHUNK, TOGETHER, InParallel, after, chunked, sha256
+from orchestrator.snapshot.encoding import DecodingError, Encoded, decode
+from orchestrator.snapshot.filesystem import DISK, FileSystem, discard, write_file
+from orchestrator.snapshot.manifest import (
+    MANIFEST,
+    CheckpointDamaged,
+    CheckpointFormatError,
+    CheckpointName,
+    FileRecord,
+    check_manifest,
+    checkpoint_name,
+    parse_checkpoint_name,
+    read_manifest,
+    sealed,
+)
+from orchestrator.snapshot.tensor_file import (
+    METADATA,
+    HeaderError,
+    buffers,
+    header_length,
+    memory,
+    read_header,
+)
+from states.errors import InterlockError
+
+__all__ = [
+    "WEIGHTS",
+    "CheckpointDamaged",
+    "CheckpointExists",
+    "CheckpointFormatError",
+    "CheckpointName",
+    "CheckpointNameError",
+    "CheckpointWriteError",
+    "checkpoint_name",
+    "clean_leftovers",
+    "list_checkpoints",
+    "parse_checkpoint_name",
+    "read_checkpoint",
+    "read_manifest",
+    "remove_checkpoint",
+    "verify_checkpoint",
+    "write_checkpoint",
+]
+
+WEIGHTS = ("model/parameters/", "model/buffers/")
+"""The paths in a training's state whose tensors are the model's, stored under plain names."""
+
+_MODEL = "model.safetensors"
+_STATE = "state.safetensors"
+_DOCUMENT = "state.json"
+_LEFTOVER = ".tmp-"
+# What a disk says of a file that is gone or unreadable; other errors (no memory, no permission) tell nothing of it.
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
+
+
+class CheckpointWriteError(InterlockError, OSError):
+    """The disk refused a checkpoint. Those that were there before are untouched."""
+
+
+class CheckpointExists(InterlockError, FileExistsError):
+    """There is a checkpoint of that name, and checkpoints are never replaced."""
+
+
+class CheckpointNameError(InterlockError, ValueError):
+    """A name that `checkpoint_name` did not make."""
+
+
+def write_checkpoint(
+    parent: Path,
+    name: str,
+    *,
+    manifest: Mapping[str, Any],
+    encoded: Encoded,
+    before_rename: Callable[[], None] | None = None,
+    weights: Sequence[str] = WEIGHTS,
+    files: FileSystem = DISK,
+) -> Path:
+    """Write a checkpoint into folder `parent` and return its path; it is durable then.
+
+    The order is: a temporary folder, its files, fsync of each and of the folder; `before_rename()`, in which
+    what the checkpoint relies on is made durable; the rename that makes it a checkpoint; fsync of `parent`.
+    Chunks are hashed by other threads meanwhile. Tensors whose paths begin with one of `weights` are
+    written to model.safetensors without that beginning, all others to state.safetensors. Contiguous tensors in
+    CPU memory are written from where they are; they must not change meanwhile.
+
+    Raises CheckpointNameError, CheckpointExists and EncodingError (of the manifest) before anything is written;
+    CheckpointWriteError where the disk fails; and what `before_rename` raises. After all of these there is
+    no new checkpoint, except where the last fsync failed: then it is there and whole, but may not survive a
+    power cut.
+    """
+    if parse_checkpoint_name(name) is None:
+        raise CheckpointNameError(
+            f"found the name {name!r} for a checkpoint; expected one like 000001234-a1-e2-b113-BATCH_END: make it "
+            "with checkpoint_name"
+        )
+    document = check_manifest(manifest)
+    path = parent / name
+    if os.path.lexists(path):
+        raise CheckpointExists(
+            f"checkpoint {path} exists, and a checkpoint is never replaced: save after the next transition"
+        )
+    draft = parent / f"{_LEFTOVER}{name}"
+    try:
+        with _explained(path, "nothing of it was kept"):
+            _make_draft(draft, files)
+            _write_files(draft, document, _contents(encoded, weights), files)
+        if before_rename is not None:
+            before_rename()
+        with _explained(path, "nothing of it was kept"):
+            files.rename(draft, path)
+    except BaseException:
+        with suppress(OSError):  # what is left of it is never taken for a checkpoint
+            discard(files, draft)
+        raise
+    with _explained(path, "it is there and whole, but may be gone after a power cut"):
+        files.sync_folder(parent)
+    return path
+
+
+@contextmanager
+def _explained(path: Path, outcome: str) -> Iterator[None]:
+    """Turn the disk's refusal into an error that says what it was about."""
+    try:
+        yield
+    except OSError as error:
+        advice = "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "See to the disk"
+        raise CheckpointWriteError(
+            error.errno,
+            f"checkpoint {path} could not be written ({error.strerror or error}): {outcome}; earlier checkpoints are "
+            f"untouched. {advice}, and save again",
+        ) from error
+
+
+def _make_draft(draft: Path, files: FileSystem) -> None:
+    if not draft.parent.is_dir():
+        files.make_folder(draft.parent)
+        files.sync_folder(draft.parent.parent)
+    if draft.exists():
+        discard(files, draft)
+    files.make_folder(draft)
+
+
+def _contents(encoded: Encoded, weights: Sequence[str]) -> dict[str, list[list[memoryview]]]:
+    """What each file will hold, in chunks."""
+    model: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in encoded.tensors.items():
+        plain = _plain(name, weights)
+        if plain is None or plain in model:
+            state[name] = tensor
+        else:
+            model[plain] = tensor
+    document = json.dumps({"weights": list(weights), "tree": encoded.document}, allow_nan=False).encode()
+    found = {_MODEL: buffers(model), _STATE: buffers(state), _DOCUMENT: [memoryview(document)]}
+    return {name: chunked(views) for name, views in found.items()}
+
+
+def _plain(name: str, weights: Sequence[str]) -> str | None:
+    """The name of a weight in model.safetensors; None for a tensor that belongs elsewhere."""
+    for beginning in weights:
+        plain = name.removeprefix(beginning)
+        if plain not in (name, "", METADATA):
+            return plain
+    return None
+
+
+def _write_files(
+    draft: Path,
+    manifest: Mapping[str, Any],
+    contents: Mapping[str, list[list[memoryview]]],
+    files: FileSystem,
+) -> None:
+    every = [chunk for chunks in contents.values() for chunk in chunks]
+    with InParallel(sha256, every) as hashing:
+        for name, chunks in contents.items():
+            write_file(files, draft / name, chunks)
+        digests = iter(hashing.results())
+    records = {
+        name: FileRecord(
+            size=sum(part.nbytes for chunk in chunks for part in chunk),
+            chunk_size=CHUNK,
+            sha256=[next(digests) for _ in chunks],
+        )
+        for name, chunks in contents.items()
+    }
+    write_file(files, draft / MANIFEST, [[memoryview(sealed(manifest, records))]])
+    files.sync_folder(draft)
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
+    """The manifest and the tree of the checkpoint in folder `path`, every byte verified.
+
+    Tensors are on the CPU, each with memory of its own.
+    Raises CheckpointDamaged, naming file, byte range and digests, or CheckpointFormatError.
+    """
+    manifest = read_manifest(path)
+    document, model, state = (_OneFile(path, name, manifest) for name in (_DOCUMENT, _MODEL, _STATE))
+    try:
+        found = json.loads(document.content())
+        tensors = _by_path(model.tensors(), state.tensors(), found["weights"])
+        return manifest, decode(found["tree"], tensors)
+    except (DecodingError, HeaderError, KeyError, ValueError) as error:
+        # The hashes hold, so this is what was written.
+        raise CheckpointFormatError(f"checkpoint {path} cannot be read by this interlock: {error}") from error
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Read every file of the checkpoint in folder `path`, and return its manifest.
+
+    Raises CheckpointDamaged, naming file, byte range and digests, or CheckpointFormatError.
+    """
+    manifest = read_manifest(path)
+    for name in manifest["files"]:
+        _OneFile(path, name, manifest).verify()
+    return manifest
+
+
+def _by_path(
+    model: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: Sequence[str]
+) -> dict[str, Tensor]:
+    """The tensors of both files by their paths in the tree; undoes `_contents`."""
+    found = dict(state)
+    for name, tensor in model.items():
+        for beginning in weights:
+            # Where two paths lead to one plain name, the other one is in the file of all else.
+            found.setdefault(beginning + name, tensor)
+    return found
+
+
+class _OneFile:
+    """A file of a checkpoint, as its manifest says it should be."""
+
+    def __init__(self, folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._name = name
+        if name not in manifest["files"]:
+            raise CheckpointFormatError(
+                f"checkpoint {folder}: found the files {sorted(manifest['files'])}, expected {name} among them. "
+                "Upgrade interlock to read it."
+            )
+        self._record = FileRecord(**manifest["files"][name])
+
+    def content(self) -> bytearray:
+        """All of it, verified."""
+        with self._open() as file:
+            content = bytearray(self._record.size)
+            self._read(file, [memoryview(content)])
+        return content
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of tensors holds, verified."""
+        with self._open() as file:
+            header = self._header(file)
+            entries = read_header(header, self._record.size)
+            made = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
+            views = [memory(tensor) for tensor in made.values() if tensor.numel()]
+            self._read(file, [memoryview(bytearray(len(header))), *views])
+        return made
+
+    def verify(self) -> None:
+        """Read all of it, and keep nothing."""
+        with self._open() as file:
+            numbers = range(len(self._record.sha256))
+            with InParallel(lambda number: self._check(file, number), numbers) as checking:
+                checking.results()
+
+    def _check(self, file: int, number: int) -> None:
+        self._chunk(file, number)
+
+    def _chunk(self, file: int, number: int) -> bytearray:
+        first = number * self._record.chunk_size
+        content = bytearray(min(self._record.chunk_size, self._record.size - first))
+        self._fill(file, number, [memoryview(content)])
+        return content
+
+    def _header(self, file: int) -> bytes:
+        """Length and header, from chunks that are verified before they are believed."""
+        if not self._record.sha256:
+            raise HeaderError("an empty file")
+        content = self._chunk(file, 0)
+        length = header_length(content, self._record.size)
+        number = 1
+        while len(content) < length:
+            content += self._chunk(file, number)
+            number += 1
+        return bytes(content[:length])
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        try:
+            file = os.open(self._folder / self._name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.fstat(file).st_size
+                if size != self._record.size:
+                    raise self._damaged(f"found {size} bytes, expected {self._record.size}")
+                yield file
+            finally:
+                os.close(file)
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
+            raise self._damaged(f"it cannot be read ({error.strerror})") from error
+
+    def _read(self, file: int, views: Sequence[memoryview]) -> None:
+        """Read the whole file into `views`, which have its size, and compare every digest."""
+        chunks = list(enumerate(chunked(views, self._record.chunk_size)))
+        with InParallel(lambda chunk: self._fill(file, *chunk), chunks) as reading:
+            reading.results()
+
+    def _fill(self, file: int, number: int, chunk: Sequence[memoryview]) -> None:
+        first = position = number * self._record.chunk_size
+        left = chunk
+        while left:
+            count = os.preadv(file, left[:TOGETHER], position)
+            if count == 0:
+                raise self._damaged(f"it ends at byte {position}, expected {self._record.size} bytes")
+            left, position = after(left, count), position + count
+        found, expected = sha256(chunk), self._record.sha256[number]
+        if found != expected:
+            raise self._damaged(
+                f"bytes {first} to {position - 1}: found SHA-256 {found[:16]}…, expected {expected[:16]}…"
+            )
+
+    def _damaged(self, what: str) -> CheckpointDamaged:
+        return CheckpointDamaged(self._folder, f"{self._name}: {what}")
+
+
+# -- all of a run's checkpoints ----------------------------------------------------------------------
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The checkpoints in folder `parent`, newest first: by number of transition, then attempt.
+
+    Nothing of them is read, so damaged ones are among them; other files and folders, and what interrupted
+    saves left, are not. None, if there is no such folder.
+    """
+    found = []
+    with suppress(FileNotFoundError), os.scandir(parent) as entries:
+        for entry in entries:
+            name = parse_checkpoint_name(entry.name)
+            if name is not None and entry.is_dir():
+                found.append((name.seq, name.attempt, entry.name))
+    return [parent / name for *_, name in sorted(found, reverse=True)]
+
+
+def remove_checkpoint(path: Path, *, files: FileSystem = DISK) -> None:
+    """Remove the checkpoint in folder `path`; one that is half removed is never taken for a whole one.
+
+    Raises CheckpointWriteError where the disk fails; then it is whole, or gone from the list.
+    """
+    doomed = path.parent / f"{_LEFTOVER}removed-{path.name}"
+    try:
+        if doomed.exists():
+            discard(files, doomed)
+        files.rename(path, doomed)
+        files.sync_folder(path.parent)
+        discard(files, doomed)
+    except OSError as error:
+        raise CheckpointWriteError(
+            error.errno,
+            f"checkpoint {path} could not be removed ({error.strerror or error}). See to the disk; what is left under "
+            f"the name {doomed.name} can be deleted",
+        ) from error
+
+
+def clean_leftovers(parent: Path, *, files: FileSystem = DISK) -> list[str]:
+    """Remove what interrupted saves and removals left in folder `parent`; returns the names.
+
+    Only for whoever holds the run's lease: a save in progress looks the same. Raises CheckpointWriteError.
+    """
+    try:
+        names = sorted(name for name in os.listdir(parent) if name.startswith(_LEFTOVER))
+        for name in names:
+            discard(files, parent / name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointWriteError(
+            error.errno,
+            f"what interrupted saves left in {parent} could not be removed ({error.strerror or error}). See to the "
+            f"disk; everything there whose name begins with {_LEFTOVER} can be deleted",
+        ) from error
+    return names

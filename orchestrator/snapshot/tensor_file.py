@@ -1,0 +1,129 @@
+"""The safetensors file format: which dtypes it holds, how tensors are laid out in it, how its header is read.
+
+https://github.com/huggingface/safetensors: eight bytes with the header's length, the header (JSON), and the
+tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "METADATA", "Entry", "HeaderError", "buffers", "header_length", "memory", "read_header"]
+
+METADATA = "__metadata__"
+"""The one name that no tensor in a file can have."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The dtypes of the format that its readers have long known, under their names in a header."""
+
+_NAMED = {name: dtype for dtype, name in DTYPES.items()}
+_LENGTH = 8
+
+
+class HeaderError(ValueError):
+    """A header that is not one of this format."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where its bytes are, counted from the end of the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, in place."""
+    # Not reshape(-1): a dimension of one element may have any stride, and would keep it.
+    view: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    return memoryview(view)
+
+
+def buffers(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """A whole file as views of memory, in order: the header, then the tensors.
+
+    Tensors come by descending size of element and then by name, so that each lies at a multiple of that
+    size. Only those that are not contiguous or not on the CPU are copied. dtypes as in DTYPES.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
+    views, end = [], 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        if end > begin:
+            views.append(memory(tensor.detach().cpu().contiguous()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH)
+    return [memoryview(len(text).to_bytes(_LENGTH, "little") + text), *views]
+
+
+def header_length(start: bytes | bytearray, size: int) -> int:
+    """The bytes that length and header take, from a file's first eight and its size; raises HeaderError."""
+    length = _LENGTH + int.from_bytes(start[:_LENGTH], "little")
+    if len(start) < _LENGTH or length > size:
+        raise HeaderError(f"a header of {length} bytes in a file of {size}")
+    return length
+
+
+def read_header(header: bytes, size: int) -> list[Entry]:
+    """The tensors of a file of `size` bytes, in the order of their bytes, from its length and header.
+
+    Raises HeaderError where they do not fill the rest of the file without gaps.
+    """
+    try:
+        listed = json.loads(header[_LENGTH:])
+        entries = [_entry(name, found) for name, found in listed.items() if name != METADATA]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeaderError(f"a header that cannot be read ({error!r})") from error
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    _check_gapless(entries, size - len(header))
+    return entries
+
+
+def _entry(name: str, found: dict[str, Any]) -> Entry:
+    begin, end = found["data_offsets"]
+    return Entry(name, _NAMED[found["dtype"]], tuple(found["shape"]), begin, end)
+
+
+def _check_gapless(entries: Sequence[Entry], size: int) -> None:
+    position = 0
+    for entry in entries:
+        expected = math.prod(entry.shape) * entry.dtype.itemsize
+        if entry.begin != position or entry.end - entry.begin != expected:
+            raise HeaderError(f"tensor {entry.name!r} at bytes {entry.begin} to {entry.end}")
+        position = entry.end
+    if position != size:
+        raise HeaderError(f"{size} bytes of tensors where the header lists {position}")

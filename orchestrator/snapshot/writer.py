@@ -1,0 +1,214 @@
+"""Saving in the background: the loop waits for one copy, a thread writes it to disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from orchestrator.snapshot.encoding import Encoded, decode, encode
+from orchestrator.snapshot.filesystem import DISK, FileSystem
+from orchestrator.snapshot.manifest import check_manifest
+from orchestrator.snapshot.staging import Staging
+from orchestrator.snapshot.storage import write_checkpoint
+from states.errors import InterlockError
+from tracking.forks import forget_in_children
+
+__all__ = ["CheckpointWriter", "SaveHandle", "WriterClosedError"]
+
+
+class WriterClosedError(InterlockError):
+    """The writer was closed, or belongs to the process that this one was forked from."""
+
+
+class SaveHandle:
+    """A checkpoint that is being written."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._ended = threading.Event()
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+        self._told = False
+
+    @property
+    def done(self) -> bool:
+        """Whether writing has ended, with success or with an error."""
+        return self._ended.is_set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong; None where nothing has, so far."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> Path:
+        """The checkpoint's path, once it is durable and `on_durable` has returned.
+
+        Raises what went wrong in writing or in `on_durable`, or TimeoutError after `timeout` seconds.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(
+                f"checkpoint {self.name} is still being written after {timeout} s; wait for longer"
+            )
+        if self._error is not None:
+            self._told = True
+            raise self._error
+        assert self._path is not None
+        return self._path
+
+    def _succeed(self, path: Path) -> None:
+        self._path = path
+        self._ended.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self._ended.set()
+
+    def _forget(self) -> None:
+        """In a forked child, which has no thread that would ever end this, and maybe a lock held for good."""
+        if not self._ended.is_set():
+            self._ended = threading.Event()
+            self._fail(
+                WriterClosedError(
+                    f"checkpoint {self.name} is written by the process this one was forked from"
+                )
+            )
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run into folder `parent`, one at a time, in the background.
+
+    Invariant: at most one checkpoint is being written, from the one stretch of staging memory, which is as
+    large as the largest state so far. `before_rename` and the `on_durable` of each save run in the writing
+    thread. Closing waits; so does the end of the interpreter.
+    """
+
+    def __init__(
+        self, parent: Path, *, before_rename: Callable[[], None] | None = None, files: FileSystem = DISK
+    ) -> None:
+        self._parent = parent
+        self._before_rename = before_rename
+        self._files = files
+        self._staging = Staging()
+        self._handle: SaveHandle | None = None
+        self._thread: threading.Thread | None = None
+        self._failed: list[SaveHandle] = []
+        self._closed = False
+        forget_in_children(self)
+
+    def submit(
+        self,
+        name: str,
+        tree: Any,
+        manifest: Mapping[str, Any],
+        on_durable: Callable[[Path], None] | None = None,
+    ) -> SaveHandle:
+        """Take a copy of `tree` and begin to write it; everything in `tree` may change as soon as this returns.
+
+        Costs the caller one copy of the tensors. Where an earlier save is still being written, that is waited
+        for first, so nothing is skipped; its failure does not stop this one. Copies from a device are complete
+        on return. `on_durable(path)` is called once the checkpoint cannot be lost any more.
+
+        Raises EncodingError for what cannot be stored and WriterClosedError. What goes wrong
+        later is raised by the handle's `wait`, and kept in `failure` until then.
+        """
+        self._check_open()
+        encoded = encode(tree)
+        kept = decode(check_manifest(manifest), {})
+        self._wait()
+        staged = Encoded(encoded.document, self._staging.copy(encoded.tensors))
+        handle = self._handle = SaveHandle(name)
+        arguments = handle, staged, kept, on_durable
+        self._thread = threading.Thread(target=self._write, args=arguments, name="interlock-checkpoint")
+        try:
+            self._thread.start()
+        except (
+            RuntimeError
+        ):  # the interpreter exits, or there are too many threads: it is written all the same
+            self._thread = None
+            self._write(*arguments)
+        return handle
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WriterClosedError(
+                "found a closed writer of checkpoints; expected an open one: make another"
+            )
+        if threading.current_thread() is self._thread:
+            raise WriterClosedError(
+                "a save cannot be begun by `on_durable` of another; ask for it from the loop"
+            )
+
+    def _write(
+        self,
+        handle: SaveHandle,
+        encoded: Encoded,
+        manifest: Mapping[str, Any],
+        on_durable: Callable[[Path], None] | None,
+    ) -> None:
+        try:
+            path = write_checkpoint(
+                self._parent,
+                handle.name,
+                manifest=manifest,
+                encoded=encoded,
+                before_rename=self._before_rename,
+                files=self._files,
+            )
+            if on_durable is not None:
+                on_durable(path)
+        except BaseException as error:
+            self._failed.append(handle)
+            handle._fail(error)
+        else:
+            handle._succeed(path)
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The first error that no `wait` has raised; None where there is none."""
+        return next((handle.error for handle in self._failed if not handle._told), None)
+
+    def close(self) -> None:
+        """Wait for what is being written, and give the staging memory back. May be called again.
+
+        Raises the first error that no `wait` has raised.
+        """
+        self._closed = True
+        self._wait()
+        self._thread = None
+        self._staging.release()
+        untold = [handle for handle in self._failed if not handle._told]
+        self._failed.clear()
+        if untold:
+            untold[0].wait()
+
+    def forget(self) -> None:
+        """In a forked child: the thread is not there, and the folder is the parent's."""
+        self._closed = True
+        self._thread = None
+        self._failed = []
+        if self._handle is not None:
+            self._handle._forget()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception:  # the one that ended the block matters more
+            return
