@@ -1,0 +1,324 @@
+"""Attempt: the files and processes of a run while one process works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import transitions
+from tracking.shipper import start_shipper
+
+from orchestrator.callbacks.checkpointing import best_of, kept
+from orchestrator.configuration import Settings
+from orchestrator.data import BatchStream
+from orchestrator.requests import HaltRequest
+from orchestrator.snapshot.info import CheckpointInfo, info_of
+from orchestrator.snapshot.storage import (
+    checkpoint_name,
+    clean_leftovers,
+    list_checkpoints,
+    remove_checkpoint,
+)
+from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
+from orchestrator.work import BatchWork, Place, TrainingWork
+from states.table import ARCS, State, Trigger
+from tracking.journal import open_attempt
+from tracking.rows import AttemptStart, CheckpointRow, Outcome
+from tracking.runs import Lease, RunFolder, create_run
+
+if TYPE_CHECKING:
+    from orchestrator.recovery import Plan
+
+__all__ = ["Attempt", "Clock"]
+
+_IS_FORWARD = [arc.trigger is Trigger.FORWARD for arc in ARCS]
+_DEST = [arc.dest for arc in ARCS]
+_CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
+_CLOSES_EPOCH = [arc.trigger is Trigger.END_EPOCH for arc in ARCS]
+_NO_LOSS = float("nan")
+
+
+class Clock:
+    """Times transitions: nanoseconds since 1970 that never run backwards, and those since the last lap."""
+
+    __slots__ = ("_mark", "_offset", "_read")
+
+    def __init__(self) -> None:
+        self._read = time.perf_counter_ns
+        self._offset = time.time_ns() - self._read()
+        self._mark = self._read()
+
+    def restart(self) -> None:
+        """What has passed since the last lap belongs to no transition."""
+        self._mark = self._read()
+
+    def lap(self) -> tuple[int, int]:
+        """(now in ns since 1970, ns since the last lap or restart)."""
+        now = self._read()
+        elapsed = now - self._mark
+        self._mark = now
+        return now + self._offset, elapsed
+
+
+class Attempt:
+    """One process's work on a run: holds the lease, writes the journal and the checkpoints."""
+
+    def __init__(
+        self, run: RunFolder, lease: Lease, settings: Settings, plan: Plan, scopes: Sequence[str]
+    ) -> None:
+        self.run = run
+        self.closed = False
+        self.clock = Clock()
+        self.state = State.IDLE if plan.checkpoint is None else State.HALTED
+        """The last journaled state of the training."""
+        self.seq = 0
+        """The number of the last journaled transition of the training."""
+        self._lease = lease
+        self._settings = settings
+        self._validation_scopes = {scope: number for number, scope in enumerate(scopes)}
+        self._deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
+        position = None if plan.checkpoint is None else plan.checkpoint.info.seq
+        phases = [*(phase.name for phase in settings.phases), ""]
+        self._no_phase = len(phases) - 1
+        self._recorder, self._journal = open_attempt(
+            run, lease, _start(settings, position), list(scopes), phases
+        )
+        self.number: int = self._journal.attempt
+        clean_leftovers(run.checkpoints)
+        self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
+        self._saved: tuple[int, SaveHandle] | None = None
+        self._shipper: subprocess.Popen[bytes] | None = None
+        if settings.track is not None:
+            self._shipper = start_shipper(run, settings.track)
+
+    @classmethod
+    def open(cls, plan: Plan, settings: Settings, scopes: Sequence[str]) -> Attempt:
+        """Make or take the run's folder, lease and journal."""
+        fresh = plan.run is None
+        run = create_run(settings.root, settings.name) if plan.run is None else plan.run
+        lease = plan.lease if plan.lease is not None else Lease.acquire(run)
+        try:
+            if fresh:
+                _keep_command(run)
+            return cls(run, lease, settings, plan, scopes)
+        except BaseException:
+            lease.release()
+            raise
+
+    def trouble(self) -> HaltRequest | None:
+        """A reason to halt that lies with the files, or, once, with the time that this attempt was given."""
+        failure = self._journal.failure or self._checkpoints.failure
+        if failure is not None:
+            return HaltRequest(f"the run's folder cannot be written: {failure}", save=False, error=failure)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = None
+            return HaltRequest(f"max_time of {self._settings.max_time:g} s is up", error=SystemExit(75))
+        return None
+
+    # -- writing down ----------------------------------------------------------------------------
+
+    def record(self, arc: int, work: TrainingWork) -> None:
+        """Write down a transition of the training, and at the end of batch or epoch its metrics."""
+        now, elapsed = self.clock.lap()
+        place, note = work.place, work.note
+        self.seq = self._recorder.record(
+            arc,
+            0,
+            work.phase,
+            place.epoch,
+            place.batch,
+            now,
+            elapsed,
+            work.loss if _IS_FORWARD[arc] else _NO_LOSS,
+            note,
+        )
+        self.state = _DEST[arc]
+        if note:
+            work.note = ""
+        if _CLOSES_BATCH[arc]:
+            work.close_batch()
+            self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
+        elif _CLOSES_EPOCH[arc]:
+            by_epoch = self._settings.binding["validate_every"] is None
+            self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
+
+    def _metrics(
+        self,
+        epoch: int,
+        batch: int,
+        step: int,
+        values: Mapping[str, float],
+        validated: Mapping[str, float],
+        now: int,
+        with_validation: bool = True,
+    ) -> None:
+        """Journal `values`, those of validation under scopes of their own."""
+        own = {k: v for k, v in values.items() if k not in validated}
+        self._journal.metrics("train", epoch, batch, step, own, now, seq=self.seq)
+        if not (with_validation and validated.keys() & values.keys()):
+            return
+        for scope in self._validation_scopes:
+            prefix = scope.removeprefix("validation/") + "/"
+            found = {
+                k.removeprefix(prefix): values[k] for k in validated if k.startswith(prefix) and k in values
+            }
+            if found:
+                self._journal.metrics(scope, epoch, batch, step, found, now, seq=self.seq)
+
+    def record_validation(self, arc: int, name: str, work: BatchWork) -> None:
+        """Write down a transition of a validation pass."""
+        now, elapsed = self.clock.lap()
+        scope = self._validation_scopes[f"validation/{name}"]
+        loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
+        place = work.place
+        self._recorder.record(arc, scope, self._no_phase, place.epoch, place.batch, now, elapsed, loss)
+
+    def save(
+        self,
+        tree: dict[str, Any],
+        state: State,
+        place: Place,
+        purpose: str,
+        metrics: Mapping[str, float],
+        stream: BatchStream,
+    ) -> SaveHandle:
+        """Begin to write a checkpoint of `tree`; live tensors may change as soon as this returns.
+
+        A second save at one boundary is the first one.
+        """
+        if self._saved is not None and self._saved[0] == self.seq:
+            return self._saved[1]
+        began = time.time_ns()
+        name = checkpoint_name(self.seq, self.number, place.epoch, place.batch, state)
+        seq, epoch, batch = self.seq, place.epoch, place.batch
+        manifest = {
+            "run": self.run.id,
+            "seq": seq,
+            "attempt": self.number,
+            "epoch": epoch,
+            "batch": batch,
+            "batches": place.batches,
+            "state": state.value,
+            "purpose": purpose,
+            "metrics": dict(metrics),
+            "binding": dict(self._settings.binding),
+            "data": stream.fingerprint(),
+            "created_ns": began,
+        }
+
+        def durable(path: Path) -> None:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            best = self.best()
+            self._journal.checkpoint(
+                CheckpointRow(
+                    name=name,
+                    seq=seq,
+                    epoch=epoch,
+                    batch=batch,
+                    state=state,
+                    size_bytes=size,
+                    time_ns=time.time_ns(),
+                    duration_ns=time.time_ns() - began,
+                    best=best is not None and best.name == name,
+                    metrics=dict(metrics),
+                )
+            )
+            self._retain()
+
+        handle = self._checkpoints.submit(name, tree, manifest, durable)
+        self._saved = (seq, handle)
+        return handle
+
+    def _retain(self) -> None:
+        """Remove the checkpoints that the settings do not keep; only after a newer one is safe."""
+        settings = self._settings.checkpoint
+        if settings is None:
+            return
+        infos = self.checkpoints()
+        keep = kept(infos, settings)
+        for info in infos:
+            if info.name not in keep:
+                remove_checkpoint(info.path)
+                self._journal.checkpoint_removed(info.name)
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The run's checkpoints on disk, newest first."""
+        return [info_of(path) for path in list_checkpoints(self.run.checkpoints)]
+
+    def best(self) -> CheckpointInfo | None:
+        """The best of them by the metric that is watched; None where none is."""
+        settings = self._settings.checkpoint
+        return best_of(self.checkpoints(), settings.best, settings.mode) if settings is not None else None
+
+    def way_back(self, place: Place) -> str:
+        """Where a resume would go back to, and how many batches it would do again."""
+        if self._saved is not None:
+            with contextlib.suppress(Exception):  # it is no way back then
+                self._saved[1].wait()
+        newest = next(iter(self.checkpoints()), None)
+        if newest is None:
+            return "there is no checkpoint to resume from"
+        again = place.batches - newest.batches
+        return f"resume goes back to {newest.name} and does {again} batches again"
+
+    def log(self, level: str, message: str) -> None:
+        """Keep a message in the journal."""
+        self._journal.log(level, message)
+
+    def close(self, outcome: Outcome, reason: str, error: BaseException | None) -> None:
+        """Wait for what is being written, write the attempt's end, and let go of the run."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            try:
+                self._checkpoints.close()
+            except Exception as failure:
+                warnings.warn(f"the last checkpoint could not be written: {failure}", stacklevel=3)
+            exception = "" if error is None or outcome != "failed" else f"{type(error).__name__}: {error}"
+            self._journal.end(outcome, reason, exception)
+            self._journal.close()
+        finally:
+            self._lease.release()
+
+
+def _start(settings: Settings, position: int | None) -> AttemptStart:
+    process = psutil.Process()
+    return AttemptStart(
+        position=position,
+        started_ns=time.time_ns(),
+        pid=process.pid,
+        host=socket.gethostname(),
+        process_started=process.create_time(),
+        command=_command(),
+        params=dict(settings.params),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transitions": transitions.__version__,
+        },
+        device=str(settings.device),
+    )
+
+
+def _command() -> dict[str, Any]:
+    return {"argv": list(sys.orig_argv), "executable": sys.executable, "cwd": os.getcwd()}
+
+
+def _keep_command(run: RunFolder) -> None:
+    """The command that started the run, for `interlock resume`; unmasked, so for its owner's eyes only."""
+    file = os.open(run.command, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(file, "w") as stream:
+        json.dump(_command(), stream, indent=1)

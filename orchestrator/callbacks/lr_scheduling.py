@@ -1,0 +1,111 @@
+"""LRScheduling: steps a learning rate scheduler of torch, by epoch, by batch, or on a metric."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.watched import Watched
+from orchestrator.errors import ConfigurationError
+from orchestrator.snapshot.capture import capture_scheduler, restore_scheduler
+from states.table import Trigger
+
+if TYPE_CHECKING:
+    from orchestrator.trainer import Trainer
+
+__all__ = ["LRScheduling"]
+
+
+class LRScheduling(Callback):
+    """Steps any scheduler of `torch.optim.lr_scheduler` after each epoch or after each update.
+
+    `every="epoch"` steps at the end of each epoch, after validation. `every="batch"` steps after each
+    update of the scheduler's own optimizer: once for each accumulation window, not after a skipped one,
+    and with several phases only after a step of the phase that has this optimizer.
+    `monitor` names the metric that ReduceLROnPlateau decides by (of the epoch, or of the batch).
+
+    Raises ConfigurationError for a ReduceLROnPlateau without `monitor`, a `monitor` that the scheduler has
+    no use for, and a scheduler of an optimizer that the trainer does not have.
+    """
+
+    def __init__(
+        self,
+        scheduler: LRScheduler,
+        every: Literal["epoch", "batch"] = "epoch",
+        monitor: str | None = None,
+    ) -> None:
+        if every not in ("epoch", "batch"):
+            raise ConfigurationError(f'every is {every!r}; expected "epoch" or "batch"')
+        if not isinstance(getattr(scheduler, "optimizer", None), Optimizer):
+            raise ConfigurationError(
+                f"LRScheduling was given a {type(scheduler).__name__}; expected a scheduler of "
+                "torch.optim.lr_scheduler, made for the optimizer of the trainer"
+            )
+        on_metric = isinstance(scheduler, ReduceLROnPlateau)
+        if on_metric and monitor is None:
+            raise ConfigurationError(
+                'ReduceLROnPlateau decides by a metric: name it, as in LRScheduling(s, monitor="val/loss")'
+            )
+        if monitor is not None and not on_metric:
+            raise ConfigurationError(
+                f"{type(scheduler).__name__} takes no metric; leave monitor={monitor!r} out"
+            )
+        self.scheduler = scheduler
+        self.every = every
+        self.monitor = monitor
+        self._stepped = False
+
+    @property
+    def name(self) -> str:
+        """Its key in checkpoints."""
+        return f"LRScheduling/{type(self.scheduler).__name__}"
+
+    def attach(self, trainer: Trainer) -> None:
+        """Find the scheduler's optimizer and hook its transition."""
+        super().attach(trainer)
+        optimizer = self.scheduler.optimizer
+        self._phases = {phase.name for phase in trainer.phases if phase.optimizer is optimizer}
+        if not self._phases:
+            raise ConfigurationError(
+                f"the {type(self.scheduler).__name__} schedules a {type(optimizer).__name__} that this trainer "
+                "does not have; make the scheduler for the optimizer that the trainer is given"
+            )
+        if self.every == "batch":
+            trainer.after(Trigger.STEP)(self._after_update)
+        else:
+            trainer.after(Trigger.END_EPOCH)(self._after_epoch)
+
+    def _after_update(self) -> None:
+        if not self.trainer.skipped and self.trainer.phase in self._phases:
+            self._step(self.trainer.metrics)
+
+    def _after_epoch(self) -> None:
+        self._step(self.trainer.history[-1])
+
+    def _step(self, metrics: Mapping[str, float]) -> None:
+        if self.monitor is not None:
+            # torch's mode is in the scheduler; ours is not asked for a comparison.
+            value = Watched(self.monitor, "min").read(metrics, self.name)
+            self.scheduler.step(value)  # type: ignore[arg-type]
+        elif self._stepped:
+            self.scheduler.step()
+        else:
+            # In a process that has resumed, torch has not seen optimizer.step() yet and would warn of a wrong
+            # order, which the machine rules out.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+        self._stepped = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's state."""
+        return {"scheduler": capture_scheduler(self.scheduler)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the scheduler where it was; the learning rates themselves are the optimizer's state."""
+        restore_scheduler(self.scheduler, state["scheduler"])

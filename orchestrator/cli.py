@@ -1,0 +1,98 @@
+"""The `interlock` command: the group, its global options, how errors are said. Commands: `commands/`."""
+
+import io
+import os
+import sqlite3
+import sys
+from importlib import import_module
+
+import click
+
+from orchestrator.commands.arguments import root_option
+from states.errors import InterlockError
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "runs": "orchestrator.commands.runs",
+    "show": "orchestrator.commands.show",
+    "log": "orchestrator.commands.log",
+    "check": "orchestrator.commands.check",
+    "diagram": "orchestrator.commands.diagram",
+    "resume": "orchestrator.commands.resume",
+    "sync": "orchestrator.commands.sync",
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module when the command is asked for, and says errors in one message."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(
+                    errors="replace"
+                )  # an arrow is no reason to fail where only ASCII is written
+        try:
+            return super().invoke(ctx)
+        except InterlockError as error:
+            raise click.ClickException(str(error)) from error
+        except sqlite3.Error as error:
+            raise click.ClickException(
+                f"an SQLite file of the run cannot be read ({error}); `interlock check RUN` says more"
+            ) from error
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    try:
+        click.echo(f"interlock {version('interlock')}")
+    except PackageNotFoundError:
+        click.echo("interlock, from source files that are not installed")
+    ctx.exit()
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="A RUN is a run's id, a name (its newest run is meant), or the path of a run's folder.",
+)
+@root_option
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version.",
+)
+def main() -> None:
+    """Look at training runs, prove that they are sound, and go on with them.
+
+    \b
+    Example:
+      interlock runs
+      interlock show digits
+      interlock log digits --follow
+    """
+
+
+if __name__ == "__main__":
+    main(prog_name="interlock")

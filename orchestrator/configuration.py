@@ -1,0 +1,339 @@
+"""What the arguments of Trainer mean, and every reason to refuse them before anything starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from tracking.delivery import Tracker
+from tracking.mlflow_delivery import MLflow
+
+from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.checkpointing import Checkpointing
+from orchestrator.callbacks.logs import Logging
+from orchestrator.callbacks.lr_scheduling import LRScheduling
+from orchestrator.errors import ConfigurationError
+from orchestrator.metrics import RESERVED, AccumulatingMetric
+from orchestrator.numerics import PRECISIONS
+from orchestrator.phase import Forward, Phase
+from orchestrator.work import supervised
+from tracking.runs import check_name
+
+__all__ = ["UNSET", "Settings", "check", "check_schedulers", "restore_determinism", "set_determinism"]
+
+UNSET: Any = type("Unset", (), {"__repr__": lambda self: "default"})()
+"""Tells an argument that was not given from None, which turns a part off."""
+
+
+@dataclass
+class Settings:
+    """The arguments of a Trainer, checked and with defaults filled in."""
+
+    name: str
+    named: bool
+    """The name was given, not taken from the script."""
+    root: Path
+    device: torch.device
+    phases: tuple[Phase, ...]
+    forward: Forward | None
+    metrics: Mapping[str, Any]
+    validation_loaders: Mapping[str, Any]
+    weigh: Callable[[Any, int], float] | None
+    checkpoint: Checkpointing | None
+    log: Logging | None
+    track: Tracker | None
+    max_time: float | None
+    nonfinite: str
+    deterministic: bool
+    binding: Mapping[str, Any]
+    """What a checkpoint must agree with."""
+    params: Mapping[str, Any]
+    """What a tracker shows of the arguments."""
+    _flags: dict[str, Any] = field(default_factory=dict)
+
+    def evaluation_forward(self, name: str) -> Forward:
+        """The forward of evaluation: `forward=`, or the one phase's."""
+        if self.forward is not None:
+            return self.forward
+        raise ConfigurationError(
+            f"evaluating {name!r} with several phases needs to know how: pass "
+            "forward=(model, batch) -> loss, or (loss, outputs, targets)"
+        )
+
+
+def check(given: Mapping[str, Any]) -> Settings:
+    """The settings for the arguments `given` to Trainer; raises ConfigurationError."""
+    model, device = given["model"], _device(given["device"])
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    _check_numbers(given)
+    forward = _forward(given)
+    phases = _phases(given["optimizer"], forward)
+    _check_optimizers(model, phases)
+    accumulate = given["accumulate"]
+    if len(phases) > 1 and accumulate > 1:
+        raise ConfigurationError(
+            "accumulate with several phases is not possible: each phase steps every batch"
+        )
+    checkpoint = Checkpointing() if given["checkpoint"] is UNSET else given["checkpoint"]
+    log = Logging() if given["log"] is UNSET else given["log"]
+    track = MLflow() if given["track"] is UNSET else given["track"]
+    for name, value, kind in (("checkpoint", checkpoint, Checkpointing), ("log", log, Logging)):
+        if value is not None and not isinstance(value, kind):
+            raise ConfigurationError(f"{name} is {value!r}; expected a {kind.__name__}, or None for none")
+    callbacks = given["callbacks"]
+    if isinstance(callbacks, Callback) or not all(isinstance(c, Callback) for c in callbacks):
+        raise ConfigurationError(
+            f"callbacks is {callbacks!r}; expected a list of orchestrator.Callback objects"
+        )
+    name = given["name"]
+    if name is not None:
+        check_name(name)
+    return Settings(
+        name=name if name is not None else _script_name(),
+        named=name is not None,
+        root=Path(given["root"]),
+        device=device,
+        phases=phases,
+        forward=forward,
+        metrics=_metrics(given["metrics"]),
+        validation_loaders=_validation_loaders(given["val_loader"]),
+        weigh=_weigh(given["accumulate_weighting"]),
+        checkpoint=checkpoint,
+        log=log,
+        track=track,
+        max_time=given["max_time"],
+        nonfinite=given["nonfinite"],
+        deterministic=given["deterministic"],
+        binding=_binding(given, phases),
+        params=_params(given, phases, device),
+    )
+
+
+def _device(device: Any) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _check_numbers(given: Mapping[str, Any]) -> None:
+    if given["epochs"] is None and given["max_batches"] is None:
+        raise ConfigurationError(
+            "neither epochs nor max_batches is given; expected at least one, to know where to end"
+        )
+    for name in ("epochs", "max_batches", "accumulate", "validate_every"):
+        value = given[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigurationError(f"{name} is {value!r}; expected a whole number of at least 1")
+    for name in ("max_time", "clip_grad_norm"):
+        value = given[name]
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ConfigurationError(f"{name} is {value!r}; expected a positive number")
+    if given["nonfinite"] not in ("halt", "skip"):
+        raise ConfigurationError(f'nonfinite is {given["nonfinite"]!r}; expected "halt" or "skip"')
+    if given["precision"] not in PRECISIONS:
+        raise ConfigurationError(
+            f"precision is {given['precision']!r}; expected one of {', '.join(PRECISIONS)}"
+        )
+    if given["validate_every"] is not None and given["val_loader"] is None:
+        raise ConfigurationError("validate_every is given but no val_loader; expected both or neither")
+
+
+def _forward(given: Mapping[str, Any]) -> Forward | None:
+    forward, loss_fn = given["forward"], given["loss_fn"]
+    if forward is not None:
+        if not callable(forward):
+            raise ConfigurationError(f"forward is {forward!r}; expected (model, batch) -> loss")
+        if loss_fn is not None:
+            raise ConfigurationError(
+                "both loss_fn and forward are given; forward computes the loss: pass loss_fn=None"
+            )
+        return forward  # type: ignore[no-any-return]
+    if loss_fn is None:
+        if isinstance(given["optimizer"], Optimizer):
+            raise ConfigurationError(
+                "neither loss_fn nor forward is given; expected one, to compute the loss"
+            )
+        return None
+    if not callable(loss_fn):
+        raise ConfigurationError(f"loss_fn is {loss_fn!r}; expected (outputs, targets) -> loss")
+    return supervised(loss_fn)
+
+
+def _phases(optimizer: Any, forward: Forward | None) -> tuple[Phase, ...]:
+    if isinstance(optimizer, Optimizer):
+        assert forward is not None
+        return (Phase("", optimizer, forward),)
+    if (
+        not isinstance(optimizer, Sequence)
+        or not optimizer
+        or not all(isinstance(p, Phase) for p in optimizer)
+    ):
+        raise ConfigurationError(
+            f"optimizer is {optimizer!r}; expected a torch.optim optimizer, or a list of Phase"
+        )
+    names = [phase.name for phase in optimizer]
+    if len(set(names)) < len(names) or "" in names:
+        raise ConfigurationError(
+            f"the phases are named {names}; expected names that differ and are not empty"
+        )
+    return tuple(optimizer)
+
+
+def _check_optimizers(model: nn.Module, phases: tuple[Phase, ...]) -> None:
+    of_model = {id(parameter) for parameter in model.parameters()}
+    for phase in phases:
+        optimizer = phase.optimizer
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigurationError(
+                "LBFGS evaluates the model several times within a step, which the machine cannot record; "
+                "expected an optimizer that steps once, such as AdamW"
+            )
+        its_own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not its_own & of_model:
+            where = f" of phase {phase.name!r}" if phase.name else ""
+            raise ConfigurationError(
+                f"the {type(optimizer).__name__}{where} has no parameter of this model; build it from "
+                "model.parameters(), after the model is built and wrapped"
+            )
+
+
+def _metrics(metrics: Any) -> dict[str, Any]:
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigurationError(f"metrics is {metrics!r}; expected a dict from name to metric")
+    for name, metric in metrics.items():
+        if name in RESERVED or "/" in name:
+            raise ConfigurationError(
+                f"a metric is named {name!r}; expected a name without a slash that is not one of interlock's own: "
+                f"{', '.join(sorted(RESERVED))}"
+            )
+        if not isinstance(metric, AccumulatingMetric) and not callable(metric):
+            raise ConfigurationError(
+                f"metric {name!r} is {metric!r}; expected a torchmetrics object, or (outputs, targets) -> scalar"
+            )
+    return dict(metrics)
+
+
+def _validation_loaders(loaders: Any) -> dict[str, Any]:
+    if loaders is None:
+        return {}
+    if not isinstance(loaders, Mapping):
+        return {"val": loaders}
+    for name in loaders:
+        if not isinstance(name, str) or not name or "/" in name or name in ("train", "batch", "system"):
+            raise ConfigurationError(
+                f'val_loader has a loader named {name!r}; expected a name without a slash that is not "train", '
+                '"batch" or "system"'
+            )
+    return dict(loaders)
+
+
+def _weigh(weighting: Any) -> Callable[[Any, int], float] | None:
+    if weighting == "batches":
+        return None
+    if weighting == "samples":
+        return lambda batch, samples: float(samples)
+    if callable(weighting):
+        return lambda batch, samples: float(weighting(batch))
+    raise ConfigurationError(
+        f'accumulate_weighting is {weighting!r}; expected "batches", "samples", or (batch) -> weight'
+    )
+
+
+def _script_name() -> str:
+    script = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] not in ("", "-c", "-m") else ""
+    cleaned = "".join(c if c.isalnum() or c in "-_" else "-" for c in script).strip("-_")
+    return cleaned or "run"
+
+
+def _binding(given: Mapping[str, Any], phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """Arguments under which the same batches give the same weights."""
+    weighting = given["accumulate_weighting"]
+    return {
+        "accumulate": given["accumulate"],
+        "accumulate_weighting": weighting
+        if isinstance(weighting, str)
+        else getattr(weighting, "__name__", "callable"),
+        "clip_grad_norm": given["clip_grad_norm"],
+        "precision": given["precision"],
+        "validate_every": given["validate_every"],
+        "phases": [phase.name for phase in phases],
+    }
+
+
+def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.device) -> dict[str, Any]:
+    model, loader = given["model"], given["train_loader"]
+    params: dict[str, Any] = {
+        "model": type(model).__name__,
+        "model.parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": given["epochs"],
+        "max_batches": given["max_batches"],
+        "accumulate": given["accumulate"],
+        "clip_grad_norm": given["clip_grad_norm"],
+        "precision": given["precision"],
+        "nonfinite": given["nonfinite"],
+        "device": str(device),
+        "batch_size": getattr(loader, "batch_size", None),
+        "num_workers": getattr(loader, "num_workers", None),
+    }
+    loss_fn = given["loss_fn"]
+    if loss_fn is not None:
+        params["loss"] = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    for phase in phases:
+        prefix = f"optimizer.{phase.name}" if phase.name else "optimizer"
+        params[prefix] = type(phase.optimizer).__name__
+        for key, value in phase.optimizer.defaults.items():
+            if isinstance(value, bool | int | float | str | tuple) and value is not None:
+                params[f"{prefix}.{key}"] = value
+    scheduler = given["scheduler"]
+    if scheduler is not None:
+        inner = scheduler.scheduler if isinstance(scheduler, LRScheduling) else scheduler
+        params["scheduler"] = type(inner).__name__
+    return {key: value for key, value in params.items() if value is not None}
+
+
+def check_schedulers(callbacks: Sequence[Callback]) -> None:
+    """A scheduler has one owner: refuse one that is given twice."""
+    seen: set[int] = set()
+    for callback in callbacks:
+        if not isinstance(callback, LRScheduling):
+            continue
+        if id(callback.scheduler) in seen:
+            raise ConfigurationError(
+                f"the {type(callback.scheduler).__name__} is given twice, so it would step twice; expected it once: "
+                "in scheduler= or in an LRScheduling among the callbacks"
+            )
+        seen.add(id(callback.scheduler))
+
+
+def set_determinism(settings: Settings) -> None:
+    """Turn torch's deterministic algorithms on if asked for; `restore_determinism` undoes it."""
+    if not settings.deterministic:
+        return
+    settings._flags = {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+    }
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def restore_determinism(settings: Settings) -> None:
+    """Put torch's flags back."""
+    flags, settings._flags = settings._flags, {}
+    if flags:
+        torch.use_deterministic_algorithms(flags["deterministic"], warn_only=flags["warn_only"])
+        torch.backends.cudnn.benchmark = flags["benchmark"]

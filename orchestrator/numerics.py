@@ -1,0 +1,157 @@
+"""Precision, gradient norms and clipping, and what is not finite."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from orchestrator.errors import ConfigurationError
+
+__all__ = [
+    "PRECISIONS",
+    "BufferGuard",
+    "Precision",
+    "clip",
+    "gradients",
+    "nonfinite_counts",
+    "norm",
+    "rescale",
+]
+
+PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast for the forward pass and, for fp16, a gradient scaler for each phase.
+
+    "fp32" computes in the types of the model; "bf16" and "fp16" run `forward` under `torch.autocast`.
+    """
+
+    def __init__(self, name: str, device: torch.device, phases: int) -> None:
+        if name not in PRECISIONS:
+            raise ConfigurationError(f"precision is {name!r}; expected one of {', '.join(PRECISIONS)}")
+        self.name = name
+        self._device = device.type
+        self._dtype = PRECISIONS[name]
+        self.scalers: tuple[torch.amp.GradScaler | None, ...] = (None,) * phases
+        if name == "fp16":
+            if device.type == "cpu" and not _computes_in_half():
+                raise ConfigurationError(
+                    'precision="fp16" needs an accelerator, or a build of torch whose CPU kernels compute in '
+                    'float16; this one has none: use "bf16" or "fp32"'
+                )
+            self.scalers = tuple(torch.amp.GradScaler(device.type) for _ in range(phases))
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that `forward` runs in."""
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device, dtype=self._dtype)
+
+
+def _computes_in_half() -> bool:
+    try:
+        with torch.autocast("cpu", dtype=torch.float16):
+            torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
+def gradients(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that `optimizer` would apply, each as a dense tensor that shares their memory."""
+    found = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                grad = parameter.grad = grad.coalesce()
+                grad = grad._values()
+            found.append(grad)
+    return found
+
+
+def norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm over all gradients, in their own precision (`torch.nn.utils.get_total_norm`), 0-dim.
+
+    Where that overflows though every gradient is finite, it is taken again in double precision.
+    """
+    if not grads:
+        return torch.zeros(())
+    total = torch.nn.utils.get_total_norm(grads)
+    if math.isfinite(total):
+        return total
+    return torch.nn.utils.get_total_norm([grad.double() for grad in grads])
+
+
+def clip(optimizer: Optimizer, max_norm: float, total: Tensor) -> None:
+    """Scale the gradients of `optimizer`, whose norm is `total`, to a norm of at most `max_norm`.
+
+    The same arithmetic as `torch.nn.utils.clip_grad_norm_`.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+
+
+def rescale(grads: list[Tensor], factor: float) -> None:
+    """Multiply all gradients by `factor`, in place."""
+    if grads and factor != 1.0:
+        torch._foreach_mul_(grads, factor)
+
+
+def nonfinite_counts(names: Iterator[tuple[str, nn.Parameter]]) -> dict[str, int]:
+    """For each parameter whose gradient is not finite everywhere: how many of its elements are not."""
+    counts = {}
+    for name, parameter in names:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        values = grad.coalesce()._values() if grad.is_sparse else grad
+        count = int((~torch.isfinite(values)).sum())
+        if count:
+            counts[name] = count
+    return counts
+
+
+class BufferGuard:
+    """Keeps the floating-point buffers of a model from before a window, to put them back if it is skipped."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: dict[str, Tensor] = {}
+
+    def keep(self) -> None:
+        """Copy the buffers as they are now; memory is allocated the first time only."""
+        for name, buffer in self._floating():
+            kept = self._kept.get(name)
+            if kept is None or kept.shape != buffer.shape:
+                self._kept[name] = buffer.detach().clone()
+            else:
+                kept.copy_(buffer)
+
+    def put_back(self) -> None:
+        """Make the buffers what they were at `keep`."""
+        with torch.no_grad():
+            for name, buffer in self._floating():
+                if name in self._kept:
+                    buffer.copy_(self._kept[name])
+
+    def _floating(self) -> Iterator[tuple[str, Tensor]]:
+        return ((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The kept buffers, for a checkpoint within a window."""
+        return dict(self._kept)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        devices = {name: buffer.device for name, buffer in self._floating()}
+        self._kept = {name: kept.to(devices.get(name, kept.device)) for name, kept in state.items()}

@@ -1,0 +1,292 @@
+"""Find the checkpoint to go on from, see that it fits, put it back, and prove that it is back."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracking.shipper import status
+
+from orchestrator.callbacks.checkpointing import BEFORE_THE_END, Checkpointing, best_of
+from orchestrator.configuration import Settings
+from orchestrator.data import BatchStream, compare_fingerprints
+from orchestrator.errors import ConfigurationError, NonFiniteError
+from orchestrator.policy import Situation
+from orchestrator.result import Result
+from orchestrator.snapshot import capture
+from orchestrator.snapshot.info import CheckpointInfo, info_of
+from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_checkpoint
+from orchestrator.state import TrainingState
+from orchestrator.work import Limits, Place
+from states.errors import InterlockError
+from states.table import State
+from tracking.journal import Journal, settle
+from tracking.rows import Attempt
+from tracking.runs import Lease, RunFolder, find_run, list_runs
+
+__all__ = [
+    "CheckpointMismatch",
+    "Found",
+    "NoCheckpoint",
+    "Plan",
+    "RestoreError",
+    "check",
+    "not_superseded",
+    "plan",
+    "restore",
+    "result",
+]
+
+
+class NoCheckpoint(InterlockError):
+    """The run has no checkpoint that could be continued from."""
+
+
+class CheckpointMismatch(InterlockError):
+    """The checkpoint is of another model, optimizer, data or configuration; nothing was changed."""
+
+
+class RestoreError(InterlockError):
+    """What was restored is not what was saved."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read, its hashes verified."""
+
+    info: CheckpointInfo
+    manifest: Mapping[str, Any]
+    tree: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `start` is to do: a new run (no folder), or a run to continue, extend, or only report."""
+
+    run: RunFolder | None = None
+    checkpoint: Found | None = None
+    lease: Lease | None = None
+    finished: bool = False
+
+    def release(self) -> None:
+        """Let go of the run."""
+        if self.lease is not None:
+            self.lease.release()
+
+
+def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limits) -> Plan:
+    """Find the run and the checkpoint that `resume` means.
+
+    Raises:
+        ConfigurationError: `resume` is not one of the forms that `fit` takes.
+        RunNotFound, NoCheckpoint: there is nothing of that name to go on from.
+        LeaseHeldError: another process works on that run.
+        NonFiniteError: "auto" would only meet the NaN again that the run ended with.
+    """
+    if resume is False or resume is None:
+        return Plan()
+    if resume is True or not isinstance(resume, str | os.PathLike):
+        raise ConfigurationError(
+            f"resume is {resume!r}; expected False, \"auto\", a run's name or folder, or a checkpoint's path"
+        )
+    auto = resume == "auto"
+    checkpoint: Path | None = None
+    if auto:
+        if not settings.named:
+            raise ConfigurationError('resume="auto" continues the run of this name, but no name= was given')
+        run = next((run for run in list_runs(settings.root) if run.name == settings.name), None)
+        if run is None:
+            return Plan()
+    elif (Path(resume) / "manifest.json").is_file():
+        checkpoint = Path(resume).resolve()
+        run = find_run(checkpoint.parent.parent, settings.root)
+    else:
+        run = find_run(os.fspath(resume), settings.root)
+    lease = Lease.acquire(run)
+    try:
+        settle(run, lease)
+        return _plan_for(run, lease, checkpoint, auto, settings, limits)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _plan_for(
+    run: RunFolder, lease: Lease, checkpoint: Path | None, auto: bool, settings: Settings, limits: Limits
+) -> Plan:
+    with Journal.open(run) as journal:
+        attempts = list(journal.attempts())
+    if auto and settings.nonfinite == "halt" and attempts:
+        _refuse_to_meet_again(run, attempts[-1])
+    if checkpoint is not None:
+        return Plan(run, _read(checkpoint), lease)
+    infos = not_superseded(_readable(run), attempts)
+    found = _newest(infos)
+    if found is None:
+        if auto:
+            warnings.warn(f"{run.id} has no checkpoint to continue from; a new run begins", stacklevel=5)
+            lease.release()
+            return Plan()
+        raise NoCheckpoint(
+            f"{run.id} has no checkpoint that can be read; start it again with resume=False, which makes a new run"
+        )
+    if found.info.state is not State.DONE:
+        return Plan(run, found, lease)
+    if found.tree["stop"] is None and _left(found.tree["place"], limits):
+        earlier = _newest([info for info in infos if info.purpose == BEFORE_THE_END])
+        if earlier is None:
+            raise NoCheckpoint(
+                f"{run.id} is done, and the checkpoint from before its end is gone; it cannot be extended"
+            )
+        return Plan(run, earlier, lease)
+    lease.release()
+    return Plan(run, found, None, finished=True)
+
+
+def _refuse_to_meet_again(run: RunFolder, last: Attempt) -> None:
+    if last.exception.startswith(NonFiniteError.__name__):
+        raise NonFiniteError(
+            f'{run.id} halted on a value that was not finite, and resume="auto" would only meet it again '
+            f'({last.exception}). To go on, pass nonfinite="skip"; or change what makes it and resume by name',
+            epoch=-1,
+            batch=-1,
+            loss=float("nan"),
+            statistics={},
+        )
+
+
+def _left(place: Mapping[str, Any], limits: Limits) -> bool:
+    situation = Situation()
+    limits.apply(situation, Place(**place))
+    return situation.epochs_left and situation.batches_left
+
+
+def _readable(run: RunFolder) -> list[CheckpointInfo]:
+    infos = []
+    for path in list_checkpoints(run.checkpoints):
+        try:
+            infos.append(info_of(path))
+        except (CheckpointDamaged, KeyError) as error:
+            warnings.warn(f"passing over checkpoint {path.name}: {error}", stacklevel=5)
+    return infos
+
+
+def not_superseded(infos: Iterable[CheckpointInfo], attempts: Sequence[Attempt]) -> list[CheckpointInfo]:
+    """The checkpoints that no later attempt has gone back behind, newest first."""
+
+    def stands(info: CheckpointInfo) -> bool:
+        return not any(
+            later.attempt > info.attempt and later.position is not None and later.position < info.seq
+            for later in attempts
+        )
+
+    return sorted(filter(stands, infos), key=lambda info: info.seq, reverse=True)
+
+
+def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over."""
+    for info in infos:
+        try:
+            return _read(info.path)
+        except CheckpointDamaged as error:
+            warnings.warn(f"passing over checkpoint {info.name}: {error}", stacklevel=6)
+    return None
+
+
+def _read(path: Path) -> Found:
+    manifest, tree = read_checkpoint(path)
+    return Found(info_of(path), manifest, tree)
+
+
+def check(found: Found, state: TrainingState, settings: Settings, stream: BatchStream) -> None:
+    """Raise CheckpointMismatch, listing everything, if the checkpoint does not fit; nothing is changed.
+
+    Differences that do not stand in the way are warned of: hyper-parameters, where the checkpoint wins, and
+    numeric settings, under which results may differ in the last bits.
+    """
+    differences = state.differences(found.tree)
+    saved = found.manifest["binding"]
+    differences += [
+        f"{key}: the checkpoint has {saved.get(key)!r}, this trainer {value!r}"
+        for key, value in settings.binding.items()
+        if saved.get(key) != value
+    ]
+    differences += compare_fingerprints(found.manifest["data"], stream.fingerprint())
+    if differences:
+        raise CheckpointMismatch(
+            f"checkpoint {found.info.path} does not fit this trainer; expected the same model, optimizer, data and "
+            "configuration as it was saved with:\n  "
+            + "\n  ".join(differences)
+            + "\nMake them equal, or start a new "
+            "run with resume=False"
+        )
+    for changed in state.changed_settings(found.tree):
+        warnings.warn(f"the checkpoint's value is used: {changed}", stacklevel=4)
+    for flag in capture.compare_flags(found.tree["flags"]):
+        warnings.warn(f"results may differ in the last bits: {flag}", stacklevel=4)
+
+
+_VERIFIED = (
+    "model",
+    "gradients",
+    "optimizers",
+    "scalers",
+    "place",
+    "window",
+    "metrics",
+    "random",
+    "data",
+    "callbacks",
+)
+
+
+def restore(found: Found, state: TrainingState) -> None:
+    """Put the training state back, capture it again, and compare the two by digest.
+
+    Raises RestoreError, naming the first entry that differs.
+    """
+    state.restore(found.tree)
+    again = state.capture(found.tree["state"])
+    both = found.tree["callbacks"].keys() & again["callbacks"].keys()
+    for name in sorted(found.tree["callbacks"].keys() ^ both):
+        warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
+
+    def comparable(tree: dict[str, Any]) -> dict[str, Any]:
+        chosen = {key: tree[key] for key in _VERIFIED}
+        chosen["callbacks"] = {name: tree["callbacks"][name] for name in sorted(both)}
+        return chosen
+
+    different = capture.first_difference(
+        capture.digests(comparable(found.tree)), capture.digests(comparable(again))
+    )
+    if different is not None:
+        raise RestoreError(
+            f"{different} of checkpoint {found.info.name} is not what it was after restoring it; expected every bit "
+            "to be equal. Does a state_dict of a callback, metric or scheduler leave something out, or change it?"
+        )
+
+
+def result(
+    run: RunFolder, state: State, reason: str, history: list[dict[str, float]], settings: Checkpointing | None
+) -> Result:
+    """What `fit` returns for a run as it stands on disk."""
+    with Journal.open(run) as journal:
+        infos = not_superseded(_readable(run), list(journal.attempts()))
+    best = best_of(infos, settings.best, settings.mode) if settings is not None else None
+    try:
+        delivered = status(run).remote_run_id
+    except InterlockError:
+        delivered = None
+    return Result(
+        state=state,
+        reason=reason,
+        history=[dict(values) for values in history],
+        run=run.path,
+        best_checkpoint=best.path if best is not None else None,
+        last_checkpoint=infos[0].path if infos else None,
+        mlflow_run_id=delivered,
+    )

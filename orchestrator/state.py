@@ -1,0 +1,179 @@
+"""TrainingState: the whole of a training as one tree, taken and put back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.callbacks.base import Callback
+from orchestrator.loop import Loop
+from orchestrator.requests import Requests
+from orchestrator.snapshot import capture
+from orchestrator.work import EvaluationWork, TrainingWork
+from states.table import State
+
+__all__ = ["SAVEABLE", "TrainingState", "callback_names"]
+
+SAVEABLE = frozenset(State) - {State.FORWARD, State.HALTED}
+"""Where a state can be taken. In FORWARD the graph cannot be stored; HALTED is no place to go on from."""
+
+_WITH_BATCH = (State.BATCH_START, State.BACKWARD, State.STEP)
+
+
+def callback_names(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Each callback by its name in a checkpoint; repeated names are numbered."""
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        name, number = callback.name, 2
+        while name in named:
+            name, number = f"{callback.name}-{number}", number + 1
+        named[name] = callback
+    return named
+
+
+class TrainingState:
+    """Takes and puts back everything that the rest of a training depends on."""
+
+    def __init__(
+        self,
+        *,
+        work: TrainingWork,
+        loop: Loop,
+        validations: Mapping[str, EvaluationWork],
+        callbacks: Mapping[str, Callback],
+        requests: Requests,
+        device: torch.device,
+    ) -> None:
+        self._work = work
+        self._loop = loop
+        self._validations = validations
+        self._callbacks = callbacks
+        self._requests = requests
+        self._devices = [device] if device.type == "cuda" else []
+        self._optimizers = [phase.optimizer for phase in work.phases]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is trained."""
+        return self._work.model
+
+    def capture(self, state: State | None = None) -> dict[str, Any]:
+        """The state as a tree of plain values and references to live tensors; nothing is copied.
+
+        `state` is where the training stands; by default where the machine does.
+        """
+        work, state = self._work, state or self._loop.state
+        names = capture.parameter_names(work.model)
+        mid_window = work.window.count > 0 or state is State.BACKWARD
+        return {
+            "state": state,
+            "model": capture.capture_module(work.model),
+            "gradients": capture.capture_gradients(work.model, self._optimizers) if mid_window else None,
+            "optimizers": [capture.capture_optimizer(o, names) for o in self._optimizers],
+            "scalers": [None if s is None else capture.capture_scaler(s) for s in work.precision.scalers],
+            "place": asdict(work.place),
+            "window": asdict(work.window),
+            "guard": work.guard.state_dict() if work.guard is not None and mid_window else None,
+            "batch": {
+                "phase": work.phase,
+                "metrics": dict(work.metrics),
+                "loss": work.loss,
+                "samples": work.samples,
+                "skipped": work.skipped,
+            },
+            "epoch": {
+                "elapsed": time.perf_counter() - work.epoch_started,
+                "validated": dict(work.validated),
+                "skips": work.skips,
+            },
+            "data": work.stream.state_dict(),
+            "metrics": work.epoch_metrics.state_dict(),
+            "validation_data": {name: v.stream.state_dict() for name, v in self._validations.items()},
+            "history": [dict(values) for values in work.history],
+            "stop": self._requests.stop,
+            "callbacks": {name: callback.state_dict() for name, callback in self._callbacks.items()},
+            "random": capture.capture_random(self._devices),
+            "flags": capture.numeric_flags(),
+        }
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """Make everything what it was; live tensors are written in place. The machine is not moved."""
+        work = self._work
+        names = capture.parameter_names(work.model)
+        capture.restore_module(work.model, tree["model"])
+        for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
+            capture.restore_optimizer(optimizer, saved, names)
+        for scaler, saved in zip(work.precision.scalers, tree["scalers"], strict=True):
+            if scaler is not None and saved is not None:
+                capture.restore_scaler(scaler, saved)
+        for name, value in tree["place"].items():
+            setattr(work.place, name, value)
+        for name, value in tree["window"].items():
+            setattr(work.window, name, value)
+        if tree["gradients"] is None:
+            for optimizer in self._optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        else:
+            capture.restore_gradients(work.model, tree["gradients"], self._optimizers)
+        if work.guard is not None and tree["guard"] is not None:
+            work.guard.load_state_dict(tree["guard"])
+        work.history[:] = tree["history"]
+        work.epoch_metrics.load_state_dict(tree["metrics"])
+        self._requests.stop = tree["stop"]
+        for name, validation in self._validations.items():
+            if name in tree["validation_data"]:
+                validation.stream.load_state_dict(tree["validation_data"][name])
+        for name, callback in self._callbacks.items():
+            if name in tree["callbacks"]:
+                callback.load_state_dict(tree["callbacks"][name])
+        self._stand_in_epoch(tree)
+        capture.restore_random(tree["random"])
+
+    def _stand_in_epoch(self, tree: dict[str, Any]) -> None:
+        """Stand at the saved position of the data, with the batch at hand where there was one."""
+        work, epoch, batch = self._work, tree["epoch"], tree["batch"]
+        state = tree["state"]
+        work.epoch_started = time.perf_counter() - epoch["elapsed"]
+        work.validated, work.skips = dict(epoch["validated"]), epoch["skips"]
+        data = dict(tree["data"])
+        if state in _WITH_BATCH:
+            work.stream.load_state_dict({**data, "position": data["position"] - 1})
+            work.take(work.stream.fetch())
+        else:
+            work.stream.load_state_dict(data)
+        work.metrics = dict(batch["metrics"])
+        work.phase, work.loss = batch["phase"], batch["loss"]
+        work.samples, work.skipped = batch["samples"], batch["skipped"]
+        situation = work.situation
+        situation.has_batch = work.stream.has_next
+        situation.stop = self._requests.stop is not None
+        work.limits.apply(situation, work.place)
+        if state in _WITH_BATCH:
+            work.place_in_window(counted=state is State.BACKWARD)
+
+    def differences(self, tree: dict[str, Any]) -> list[str]:
+        """What of the checkpoint does not fit the model and optimizers at hand; empty if all does."""
+        work = self._work
+        found = capture.compare_module(work.model, tree["model"])
+        if len(tree["optimizers"]) != len(self._optimizers):
+            found.append(
+                f"the checkpoint has {len(tree['optimizers'])} phases, this trainer {len(self._optimizers)}"
+            )
+            return found
+        names = capture.parameter_names(work.model)
+        for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
+            found += capture.compare_optimizer(optimizer, saved, names).incompatible
+        return found
+
+    def changed_settings(self, tree: dict[str, Any]) -> list[str]:
+        """Hyper-parameters whose values in the constructor differ from the checkpoint's, which wins."""
+        names = capture.parameter_names(self._work.model)
+        found: list[str] = []
+        for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
+            found += capture.compare_optimizer(optimizer, saved, names).hyperparameters
+        return found

@@ -1,0 +1,646 @@
+"""Trainer: fit, start, advance, save. Where the parts meet, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from tracking.delivery import Tracker
+
+from orchestrator import configuration, recovery
+from orchestrator.attempt import Attempt
+from orchestrator.callbacks.base import Callback, overrides
+from orchestrator.callbacks.checkpointing import Checkpointing
+from orchestrator.callbacks.logs import Logging
+from orchestrator.callbacks.lr_scheduling import LRScheduling
+from orchestrator.configuration import UNSET
+from orchestrator.data import BatchStream
+from orchestrator.errors import ConfigurationError, NonFiniteError, TaintedError
+from orchestrator.evaluation import Evaluation
+from orchestrator.loop import Loop
+from orchestrator.metrics import EpochMetrics, Metric
+from orchestrator.numerics import Precision
+from orchestrator.phase import Forward, Phase
+from orchestrator.policy import Situation
+from orchestrator.requests import HaltRequest, Requests, Save
+from orchestrator.result import Result
+from orchestrator.signals import GiveWay, Signals, in_notebook, leave
+from orchestrator.state import SAVEABLE, TrainingState, callback_names
+from orchestrator.work import Limits, Place, TrainingWork
+from states.table import TERMINAL, TRAINING, Arc, State, Trigger
+from tracking.rows import Outcome
+from tracking.runs import RunFolder
+
+__all__ = ["Trainer"]
+
+HookT = TypeVar("HookT", bound=Callable[[], object])
+
+REQUEUE = 75
+"""The exit status of an attempt whose `max_time` was up (EX_TEMPFAIL): start me again."""
+
+
+class Trainer:
+    """Trains a model through an explicit state machine that is recorded, checkpointed and resumable.
+
+    One batch is `fetch -> forward -> backward -> step -> end_batch`; `fit` is
+
+        while not done:
+            fire(next_trigger(situation))    # before-hooks, work, change of state, after-hooks, journal
+            carry out what was asked for     # saves, stops, halts
+
+    Args:
+        model: any `nn.Module`; moved to `device`.
+        optimizer: a torch optimizer over parameters of `model`, or a list of `Phase`.
+        loss_fn: `(outputs, targets) -> loss`, a scalar floating-point tensor; None where `forward` or
+            phases compute it.
+        train_loader: a `DataLoader` over a map-style dataset, or a sequence of batches.
+        val_loader: the same, or `{name: loader}`; evaluated at each epoch's end.
+        epochs, max_batches: where the training ends, whichever comes first; at least one is given.
+        max_time: seconds of this attempt; then it halts and exits with status 75.
+        forward: `(model, batch) -> loss` or `(loss, outputs, targets)`; by default a batch is a pair
+            `(inputs, targets)` and the loss is `loss_fn(model(inputs), targets)`.
+        metrics: `{name: torchmetrics object or (outputs, targets) -> scalar}`.
+        scheduler: a torch scheduler, stepped each epoch, or an `LRScheduling`.
+        accumulate: micro-batches for each optimizer step; gradients are averaged over them.
+        accumulate_weighting: "batches", "samples", or `(batch) -> weight`.
+        clip_grad_norm: the 2-norm that gradients are scaled down to.
+        precision: "fp32", "bf16" or "fp16".
+        nonfinite: "halt" or "skip": what to do about NaN and infinity in losses and gradients.
+        validate_every: validate every so many batches instead of at each epoch's end.
+        callbacks: called in this order.
+        checkpoint: a `Checkpointing`, or None for no checkpoints.
+        log: a `Logging`, or None for silence.
+        track: a `Tracker` such as `MLflow()`, or None.
+        name: the run's name; by default the script's.
+        root: the folder of runs.
+        device: "auto" takes an accelerator where there is one.
+        deterministic: use torch's deterministic algorithms during this training.
+
+    Raises:
+        ConfigurationError: an argument that cannot be honoured; nothing has been written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Phase],
+        loss_fn: Callable[[Any, Any], Any] | None,
+        train_loader: Any,
+        val_loader: Any = None,
+        *,
+        epochs: int | None = None,
+        max_batches: int | None = None,
+        max_time: float | None = None,
+        forward: Forward | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        scheduler: Any = None,
+        accumulate: int = 1,
+        accumulate_weighting: str | Callable[[Any], float] = "batches",
+        clip_grad_norm: float | None = None,
+        precision: str = "fp32",
+        nonfinite: str = "halt",
+        validate_every: int | None = None,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: Checkpointing | None = UNSET,
+        log: Logging | None = UNSET,
+        track: Tracker | None = UNSET,
+        name: str | None = None,
+        root: str | Path = "runs",
+        device: str | torch.device = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        settings = configuration.check(given)
+        self.model = model
+        self.device = settings.device
+        self.epochs = epochs
+        self.max_batches = max_batches
+        self.phases = settings.phases
+        self.validation_model: nn.Module = model
+        self.validating: str | None = None
+        self.run: RunFolder | None = None
+        self._settings = settings
+        model.to(self.device)
+        self._requests = Requests()
+        self._attempt: Attempt | None = None
+        self._found: recovery.Found | None = None
+        self._tainted = False
+        self._ended = ""
+        shared_precision = Precision(precision, self.device, len(self.phases))
+        named_metrics = dict(metrics or {})
+        self._evaluations = {
+            key: Evaluation(
+                loader,
+                name=key,
+                forward=settings.evaluation_forward(key),
+                metrics=named_metrics,
+                device=self.device,
+                precision=shared_precision,
+                journal=self._journal_validation,
+            )
+            for key, loader in settings.validation_loaders.items()
+        }
+        situation = Situation()
+        epoch_metrics = EpochMetrics(named_metrics)
+        epoch_metrics.to(self.device)
+        self._work = TrainingWork(
+            model=model,
+            phases=self.phases,
+            limits=Limits(epochs, max_batches),
+            accumulate=accumulate,
+            weigh=settings.weigh,
+            clip_grad_norm=clip_grad_norm,
+            nonfinite=nonfinite,
+            validate_every=validate_every,
+            validate=self._validate,
+            request_halt=self._request_nonfinite_halt,
+            restore=self._restore,
+            stream=BatchStream(train_loader, role="training"),
+            metrics=epoch_metrics,
+            device=self.device,
+            precision=shared_precision,
+            situation=situation,
+            place=Place(),
+        )
+        self._loop = Loop(TRAINING, self._work.table(), situation, self._journal)
+        self._add_callbacks(scheduler, callbacks)
+
+    def _add_callbacks(self, scheduler: Any, callbacks: Sequence[Callback]) -> None:
+        """Attach every callback and put what it overrides on the transitions."""
+        settings = self._settings
+        listed: list[Callback] = []
+        if scheduler is not None:
+            listed.append(scheduler if isinstance(scheduler, LRScheduling) else LRScheduling(scheduler))
+        listed += callbacks
+        if settings.log is not None:
+            listed.append(settings.log)
+        if settings.checkpoint is not None:
+            listed.append(settings.checkpoint)
+        configuration.check_schedulers(listed)
+        self._callbacks = callback_names(listed)
+        self._on_train_begin: list[Callable[[], None]] = []
+        for callback in listed:
+            callback.attach(self)
+            self._add_hooks(callback)
+        self._state = TrainingState(
+            work=self._work,
+            loop=self._loop,
+            validations={name: e.work for name, e in self._evaluations.items()},
+            callbacks=self._callbacks,
+            requests=self._requests,
+            device=self.device,
+        )
+
+    def _add_hooks(self, callback: Callback) -> None:
+        work, place = self._work, self._work.place
+        if overrides(callback, "on_train_begin"):
+            self._on_train_begin.append(callback.on_train_begin)
+        if overrides(callback, "on_epoch_begin"):
+            self._loop.after(Trigger.BEGIN_EPOCH)(lambda: callback.on_epoch_begin(place.epoch))
+        if overrides(callback, "on_batch_begin"):
+            self._loop.after(Trigger.FETCH)(lambda: callback.on_batch_begin(place.batch))
+        if overrides(callback, "on_batch_end"):
+            self._loop.after(Trigger.END_BATCH)(lambda: callback.on_batch_end(place.batch, work.metrics))
+        if overrides(callback, "on_epoch_end"):
+            self._loop.after(Trigger.END_EPOCH)(lambda: callback.on_epoch_end(place.epoch, work.history[-1]))
+        if overrides(callback, "on_train_end"):
+            self._loop.on(State.DONE)(lambda: callback.on_train_end(work.history[-1]))
+
+    # -- hooks on any transition -----------------------------------------------------------------
+
+    def before(self, trigger: Trigger) -> Callable[[HookT], HookT]:
+        """A decorator: call the function, without arguments, before the work of `trigger`."""
+        return self._loop.before(trigger)
+
+    def after(self, trigger: Trigger) -> Callable[[HookT], HookT]:
+        """A decorator: call the function, without arguments, after every transition of `trigger`."""
+        return self._loop.after(trigger)
+
+    def on(self, state: State) -> Callable[[HookT], HookT]:
+        """A decorator: call the function, without arguments, whenever `state` is entered."""
+        return self._loop.on(state)
+
+    # -- where the training stands ---------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The state that the machine stands in."""
+        return self._loop.state
+
+    @property
+    def epoch(self) -> int:
+        """The epoch at hand, counted from 0; -1 before the first."""
+        return self._work.place.epoch
+
+    @property
+    def batch(self) -> int:
+        """The batch at hand within its epoch, counted from 0; -1 before the first."""
+        return self._work.place.batch
+
+    @property
+    def batches(self) -> int:
+        """Batches completed since the beginning of the run."""
+        return self._work.place.batches
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates applied since the beginning of the run."""
+        return self._work.place.updates
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """How many batches an epoch has, where the loader can tell."""
+        return self._work.stream.length
+
+    @property
+    def data(self) -> Any:
+        """The batch at hand, on the device."""
+        return self._work.data
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The values of the batch at hand."""
+        return self._work.metrics
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The metrics of each finished epoch."""
+        return self._work.history
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last optimizer step applied nothing because something was not finite."""
+        return self._work.skipped
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase at hand; empty where a batch has one."""
+        return self.phases[self._work.phase].name
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The optimizer of each phase."""
+        return tuple(phase.optimizer for phase in self.phases)
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt at the run, counted from 1; 0 before `start`."""
+        return self._attempt.number if self._attempt is not None else 0
+
+    @property
+    def reason(self) -> str:
+        """Why the training ended, or will; empty while it goes on."""
+        return self._ended or self._requests.stop or ""
+
+    @property
+    def ending(self) -> bool:
+        """Whether nothing but end_epoch and finish is left, unless the run is extended later."""
+        situation = self._work.situation
+        if situation.stop or not situation.batches_left:
+            return True
+        return self.epoch_complete and not situation.epochs_left
+
+    @property
+    def epoch_complete(self) -> bool:
+        """Whether every batch of the epoch at hand has been taken."""
+        return not self._work.situation.has_batch
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def log(self, name: str, value: Any) -> None:
+        """Add a named value, a number or a scalar tensor, to the batch at hand, or to the epoch at its end.
+
+        From `forward` or a hook; averaged over the epoch, weighted by batch size, and tracked like the loss.
+        """
+        if self.validating is not None:
+            self._evaluations[self.validating].work.log(name, value)
+        elif self._loop.state is State.EPOCH_END:
+            self._work.log_epoch(name, value)
+        else:
+            self._work.log(name, value)
+
+    def save(self, purpose: str = "") -> Save:
+        """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
+
+        Between transitions it is taken at once. From a hook it is taken when the transition is over, and
+        in FORWARD, whose graph cannot be stored, one transition later. Raises TaintedError after work or
+        a hook has raised.
+        """
+        if self._tainted:
+            raise TaintedError(
+                "a transition failed half-way, so memory holds no state of the training: "
+                "resume from the newest checkpoint instead"
+            )
+        if self._attempt is None:
+            raise ConfigurationError("there is nothing to save yet: call start(), advance() or fit() first")
+        save = Save(purpose)
+        self._requests.saves.append(save)
+        if not self._loop.inside:
+            if self.state is State.HALTED:
+                self._requests.abandon_saves("the training stands in HALTED")
+                raise TaintedError("the training stands in HALTED; what it had is in its newest checkpoint")
+            while self._requests.saves and self.state not in SAVEABLE:
+                self._fire_next()
+            self._carry_out_saves()
+        return save
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Finish the batch, end the epoch and go to DONE. Part of the training state: survives a resume."""
+        self._requests.stop = self._requests.stop or reason
+        self._work.situation.stop = True
+
+    def halt(self, reason: str = "halted") -> None:
+        """Save at the next boundary and go to HALTED; resume to go on from there."""
+        self._requests.add_halt(HaltRequest(reason))
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def fit(self, resume: bool | str | os.PathLike[str] = False) -> Result:
+        """Train until DONE or HALTED.
+
+        Args:
+            resume: False starts a new run. "auto" starts the run of this name, continues it where it is
+                unfinished, returns the result where it is done, or extends it where more is asked for. A
+                run's name or folder, or a checkpoint's path, continues from there.
+
+        Returns:
+            The result. After SIGTERM and Ctrl-C, `fit` saves, halts and leaves by SystemExit(143) or
+            KeyboardInterrupt; when `max_time` is up, by SystemExit(75).
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite and `nonfinite="halt"`.
+            Exception: whatever a hook, the model or the data raised, unchanged.
+        """
+        if self._attempt is not None and self._attempt.closed and self.state is State.HALTED and not resume:
+            resume = self._attempt.run.path  # a notebook whose fit was interrupted: go on
+        with Signals(self._request_signal_halt, self._waits):
+            if self._attempt is None or self._attempt.closed:
+                if self.state is not State.DONE:
+                    self.start(resume)
+            elif resume:
+                raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
+            try:
+                while self._fire_next():
+                    pass
+            finally:
+                self.close()
+        return self._leave()
+
+    def start(self, resume: bool | str | os.PathLike[str] = False) -> None:
+        """Open the run and stand at its first state: IDLE, or the state of the checkpoint.
+
+        `fit` and `advance` do it themselves if need be; `resume` as for `fit`.
+        """
+        if self._attempt is not None and not self._attempt.closed:
+            raise ConfigurationError("this training has started already")
+        resume = os.environ.get("INTERLOCK_RESUME") or resume
+        plan = recovery.plan(resume, self._settings, self._work.limits)
+        self._found = plan.checkpoint
+        try:
+            if plan.checkpoint is not None:
+                recovery.check(plan.checkpoint, self._state, self._settings, self._work.stream)
+        except BaseException:
+            plan.release()
+            raise
+        if plan.finished:
+            assert plan.run is not None
+            self._restore()
+            self._stand_done(plan.run)
+            return
+        self._attempt = Attempt.open(plan, self._settings, self._scopes())
+        self.run = self._attempt.run
+        self._tainted, self._ended = False, ""
+        self._requests.halt, self._work.situation.halt = None, False
+        if plan.checkpoint is not None:
+            self._work.place.epoch, self._work.place.batch = (
+                plan.checkpoint.info.epoch,
+                plan.checkpoint.info.batch,
+            )
+            self._loop.stand(State.HALTED)
+        try:
+            self._begin(plan.checkpoint)
+        except BaseException as error:
+            self._fail(error)
+            self.close()
+            raise
+
+    def _begin(self, checkpoint: recovery.Found | None) -> None:
+        """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""
+        assert self._attempt is not None
+        configuration.set_determinism(self._settings)
+        for hook in self._on_train_begin:
+            hook()
+        self._attempt.clock.restart()
+        if checkpoint is not None:
+            self._work.note = f"from {checkpoint.info.name}"
+            self._loop.fire(Trigger.RESUME, checkpoint.info.state)
+        elif self._settings.checkpoint is not None:
+            self._requests.saves.append(Save())
+        self._carry_out()
+
+    def advance(self, until: State | None = None) -> Arc | None:
+        """Fire one transition, or go on up to a state; DONE and HALTED end it too.
+
+        Returns the last transition, or None where nothing was left to do.
+        """
+        if self._attempt is None:
+            self.start()
+        last = None
+        while self._fire_next():
+            last = self._loop.last
+            if until is None or self.state is until:
+                break
+        if self.state in TERMINAL:
+            self.close()
+            if self._requests.halt is not None and self._requests.halt.error is not None:
+                raise self._requests.halt.error
+        return last
+
+    def evaluate(self, loader: Any) -> dict[str, float]:
+        """The metrics of `validation_model` over `loader`; changes nothing of the training."""
+        evaluation = Evaluation(
+            loader,
+            name="",
+            forward=self._settings.evaluation_forward("evaluate"),
+            metrics=dict(self._settings.metrics),
+            device=self.device,
+            precision=self._work.precision,
+        )
+        try:
+            return evaluation.run(self.validation_model, max(self.epoch, 0))
+        finally:
+            evaluation.close()
+
+    def close(self) -> None:
+        """End the attempt, in HALTED if it was not done, with what it had saved. Idempotent."""
+        attempt = self._attempt
+        if attempt is None or attempt.closed:
+            return
+        try:
+            if self.state not in TERMINAL:
+                self.halt("closed before the end")
+                while self._fire_next():
+                    pass
+        finally:
+            halt = self._requests.halt
+            outcome: Outcome = "done" if self.state is State.DONE else "stopped"
+            error = halt.error if halt is not None else None
+            if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
+                outcome = "failed"
+            attempt.close(outcome, self._ended, error)
+            self._work.stream.close()
+            for evaluation in self._evaluations.values():
+                evaluation.close()
+            for callback in self._callbacks.values():
+                end = getattr(callback, "close", None)
+                if end is not None:
+                    end()
+            configuration.restore_determinism(self._settings)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- one transition --------------------------------------------------------------------------
+
+    def _fire_next(self) -> bool:
+        """Fire the next transition and carry out what was asked for; False where nothing is left."""
+        self._loop.check_outside()
+        try:
+            if not self._loop.advance():
+                return False
+        except GiveWay:
+            # Nothing had changed: the training stands, intact, where the journal says.
+            self._abandon_validation()
+            self._loop.stand(self._attempt.state if self._attempt else self.state)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
+            self._requests.add_halt(trouble)
+        if self._requests.saves or self._requests.halt is not None or self.state is State.DONE:
+            self._carry_out()
+        return True
+
+    def _carry_out(self) -> None:
+        halt, terminal = self._requests.halt, self.state in TERMINAL
+        if halt is not None and not terminal and halt.save and self._settings.checkpoint is not None:
+            if self.state not in SAVEABLE:
+                return  # one transition on, to BACKWARD
+            if not self._requests.saves:
+                self._requests.saves.append(Save())
+        if self.state in SAVEABLE:
+            self._carry_out_saves()
+        if halt is not None and not terminal:
+            if not halt.save:
+                self._requests.abandon_saves(halt.reason)
+            self._ended = halt.reason
+            self._work.note = self._halt_note(halt)
+            self._work.situation.halt = True
+            self._loop.advance()
+        elif self.state is State.DONE:
+            self._ended = self._requests.stop or "finished"
+
+    def _carry_out_saves(self) -> None:
+        assert self._attempt is not None
+        saves, self._requests.saves = self._requests.saves, []
+        if not saves:
+            return
+        purpose = max((save.purpose for save in saves), default="")
+        metrics = self._work.history[-1] if self.state is State.EPOCH_END and self._work.history else {}
+        handle = self._attempt.save(
+            self._state.capture(), self.state, self._work.place, purpose, metrics, self._work.stream
+        )
+        for save in saves:
+            save.begun(handle)
+        self._attempt.clock.restart()
+
+    def _halt_note(self, halt: HaltRequest) -> str:
+        if halt.save or self._attempt is None:
+            return halt.reason
+        return f"{halt.reason}; {self._attempt.way_back(self._work.place)}"
+
+    def _fail(self, error: BaseException) -> None:
+        """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
+        self._tainted = True
+        attempt = self._attempt
+        self._requests.abandon_saves(f"{type(error).__name__}: {error}")
+        if attempt is None or attempt.closed:
+            return
+        self._abandon_validation()
+        self._loop.stand(attempt.state)
+        self._ended = f"{type(error).__name__}: {error}"
+        self._requests.halt = HaltRequest(self._ended, save=False, error=error)
+        if attempt.state in TERMINAL:
+            return
+        self._work.note = f"{self._ended}; {attempt.way_back(self._work.place)}"
+        try:
+            self._loop.fire(Trigger.HALT)
+        except Exception as second:
+            warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
+            self._loop.stand(State.HALTED)
+
+    def _abandon_validation(self) -> None:
+        for name, evaluation in self._evaluations.items():
+            self.validating = name
+            evaluation.abandon()
+        self.validating = None
+
+    # -- what the parts ask of the trainer -------------------------------------------------------
+
+    def _journal(self, arc: int) -> None:
+        if self._attempt is not None:
+            self._attempt.record(arc, self._work)
+
+    def _journal_validation(self, arc: int, work: Any) -> None:
+        if self._attempt is not None:
+            self._attempt.record_validation(arc, self.validating or "", work)
+
+    def _scopes(self) -> tuple[str, ...]:
+        return ("train", *(f"validation/{name}" for name in self._evaluations))
+
+    def _validate(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, evaluation in self._evaluations.items():
+            self.validating = name
+            found = evaluation.run(self.validation_model, self.epoch, lambda: self._requests.halt is not None)
+            values.update({f"{name}/{key}": value for key, value in found.items()})
+        self.validating = None
+        return values
+
+    def _request_nonfinite_halt(self, error: NonFiniteError) -> None:
+        self._requests.add_halt(HaltRequest(str(error), save=False, error=error))
+
+    def _waits(self) -> bool:
+        """Whether the main thread is waiting for a data worker, so that a signal may break it off."""
+        streams = [self._work.stream, *(evaluation.stream for evaluation in self._evaluations.values())]
+        return any(stream.waiting for stream in streams)
+
+    def _request_signal_halt(self, which: Any) -> None:
+        self._requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which)))
+
+    def _restore(self) -> None:
+        assert self._found is not None
+        recovery.restore(self._found, self._state)
+
+    def _stand_done(self, run: RunFolder) -> None:
+        self.run = run
+        self._loop.stand(State.DONE)
+        self._ended = self._requests.stop or "finished"
+
+    def _leave(self) -> Result:
+        """The result, or what `fit` leaves by."""
+        halt = self._requests.halt
+        error = halt.error if halt is not None and self.state is State.HALTED else None
+        if error is not None and not (isinstance(error, KeyboardInterrupt) and in_notebook()):
+            raise error
+        assert self.run is not None
+        return recovery.result(self.run, self.state, self.reason, self.history, self._settings.checkpoint)

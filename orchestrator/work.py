@@ -1,0 +1,480 @@
+"""What each transition does: fetch, forward, backward, step and the rest. Called by the machine alone."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator import numerics
+from orchestrator.data import BatchStream, count_samples, to_device
+from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
+from orchestrator.metrics import RESERVED, EpochMetrics, as_float
+from orchestrator.phase import Forward, Phase
+from orchestrator.policy import Situation
+from states.table import Trigger
+
+__all__ = ["BatchWork", "EvaluationWork", "Limits", "Place", "TrainingWork", "Window", "supervised"]
+
+
+@dataclass(slots=True)
+class Place:
+    """How far a training has come; all of it is training state."""
+
+    epoch: int = -1
+    """The epoch at hand, counted from 0; -1 before the first."""
+    batch: int = -1
+    """The batch at hand within its epoch, counted from 0; -1 before the first."""
+    batches: int = 0
+    """Batches completed since the beginning, over all epochs."""
+    updates: int = 0
+    """Updates that optimizers have applied."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a training ends: after `epochs`, or after `max_batches`, whichever comes first."""
+
+    epochs: int | None
+    max_batches: int | None
+
+    def apply(self, situation: Situation, place: Place) -> None:
+        """Say in `situation` whether anything is left at `place`."""
+        situation.epochs_left = self.epochs is None or place.epoch + 1 < self.epochs
+        situation.batches_left = self.max_batches is None or place.batches < self.max_batches
+
+
+@dataclass(slots=True)
+class Window:
+    """The open accumulation window: micro-batches whose gradients wait for a step."""
+
+    count: int = 0
+    weight: float = 0.0
+    """The sum of the micro-batches' weights, the first of which is `unit`."""
+    unit: float = 1.0
+    finite: bool = True
+    """No micro-batch had a loss that was NaN or infinite."""
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.count, self.weight, self.unit, self.finite = 0, 0.0, 1.0, True
+
+
+def supervised(loss_fn: Callable[[Any, Any], Any]) -> Forward:
+    """The default `forward`: a batch is a pair `(inputs, targets)`, the loss `loss_fn(model(inputs), targets)`."""
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Any, Any, Any]:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            found = f"a {type(batch).__name__}"
+            if isinstance(batch, Mapping):
+                found += f" with keys {', '.join(map(repr, batch))}"
+            elif isinstance(batch, list | tuple):
+                found += f" of length {len(batch)}"
+            raise ConfigurationError(
+                f"the loader yields {found}; without forward= a batch is expected to be a pair "
+                "(inputs, targets): pass forward=(model, batch) -> loss, or (loss, outputs, targets)"
+            )
+        inputs, targets = batch
+        outputs = model(inputs)
+        return loss_fn(outputs, targets), outputs, targets
+
+    return forward
+
+
+def _read_loss(result: Any, training: bool, where: str) -> tuple[Tensor, Any, Any]:
+    outputs = targets = None
+    if isinstance(result, tuple):
+        if len(result) != 3:
+            raise LossError(
+                f"{where} returned a tuple of {len(result)}; expected a loss, or (loss, outputs, targets)"
+            )
+        result, outputs, targets = result
+    if not isinstance(result, Tensor):
+        raise LossError(f"{where} returned a {type(result).__name__} as the loss; expected a scalar tensor")
+    if result.numel() != 1 or not result.is_floating_point():
+        raise LossError(
+            f"{where} returned a loss of shape {tuple(result.shape)} and type {result.dtype}; expected a "
+            "scalar floating-point tensor: reduce it, for instance with .mean()"
+        )
+    if training and not result.requires_grad:
+        raise LossError(
+            f"{where} returned a loss that does not depend on any parameter that requires a gradient; "
+            "expected one: was it detached, computed under torch.no_grad(), or is the whole model frozen?"
+        )
+    return result, outputs, targets
+
+
+class BatchWork:
+    """What training and evaluation have in common: taking batches, the forward pass, metrics."""
+
+    def __init__(
+        self,
+        *,
+        stream: BatchStream,
+        metrics: EpochMetrics,
+        device: torch.device,
+        precision: numerics.Precision,
+        situation: Situation,
+        place: Place,
+    ) -> None:
+        self.stream = stream
+        self.epoch_metrics = metrics
+        self.device = device
+        self.precision = precision
+        self.situation = situation
+        self.place = place
+        self.data: Any = None
+        self.samples = 0
+        self.loss = math.nan
+        self.metrics: dict[str, float] = {}
+        self.note = ""
+        self._started = 0.0
+        self._reserved = RESERVED
+
+    def _begin_pass(self, epoch: int) -> None:
+        self.stream.begin_epoch(epoch)
+        self.place.epoch = epoch
+        self.place.batch = -1
+        self.epoch_metrics.reset()
+        self.situation.has_batch = self.stream.has_next
+
+    def fetch(self) -> None:
+        """Take the next batch and move it to the device."""
+        self._started = time.perf_counter()
+        self.take(self.stream.fetch())
+        self.place.batch += 1
+        self.metrics = {}
+
+    def take(self, batch: Any) -> None:
+        """Make `batch` the one at hand."""
+        self.data = to_device(batch, self.device)
+        self.samples = 0 if batch is None else count_samples(batch)
+        self.situation.empty = self.samples == 0
+        self.situation.has_batch = self.stream.has_next
+
+    def log(self, name: str, value: Any) -> None:
+        """Add a named value to the batch at hand; averaged over the epoch like the loss."""
+        if name in self._reserved:
+            raise ConfigurationError(f"{name!r} is the name of a value of interlock's own; log it by another")
+        self.metrics[name] = as_float(value, name)
+
+    def _count_loss(self, loss: Tensor, outputs: Any, targets: Any, name: str) -> None:
+        self.loss = float(loss.detach())
+        if name:
+            self.metrics[f"loss/{name}"] = self.loss
+        self.metrics["loss"] = self.metrics.get("loss", 0.0) + self.loss
+        if self.epoch_metrics.wants_outputs and outputs is not None:
+            with torch.no_grad():
+                observed = self.epoch_metrics.observe(
+                    outputs.detach() if isinstance(outputs, Tensor) else outputs, targets
+                )
+            self.metrics.update(observed)
+
+    def close_batch(self) -> None:
+        """Fold the batch's values, hooks' included, into the epoch's; part of writing the batch down."""
+        if self.samples:
+            averaged = {k: v for k, v in self.metrics.items() if k != "batch_time"}
+            self.epoch_metrics.add(averaged, self.samples)
+
+
+class EvaluationWork(BatchWork):
+    """A pass over one evaluation loader: no gradients, nothing of the training changes."""
+
+    def __init__(self, *, model: nn.Module, forward: Forward, **common: Any) -> None:
+        super().__init__(**common)
+        self.model = model
+        self._forward = forward
+        self.values: dict[str, float] = {}
+
+    def begin_epoch(self) -> None:
+        """Fix the order of the loader and forget the last pass."""
+        self._begin_pass(self.place.epoch)
+        self.situation.epochs_left = False
+
+    def forward(self) -> None:
+        """Model and loss, without gradients."""
+        with torch.no_grad(), self.precision.autocast():
+            result = self._forward(self.model, self.data)
+        self._count_loss(*_read_loss(result, training=False, where="forward"), "")
+
+    def end_batch(self) -> None:
+        """Fold the batch into the pass."""
+        self.close_batch()
+        self.place.batches += 1
+
+    def end_epoch(self) -> None:
+        """The values over the whole loader."""
+        self.values = self.epoch_metrics.values()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+        self.data = None
+
+    def halt(self) -> None:
+        """Abandon the pass."""
+        self.data = None
+
+    def table(self) -> dict[Trigger, Callable[[], object]]:
+        """The work of each trigger."""
+        return {
+            Trigger.BEGIN_EPOCH: self.begin_epoch,
+            Trigger.FETCH: self.fetch,
+            Trigger.FORWARD: self.forward,
+            Trigger.END_BATCH: self.end_batch,
+            Trigger.END_EPOCH: self.end_epoch,
+            Trigger.FINISH: self.finish,
+            Trigger.HALT: self.halt,
+        }
+
+
+class TrainingWork(BatchWork):
+    """What the transitions of a training do to model, optimizers and metrics."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        phases: tuple[Phase, ...],
+        limits: Limits,
+        accumulate: int,
+        weigh: Callable[[Any, int], float] | None,
+        clip_grad_norm: float | None,
+        nonfinite: str,
+        validate_every: int | None,
+        validate: Callable[[], dict[str, float]],
+        request_halt: Callable[[NonFiniteError], None],
+        restore: Callable[[], None],
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.model = model
+        self.phases = phases
+        self.limits = limits
+        self.accumulate = accumulate
+        self.phase = 0
+        self.window = Window()
+        self.skipped = False
+        self.skips = 0
+        """Windows of this epoch that were skipped."""
+        self.history: list[dict[str, float]] = []
+        self.epoch_started = 0.0
+        self.validated: dict[str, float] = {}
+        self._weigh = weigh
+        self._clip_grad_norm = clip_grad_norm
+        self._nonfinite = nonfinite
+        self._validate_every = validate_every
+        self._validate = validate
+        self._request_halt = request_halt
+        self._restore = restore
+        self.guard = numerics.BufferGuard(model) if nonfinite == "skip" else None
+        self._result: Tensor | None = None
+
+    # -- one method for each trigger -------------------------------------------------------------
+
+    def begin_epoch(self) -> None:
+        """Fix the epoch's order of data and reset the epoch's metrics."""
+        self._begin_pass(self.place.epoch + 1)
+        self.epoch_started = time.perf_counter()
+        self.validated = {}
+        self.skips = 0
+        self.window.clear()
+        self.situation.pending = False
+
+    def fetch(self) -> None:
+        """Take batch (epoch, index); where it stands in its accumulation window is known from here on."""
+        super().fetch()
+        self.phase = 0
+        self.skipped = False
+        self.place_in_window()
+        if self.situation.empty:
+            self.note = "empty"
+            warnings.warn(
+                f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped", stacklevel=2
+            )
+
+    def place_in_window(self, counted: bool = False) -> None:
+        """Say in the situation what the batch at hand is to its accumulation window and its phases.
+
+        `counted`: its gradients are in the window already.
+        """
+        s = self.situation
+        coming = 0 if s.empty or counted else 1
+        full = not s.empty and self.window.count + coming >= self.accumulate
+        s.window_closes = full or not s.has_batch
+        s.pending = self.window.count > 0
+        s.another_phase = not s.empty and self.phase + 1 < len(self.phases)
+
+    def forward(self) -> None:
+        """Model and loss of the batch at hand, in its phase."""
+        if self.situation.state.name == "STEP":
+            self.phase += 1
+            self.situation.another_phase = self.phase + 1 < len(self.phases)
+        phase = self.phases[self.phase]
+        if self.guard is not None and self.window.count == 0:
+            self.guard.keep()
+        with self.precision.autocast():
+            result = phase.forward(self.model, self.data)
+        loss, outputs, targets = _read_loss(result, training=True, where=self._named("forward"))
+        self._count_loss(loss, outputs, targets, phase.name if len(self.phases) > 1 else "")
+        self._result = loss
+
+    def backward(self) -> None:
+        """Zero the gradients at the start of a window, then add this micro-batch's share to them."""
+        window, loss = self.window, self._result
+        assert loss is not None
+        if window.count == 0:
+            self.phases[self.phase].optimizer.zero_grad(set_to_none=True)
+        loss = loss * self._share() if self.accumulate > 1 else loss
+        scaler = self.precision.scalers[self.phase]
+        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self._result = None
+        window.count += 1
+        window.finite = window.finite and math.isfinite(self.loss)
+        self.situation.pending = True
+
+    def step(self) -> None:
+        """Apply the gradients of the window, or nothing where they or the loss are not finite."""
+        optimizer, scaler = self.phases[self.phase].optimizer, self.precision.scalers[self.phase]
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        grads = numerics.gradients(optimizer)
+        numerics.rescale(grads, self._correction())
+        total = numerics.norm(grads)
+        finite = math.isfinite(total)
+        self.skipped = not (finite and self.window.finite)
+        if self.skipped:
+            self._skip(scaler is not None)
+        else:
+            if self._clip_grad_norm is not None:
+                numerics.clip(optimizer, self._clip_grad_norm, total)
+            self.metrics["grad_norm"] = float(total)
+        if scaler is not None:
+            if self.window.finite:
+                scaler.step(optimizer)
+            scaler.update()
+        elif not self.skipped:
+            optimizer.step()
+        if not self.skipped:
+            self.place.updates += 1
+        self.window.clear()
+        self.situation.pending = False
+
+    def end_batch(self) -> None:
+        """Count the batch; validation if it is due within the epoch."""
+        # Validation comes first: where it is abandoned, this transition has not happened.
+        batches = self.place.batches + 1
+        elapsed = time.perf_counter() - self._started
+        if self._validate_every and batches % self._validate_every == 0:
+            self.validated = self._validate()
+            self.metrics.update(self.validated)
+        self.place.batches = batches
+        self.metrics["batch_time"] = elapsed
+        self.limits.apply(self.situation, self.place)
+
+    def end_epoch(self) -> None:
+        """The epoch's values, and validation where it is not done every so many batches."""
+        values = self.epoch_metrics.values()
+        values["duration"] = time.perf_counter() - self.epoch_started
+        values.update(self._learning_rates())
+        if self.skips:
+            values["skipped"] = float(self.skips)
+        if self._validate_every is None:
+            self.validated = self._validate()
+        values.update(self.validated)
+        if self.window.count:
+            self.note = f"{self.window.count} batches of an open accumulation window were not applied"
+        self.history.append(values)
+        self.limits.apply(self.situation, self.place)
+
+    def finish(self) -> None:
+        """Nothing is left to do; the final checkpoint is asked for by Checkpointing."""
+        self.data = None
+
+    def halt(self) -> None:
+        """Let go of the batch at hand."""
+        self._result = None
+
+    def resume(self) -> None:
+        """Put the training state of the checkpoint back."""
+        self._restore()
+
+    def table(self) -> dict[Trigger, Callable[[], object]]:
+        """The work of each trigger."""
+        return {trigger: getattr(self, trigger.value) for trigger in Trigger}
+
+    def log_epoch(self, name: str, value: Any) -> None:
+        """Add a named value to the epoch that has just ended."""
+        if name in self._reserved:
+            raise ConfigurationError(f"{name!r} is the name of a value of interlock's own; log it by another")
+        self.history[-1][name] = as_float(value, name)
+
+    # -- their parts -----------------------------------------------------------------------------
+
+    def close_batch(self) -> None:
+        """Fold the batch's values into the epoch's, those of validation left out."""
+        if not self.samples:
+            return
+        # Where non-finite batches are to be left out, they are left out of the averages too.
+        lenient = self.skipped or self.guard is not None
+        averaged = {
+            name: value
+            for name, value in self.metrics.items()
+            if name != "batch_time" and name not in self.validated and (math.isfinite(value) or not lenient)
+        }
+        self.epoch_metrics.add(averaged, self.samples)
+
+    def _named(self, what: str) -> str:
+        name = self.phases[self.phase].name
+        return f"{what} of phase {name!r}" if name else what
+
+    def _share(self) -> float:
+        """What this micro-batch's loss is multiplied with; `_correction` makes it exact at the step."""
+        window = self.window
+        weight = 1.0 if self._weigh is None else float(self._weigh(self.data, self.samples))
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigurationError(f"accumulate_weighting gave {weight}; expected a finite positive number")
+        if window.count == 0:
+            window.unit = weight
+        window.weight += weight
+        return weight / (window.unit * self.accumulate)
+
+    def _correction(self) -> float:
+        if self.accumulate == 1 or self.window.count == 0:
+            return 1.0
+        return self.accumulate * self.window.unit / self.window.weight
+
+    def _skip(self, scaled: bool) -> None:
+        self.skips += 1
+        if scaled and self.window.finite:
+            self.note = "skipped: the scaled gradients overflowed, the scaler lowers its scale"
+            return
+        if self.guard is not None:
+            self.guard.put_back()
+        what = "gradient" if self.window.finite else "loss"
+        self.note = f"skipped: non-finite {what}"
+        if self._nonfinite == "halt":
+            self._request_halt(self._nonfinite_error(what))
+
+    def _nonfinite_error(self, what: str) -> NonFiniteError:
+        place, counts = self.place, numerics.nonfinite_counts(self.model.named_parameters())
+        worst = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda i: -i[1])[:5])
+        return NonFiniteError(
+            f"non-finite {what} in epoch {place.epoch}, batch {place.batch}: the loss is {self.loss}; "
+            f"elements of gradients that are not finite, by parameter: {worst or 'none'}. The weights are "
+            'those from before this batch. Pass nonfinite="skip" to leave out such batches, or look at '
+            "the data of this batch",
+            epoch=place.epoch,
+            batch=place.batch,
+            loss=self.loss,
+            statistics=counts,
+        )
+
+    def _learning_rates(self) -> dict[str, float]:
+        rates = [float(group["lr"]) for phase in self.phases for group in phase.optimizer.param_groups]
+        return {"lr": rates[0]} if len(rates) == 1 else {f"lr/{i}": rate for i, rate in enumerate(rates)}
