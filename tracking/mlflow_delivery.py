@@ -1,0 +1,422 @@
+"""MLflow: the settings that a user gives (no mlflow imported), and the delivery that the shipper makes of them."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+from urllib.parse import urlsplit
+
+from tracking.delivery import (
+    Closed,
+    Destination,
+    Ending,
+    Identity,
+    Point,
+    Refused,
+    Remote,
+    TrackerError,
+    Unavailable,
+    Upload,
+)
+
+__all__ = ["MLflow", "MLflowDelivery", "open_delivery"]
+
+_OUR_ID = "interlock.run_id"
+_OWNER = "interlock.owner"
+
+_LONGEST_PARAM = 6000
+_LONGEST_TAG = 5000
+_MOST_PARAMS = 100
+_SQL = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+@dataclass(frozen=True)
+class MLflow:
+    """Show runs in MLflow. All arguments are optional; what is not given is what MLflow itself would use.
+
+    That is: what was set in this process with `mlflow.set_tracking_uri`, `mlflow.set_experiment` and
+    `mlflow.start_run`, if mlflow was imported; then MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME or
+    MLFLOW_EXPERIMENT_ID, and MLFLOW_RUN_ID; then the local store `mlflow.db` and `mlruns/` in the working
+    directory, and the experiment "Default". Credentials stay in the environment.
+
+    Args:
+        tracking_uri: "http://...", "sqlite:///mlflow.db", "databricks", ...; relative paths are made absolute.
+        experiment: its name; it is made if there is none.
+        run_id: an MLflow run of yours to deliver to. Like one you started, it is used, and never ended.
+        upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
+        patience_s: seconds that a server which cannot be reached is tried again after the training has
+            ended; after that `interlock sync` delivers what is left.
+
+    Raises TrackerError for a value that makes no sense.
+    """
+
+    tracking_uri: str | Path | None = None
+    experiment: str | None = None
+    run_id: str | None = None
+    upload: Upload = "best+last"
+    patience_s: float = 600.0
+
+    backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
+
+    def __post_init__(self) -> None:
+        if self.upload not in get_args(Upload):
+            raise TrackerError(
+                f"MLflow(upload={self.upload!r}): expected one of {', '.join(get_args(Upload))}"
+            )
+        if not self.patience_s >= 0:
+            raise TrackerError(
+                f"MLflow(patience_s={self.patience_s!r}): expected a number of seconds, 0 or more"
+            )
+        for name in ("experiment", "run_id"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise TrackerError(
+                    f"MLflow({name}={value!r}): expected a name, or None for MLflow's own choice"
+                )
+        if self.tracking_uri is not None and not isinstance(self.tracking_uri, str | Path):
+            raise TrackerError(f"MLflow(tracking_uri={self.tracking_uri!r}): expected a string or a path")
+
+    def destination(self) -> Destination:
+        """Look at this process and its environment, and say where runs go."""
+        found = _in_this_process()
+        environment = os.environ.get
+        uri = self.tracking_uri
+        if uri is None:
+            uri = found.tracking_uri or environment("MLFLOW_TRACKING_URI") or _default_uri()
+        name, number = self.experiment, None
+        if name is None:
+            number = found.experiment_id
+        if name is None and number is None:
+            name = environment("MLFLOW_EXPERIMENT_NAME")
+            number = None if name else environment("MLFLOW_EXPERIMENT_ID")
+        run_id = self.run_id or found.run_id or environment("MLFLOW_RUN_ID") or None
+        place = _absolute(uri)
+        settings = {"tracking_uri": place, "experiment": name, "experiment_id": number, "run_id": run_id}
+        return Destination(place, settings)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the user has told an mlflow that is imported in this process."""
+
+    tracking_uri: str | None = None
+    experiment_id: str | None = None
+    run_id: str | None = None
+
+
+def _in_this_process() -> _Found:
+    mlflow: Any = sys.modules.get("mlflow")
+    if not hasattr(mlflow, "active_run"):
+        return _Found()
+    run = mlflow.active_run()
+    fluent = sys.modules.get("mlflow.tracking.fluent")
+    return _Found(
+        mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None,
+        getattr(fluent, "_active_experiment_id", None),
+        None if run is None else run.info.run_id,
+    )
+
+
+def _default_uri() -> str:
+    """MLflow's local store: `mlflow.db`, but `mlruns` where that holds experiments of older versions."""
+    old = Path("mlruns")
+    if any(path.parent.name.isdigit() for path in old.glob("*/meta.yaml")):
+        return old.absolute().as_uri()
+    return "sqlite:///mlflow.db"
+
+
+def _absolute(uri: str | Path) -> str:
+    """The same place, whatever the working directory."""
+    if isinstance(uri, Path) or uri == "" or uri.startswith((".", "/", "~")):
+        return Path(uri or "mlruns").expanduser().absolute().as_uri()
+    if uri.startswith("sqlite:///"):
+        path, mark, options = uri.removeprefix("sqlite:///").partition("?")
+        return f"sqlite:///{Path(path).absolute()}{mark}{options}" if path not in ("", ":memory:") else uri
+    if uri.startswith("file:") and not uri.startswith("file:/"):
+        return Path(uri.removeprefix("file:")).absolute().as_uri()
+    if ":" not in uri and not uri.startswith(("databricks", "uc")):
+        return Path(uri).absolute().as_uri()
+    return uri
+
+
+def open_delivery(settings: Mapping[str, Any]) -> "MLflowDelivery":
+    """The delivery to where `settings` say; imports mlflow."""
+    return MLflowDelivery(settings)
+
+
+class MLflowDelivery:
+    """One run's line to MLflow, 2.x or 3.x, through the public client.
+
+    The client's own retries are switched off: repeating a `create_run` that has arrived makes a second run.
+    """
+
+    most_points = 1000
+
+    def __init__(self, settings: Mapping[str, Any]):
+        _prepare(settings["tracking_uri"])
+        from mlflow.tracking import MlflowClient
+
+        self._settings = settings
+        self._uri: str = settings["tracking_uri"]
+        self._run_id = ""
+        self._experiment_id = ""
+        self._artifact_uri = ""
+        self._new_client: Any = MlflowClient
+        self._client: Any = None
+
+    def open(self, run: Identity, known: str | None) -> Remote:
+        """Find the run by id, then by our tag, or make it."""
+        with _explained("open the run"):
+            if self._client is None:
+                self._client = self._new_client(tracking_uri=self._uri)
+            wanted = self._settings["run_id"]
+            found = self._existing(wanted) if wanted else (self._existing(known) if known else None)
+            if wanted and found is None:
+                raise Closed(
+                    f"{self._uri}: there is no MLflow run {wanted!r}; expected the run that run_id names"
+                )
+            found = found or self._find(run) or self._create(run)
+            self._check_active(found)
+            tags = found.data.tags
+            owned = bool(wanted) or tags.get(_OWNER) == "user"
+            ours = tags.get(_OUR_ID) == run.run_id
+            self._run_id, self._experiment_id = found.info.run_id, found.info.experiment_id
+            self._artifact_uri = found.info.artifact_uri
+            if not ours or (owned and _OWNER not in tags):
+                self._client.set_tag(self._run_id, _OUR_ID, run.run_id)
+                if owned:
+                    self._client.set_tag(self._run_id, _OWNER, "user")
+            steps = {metric.key: metric.step for metric in _newest(found)} if ours else {}
+            return Remote(self._run_id, owned, steps, self._url(), self._command())
+
+    def key(self, name: str) -> str:
+        """The metric's name, with `_` for what MLflow does not take ('acc@1')."""
+        return re.sub(r"[^\w\-. :/]", "_", name)
+
+    def params(self, values: Mapping[str, str]) -> list[str]:
+        """Send parameters, a hundred at a time; where MLflow refuses one, the others one by one."""
+        from mlflow.entities import Param
+
+        notices = [
+            f"param {key}: {len(value)} characters cut to {_LONGEST_PARAM}"
+            for key, value in values.items()
+            if len(value) > _LONGEST_PARAM
+        ]
+        items = [Param(self.key(key), _cut(value, _LONGEST_PARAM)) for key, value in values.items()]
+        for start in range(0, len(items), _MOST_PARAMS):
+            notices += self._some_params(items[start : start + _MOST_PARAMS])
+        return notices
+
+    def _some_params(self, items: list[Any]) -> list[str]:
+        try:
+            with _explained("send parameters"):
+                self._client.log_batch(self._run_id, params=items)
+        except Refused as error:
+            if len(items) == 1:
+                return [f"param {items[0].key} was refused: {error}"]
+            return [notice for item in items for notice in self._some_params([item])]
+        return []
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        items = [RunTag(key, _cut(value, _LONGEST_TAG)) for key, value in values.items()]
+        with _explained("set tags"):
+            for start in range(0, len(items), _MOST_PARAMS):
+                self._client.log_batch(self._run_id, tags=items[start : start + _MOST_PARAMS])
+
+    def points(self, points: Sequence[Point]) -> None:
+        """Send points with their own times. SQL stores turn inf into 1.797e308; NaN stays."""
+        from mlflow.entities import Metric
+
+        items = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
+        with _explained("send metrics"):
+            self._client.log_batch(self._run_id, metrics=items)
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """All of them for an SQL store, which drops exact repeats; of others only what is newer than the newest.
+
+        A server does not say what its store is, so it is asked.
+        """
+        if urlsplit(self._uri).scheme.partition("+")[0] in _SQL:
+            return list(points)
+        with _explained("ask for the newest steps"):
+            run = self._client.get_run(self._run_id)
+        newest = {metric.key: (metric.step, metric.timestamp) for metric in _newest(run)}
+        return [p for p in points if p.key not in newest or (p.step, p.time_ms) > newest[p.key]]
+
+    def artifact(self, file: Path, folder: str) -> None:
+        """Upload one file."""
+        with _explained(f"upload {file.name}"):
+            self._client.log_artifact(self._run_id, str(file), folder or None)
+
+    def remove_artifacts(self, folder: str) -> None:
+        """Remove an uploaded folder, on stores that can (local, S3, Azure, GCS, through the server, ...)."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        try:
+            with _explained(f"remove {folder}"):
+                store: Any = get_artifact_repository(self._artifact_uri, tracking_uri=self._uri)
+                store.delete_artifacts(folder)
+        except (Refused, Closed, NotImplementedError, TypeError):
+            return
+
+    def running(self) -> None:
+        """RUNNING."""
+        with _explained("set the status"):
+            self._client.update_run(self._run_id, status="RUNNING")
+
+    def end(self, ending: Ending, time_ms: int) -> None:
+        """FINISHED, FAILED or KILLED."""
+        with _explained("set the status"):
+            self._client.set_terminated(self._run_id, status=ending.upper(), end_time=time_ms)
+
+    def check(self) -> None:
+        """Raise Closed if the run or its experiment was deleted."""
+        with _explained("look at the run"):
+            run = self._client.get_run(self._run_id)
+        self._check_active(run)
+
+    def _existing(self, run_id: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _find(self, run: Identity) -> Any:
+        """The run that carries our tag, the first of several."""
+        # The end of our id has no character that a filter would have to quote; the user's name may.
+        ending = run.run_id[-len("-YYYYMMDD-HHMMSS-XXXX") :].replace("'", "_")
+        found = self._client.search_runs(
+            [self._experiment()], filter_string=f"tags.`{_OUR_ID}` LIKE '%{ending}'", max_results=100
+        )
+        mine = [other for other in found if other.data.tags.get(_OUR_ID) == run.run_id]
+        return min(mine, key=lambda other: (other.info.start_time, other.info.run_id), default=None)
+
+    def _create(self, run: Identity) -> Any:
+        tags = {
+            _OUR_ID: run.run_id,
+            "mlflow.user": run.user,
+            "mlflow.source.name": run.source,
+            "mlflow.source.type": "LOCAL",
+        }
+        return self._client.create_run(
+            self._experiment(), start_time=run.started_ns // 1_000_000, tags=tags, run_name=run.name
+        )
+
+    def _experiment(self) -> str:
+        """The experiment's id; it is made where there is none of that name."""
+        from mlflow.exceptions import MlflowException
+
+        name, number = self._settings["experiment"], self._settings["experiment_id"]
+        if not name:
+            return str(number or "0")
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = self._client.get_experiment_by_name(name)
+        if found.lifecycle_stage == "deleted":
+            raise Closed(
+                f"{self._uri}: the experiment {name!r} was deleted; restore it with `mlflow experiments restore "
+                f"--experiment-id {found.experiment_id}`, or name another"
+            )
+        return str(found.experiment_id)
+
+    def _check_active(self, run: Any) -> None:
+        if run.info.lifecycle_stage == "deleted":
+            raise Closed(
+                f"{self._uri}: the MLflow run {run.info.run_id} was deleted; restore it with `mlflow runs restore "
+                f"--run-id {run.info.run_id}`, then `interlock sync`"
+            )
+
+    def _url(self) -> str:
+        if not self._uri.startswith("http"):
+            return ""
+        return f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
+
+    def _command(self) -> str:
+        return "" if self._uri.startswith("http") else f"mlflow ui --backend-store-uri {self._uri}"
+
+
+def _newest(run: Any) -> list[Any]:
+    """For each key of a run, the metric with the highest step. (`data.metrics` leaves the step out.)"""
+    return list(run.data._metric_objs)
+
+
+def _cut(value: str, longest: int) -> str:
+    return value if len(value) <= longest else value[: longest - 1] + "…"
+
+
+# Codes by which a server says that it has understood, and will not.
+_REFUSALS = {
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "ALREADY_EXISTS",
+    "NOT_IMPLEMENTED",
+}
+_GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+_RETRIED_STATUS = {401, 403, 404, 408, 409, 425, 429}
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Whatever MLflow raises, as one of our three answers.
+
+    A 404 or 403 that is not MLflow's own is that of a proxy whose server is away, or of a token that has run out.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
+
+    try:
+        yield
+    except (Unavailable, Refused, Closed):
+        raise
+    except UnsupportedModelRegistryStoreURIException as error:
+        raise Closed(f"cannot {what}: {_first_line(error)}") from error
+    except MlflowException as error:
+        text = f"cannot {what}: {_first_line(error)}"
+        if error.error_code in _GONE:
+            raise Closed(text) from error
+        if error.error_code in _REFUSALS:
+            raise Refused(text) from error
+        raise Unavailable(text) from error
+    except Exception as error:  # of requests, SQLAlchemy, boto3, a plugin: they have no base class in common
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        text = f"cannot {what}: {type(error).__name__}: {_first_line(error)}"
+        if isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS:
+            raise Refused(text) from error
+        raise Unavailable(text) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return _cut((str(error).strip() or type(error).__name__).splitlines()[0], 500)
+
+
+def _prepare(uri: str) -> None:
+    """Set up this process for an mlflow without a person in front of it; before it is imported."""
+    # Its own retries would repeat a create_run, and hide an outage for minutes.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # The settings say where to, once and for all.
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
