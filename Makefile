@@ -1,0 +1,47 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Both rest on one full install into .venv.
+# PIP_ARGS is passed on to every pip install, e.g. `make demo PIP_ARGS=--no-index`.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-long test-stock lint install clean help
+
+help:
+	@echo "make demo        install, then train a new run on scikit-learn's digits"
+	@echo "make test        install, then run the tests (at most 6 minutes on 2 cores)"
+	@echo "make test-long   the longer tests as well"
+	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
+	@echo "make lint        ruff, mypy --strict, import-linter"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) pip setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[dev,examples]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(STAMP)
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2
+
+test-stock: $(STAMP)
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/stock/run_stock_tests.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
