@@ -85,7 +85,7 @@ def fingerprint(root: Path) -> dict[str, str]:
 def digest(tree: object) -> str:
     from orchestrator.snapshot.capture import digests
 
-    return hashlib.sha256(repr(sorted(digests(tree).items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(digests({"": tree}).items())).encode()).hexdigest()
 
 
 def main() -> int:

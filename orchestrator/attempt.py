@@ -55,9 +55,9 @@ class Clock:
 
     __slots__ = ("_mark", "_offset", "_read")
 
-    def __init__(self) -> None:
+    def __init__(self, like: Clock | None = None) -> None:
         self._read = time.perf_counter_ns
-        self._offset = time.time_ns() - self._read()
+        self._offset: int = like._offset if like is not None else time.time_ns() - self._read()
         self._mark = self._read()
 
     def restart(self) -> None:
@@ -81,6 +81,8 @@ class Attempt:
         self.run = run
         self.closed = False
         self.clock = Clock()
+        self.validation_clock = Clock(self.clock)
+        """Of its own, because a validation is part of the transition that it happens in."""
         self.state = State.IDLE if plan.checkpoint is None else State.HALTED
         """The last journaled state of the training."""
         self.seq = 0
@@ -179,7 +181,7 @@ class Attempt:
 
     def record_validation(self, arc: int, name: str, work: BatchWork) -> None:
         """Write down a transition of a validation pass."""
-        now, elapsed = self.clock.lap()
+        now, elapsed = self.validation_clock.lap()
         scope = self._validation_scopes[f"validation/{name}"]
         loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
         place = work.place

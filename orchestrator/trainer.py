@@ -611,6 +611,8 @@ class Trainer:
         values: dict[str, float] = {}
         for name, evaluation in self._evaluations.items():
             self.validating = name
+            if self._attempt is not None:
+                self._attempt.validation_clock.restart()
             found = evaluation.run(self.validation_model, self.epoch, lambda: self._requests.halt is not None)
             values.update({f"{name}/{key}": value for key, value in found.items()})
         self.validating = None
