@@ -7,9 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tracking.delivery import Tracker
-    from tracking.mlflow_delivery import MLflow
-
     from orchestrator.callbacks.base import Callback
     from orchestrator.callbacks.checkpointing import Checkpointing
     from orchestrator.callbacks.early_stopping import EarlyStopping
@@ -24,6 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.seeding import seed_everything
     from orchestrator.trainer import Trainer
     from states.errors import InterlockError
+    from tracking.delivery import Tracker
+    from tracking.mlflow_delivery import MLflow
 
 __all__ = [
     "EMA",

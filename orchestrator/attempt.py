@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 import transitions
-from tracking.shipper import start_shipper
 
 from orchestrator.callbacks.checkpointing import best_of, kept
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream
 from orchestrator.requests import HaltRequest
-from orchestrator.snapshot.info import CheckpointInfo, info_of
+from orchestrator.snapshot.info import CheckpointInfo, readable
 from orchestrator.snapshot.storage import (
     checkpoint_name,
     clean_leftovers,
-    list_checkpoints,
     remove_checkpoint,
 )
 from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
@@ -37,6 +35,7 @@ from states.table import ARCS, State, Trigger
 from tracking.journal import open_attempt
 from tracking.rows import AttemptStart, CheckpointRow, Outcome
 from tracking.runs import Lease, RunFolder, create_run
+from tracking.shipper import start_shipper
 
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
@@ -257,7 +256,7 @@ class Attempt:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The run's checkpoints on disk, newest first."""
-        return [info_of(path) for path in list_checkpoints(self.run.checkpoints)]
+        return readable(self.run.checkpoints)
 
     def best(self) -> CheckpointInfo | None:
         """The best of them by the metric that is watched; None where none is."""

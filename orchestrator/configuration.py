@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from tracking.delivery import Tracker
-from tracking.mlflow_delivery import MLflow
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -24,6 +22,8 @@ from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
 from orchestrator.work import supervised
+from tracking.delivery import Tracker
+from tracking.mlflow_delivery import MLflow
 from tracking.runs import check_name
 
 __all__ = ["UNSET", "Settings", "check", "check_schedulers", "restore_determinism", "set_determinism"]

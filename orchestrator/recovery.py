@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracking.shipper import status
-
 from orchestrator.callbacks.checkpointing import BEFORE_THE_END, Checkpointing, best_of
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream, compare_fingerprints
@@ -18,8 +16,8 @@ from orchestrator.errors import ConfigurationError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
 from orchestrator.snapshot import capture
-from orchestrator.snapshot.info import CheckpointInfo, info_of
-from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_checkpoint
+from orchestrator.snapshot.info import CheckpointInfo, info_of, readable
+from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.state import TrainingState
 from orchestrator.work import Limits, Place
 from states.errors import InterlockError
@@ -27,6 +25,7 @@ from states.table import State
 from tracking.journal import Journal, settle
 from tracking.rows import Attempt
 from tracking.runs import Lease, RunFolder, find_run, list_runs
+from tracking.shipper import status
 
 __all__ = [
     "CheckpointMismatch",
@@ -124,7 +123,7 @@ def _plan_for(
         _refuse_to_meet_again(run, attempts[-1])
     if checkpoint is not None:
         return Plan(run, _read(checkpoint), lease)
-    infos = not_superseded(_readable(run), attempts)
+    infos = not_superseded(readable(run.checkpoints), attempts)
     found = _newest(infos)
     if found is None:
         if auto:
@@ -163,16 +162,6 @@ def _left(place: Mapping[str, Any], limits: Limits) -> bool:
     situation = Situation()
     limits.apply(situation, Place(**place))
     return situation.epochs_left and situation.batches_left
-
-
-def _readable(run: RunFolder) -> list[CheckpointInfo]:
-    infos = []
-    for path in list_checkpoints(run.checkpoints):
-        try:
-            infos.append(info_of(path))
-        except (CheckpointDamaged, KeyError) as error:
-            warnings.warn(f"passing over checkpoint {path.name}: {error}", stacklevel=5)
-    return infos
 
 
 def not_superseded(infos: Iterable[CheckpointInfo], attempts: Sequence[Attempt]) -> list[CheckpointInfo]:
@@ -275,7 +264,7 @@ def result(
 ) -> Result:
     """What `fit` returns for a run as it stands on disk."""
     with Journal.open(run) as journal:
-        infos = not_superseded(_readable(run), list(journal.attempts()))
+        infos = not_superseded(readable(run.checkpoints), list(journal.attempts()))
     best = best_of(infos, settings.best, settings.mode) if settings is not None else None
     try:
         delivered = status(run).remote_run_id

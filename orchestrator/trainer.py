@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from tracking.delivery import Tracker
 
 from orchestrator import configuration, recovery
 from orchestrator.attempt import Attempt
@@ -34,6 +33,7 @@ from orchestrator.signals import GiveWay, Signals, in_notebook, leave
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
 from orchestrator.work import Limits, Place, TrainingWork
 from states.table import TERMINAL, TRAINING, Arc, State, Trigger
+from tracking.delivery import Tracker
 from tracking.rows import Outcome
 from tracking.runs import RunFolder
 

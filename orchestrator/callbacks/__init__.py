@@ -1,0 +1,1 @@
+"""Callbacks: the base class, and a file for each built-in one."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.snapshot.storage import read_manifest
+from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_manifest
 from states.table import State
 
-__all__ = ["CheckpointInfo", "info_of"]
+__all__ = ["CheckpointInfo", "info_of", "readable"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,17 @@ class CheckpointInfo:
     def name(self) -> str:
         """The name of its folder."""
         return self.path.name
+
+
+def readable(parent: Path) -> list[CheckpointInfo]:
+    """The checkpoints in `parent` whose manifests can be read, newest first; damaged ones are named in a warning."""
+    infos = []
+    for path in list_checkpoints(parent):
+        try:
+            infos.append(info_of(path))
+        except (CheckpointDamaged, KeyError) as error:
+            warnings.warn(f"passing over checkpoint {path.name}: {error}", stacklevel=3)
+    return infos
 
 
 def info_of(path: Path) -> CheckpointInfo:

@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from orchestrator.snapshot.chunks import CHUNK, TOGETHER, InParallel, after, chunked, sha256
+from orchestrator.snapshot.chunks import CHUNK, InParallel, chunked, sha256
 from orchestrator.snapshot.encoding import DecodingError, Encoded, decode
 from orchestrator.snapshot.filesystem import DISK, FileSystem, discard, write_file
 from orchestrator.snapshot.manifest import (
@@ -32,10 +31,8 @@ from orchestrator.snapshot.tensor_file import (
     METADATA,
     HeaderError,
     buffers,
-    header_length,
-    memory,
-    read_header,
 )
+from orchestrator.snapshot.verified_file import VerifiedFile
 from states.errors import InterlockError
 
 __all__ = [
@@ -64,8 +61,6 @@ _MODEL = "model.safetensors"
 _STATE = "state.safetensors"
 _DOCUMENT = "state.json"
 _LEFTOVER = ".tmp-"
-# What a disk says of a file that is gone or unreadable; other errors (no memory, no permission) tell nothing of it.
-_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
 
 
 class CheckpointWriteError(InterlockError, OSError):
@@ -212,7 +207,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
     Raises CheckpointDamaged, naming file, byte range and digests, or CheckpointFormatError.
     """
     manifest = read_manifest(path)
-    document, model, state = (_OneFile(path, name, manifest) for name in (_DOCUMENT, _MODEL, _STATE))
+    document, model, state = (VerifiedFile(path, name, manifest) for name in (_DOCUMENT, _MODEL, _STATE))
     try:
         found = json.loads(document.content())
         tensors = _by_path(model.tensors(), state.tensors(), found["weights"])
@@ -229,7 +224,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(path)
     for name in manifest["files"]:
-        _OneFile(path, name, manifest).verify()
+        VerifiedFile(path, name, manifest).verify()
     return manifest
 
 
@@ -243,104 +238,6 @@ def _by_path(
             # Where two paths lead to one plain name, the other one is in the file of all else.
             found.setdefault(beginning + name, tensor)
     return found
-
-
-class _OneFile:
-    """A file of a checkpoint, as its manifest says it should be."""
-
-    def __init__(self, folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._name = name
-        if name not in manifest["files"]:
-            raise CheckpointFormatError(
-                f"checkpoint {folder}: found the files {sorted(manifest['files'])}, expected {name} among them. "
-                "Upgrade interlock to read it."
-            )
-        self._record = FileRecord(**manifest["files"][name])
-
-    def content(self) -> bytearray:
-        """All of it, verified."""
-        with self._open() as file:
-            content = bytearray(self._record.size)
-            self._read(file, [memoryview(content)])
-        return content
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a file of tensors holds, verified."""
-        with self._open() as file:
-            header = self._header(file)
-            entries = read_header(header, self._record.size)
-            made = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries}
-            views = [memory(tensor) for tensor in made.values() if tensor.numel()]
-            self._read(file, [memoryview(bytearray(len(header))), *views])
-        return made
-
-    def verify(self) -> None:
-        """Read all of it, and keep nothing."""
-        with self._open() as file:
-            numbers = range(len(self._record.sha256))
-            with InParallel(lambda number: self._check(file, number), numbers) as checking:
-                checking.results()
-
-    def _check(self, file: int, number: int) -> None:
-        self._chunk(file, number)
-
-    def _chunk(self, file: int, number: int) -> bytearray:
-        first = number * self._record.chunk_size
-        content = bytearray(min(self._record.chunk_size, self._record.size - first))
-        self._fill(file, number, [memoryview(content)])
-        return content
-
-    def _header(self, file: int) -> bytes:
-        """Length and header, from chunks that are verified before they are believed."""
-        if not self._record.sha256:
-            raise HeaderError("an empty file")
-        content = self._chunk(file, 0)
-        length = header_length(content, self._record.size)
-        number = 1
-        while len(content) < length:
-            content += self._chunk(file, number)
-            number += 1
-        return bytes(content[:length])
-
-    @contextmanager
-    def _open(self) -> Iterator[int]:
-        try:
-            file = os.open(self._folder / self._name, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                size = os.fstat(file).st_size
-                if size != self._record.size:
-                    raise self._damaged(f"found {size} bytes, expected {self._record.size}")
-                yield file
-            finally:
-                os.close(file)
-        except OSError as error:
-            if error.errno not in _DAMAGE:
-                raise
-            raise self._damaged(f"it cannot be read ({error.strerror})") from error
-
-    def _read(self, file: int, views: Sequence[memoryview]) -> None:
-        """Read the whole file into `views`, which have its size, and compare every digest."""
-        chunks = list(enumerate(chunked(views, self._record.chunk_size)))
-        with InParallel(lambda chunk: self._fill(file, *chunk), chunks) as reading:
-            reading.results()
-
-    def _fill(self, file: int, number: int, chunk: Sequence[memoryview]) -> None:
-        first = position = number * self._record.chunk_size
-        left = chunk
-        while left:
-            count = os.preadv(file, left[:TOGETHER], position)
-            if count == 0:
-                raise self._damaged(f"it ends at byte {position}, expected {self._record.size} bytes")
-            left, position = after(left, count), position + count
-        found, expected = sha256(chunk), self._record.sha256[number]
-        if found != expected:
-            raise self._damaged(
-                f"bytes {first} to {position - 1}: found SHA-256 {found[:16]}…, expected {expected[:16]}…"
-            )
-
-    def _damaged(self, what: str) -> CheckpointDamaged:
-        return CheckpointDamaged(self._folder, f"{self._name}: {what}")
 
 
 # -- all of a run's checkpoints ----------------------------------------------------------------------

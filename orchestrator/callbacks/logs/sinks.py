@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 import warnings
@@ -85,6 +87,7 @@ class LiveConsole:
 
     def __init__(self, progress: Callable[[], Progress], *streams: TextIO) -> None:
         self._console = Console(file=streams[0], force_terminal=True, highlight=False, soft_wrap=True)
+        self._stream = streams[0]
         self._ascii_only = not (streams[0].encoding or "").lower().startswith("utf")
         self._progress = progress
         self.terminal = Terminal(*streams)
@@ -104,9 +107,17 @@ class LiveConsole:
         """Draw the line now."""
         self._drawn = time.monotonic()
         self._next = self._drawn + self.INTERVAL
-        # A column is left free: terminals wrap when the last one is written.
-        line = paint(self._progress(), self._console.width - 1, self._ascii_only)
+        line = paint(self._progress(), self._width, self._ascii_only)
         self._show(self._rendered(line))
+
+    @property
+    def _width(self) -> int:
+        """The columns of the terminal but one: terminals wrap when the last one is written."""
+        # rich asks the process's own descriptors, which need not be this terminal.
+        try:
+            return max(1, os.get_terminal_size(self._stream.fileno()).columns - 1)
+        except (OSError, ValueError):
+            return 79
 
     def _show(self, line: str) -> None:
         self._last = line
@@ -125,7 +136,7 @@ class LiveConsole:
         """Print the record above the line."""
         shown = self.terminal.shown
         try:
-            self.terminal.print(self._rendered(styled(record, self._console.width - 1)))
+            self.terminal.print(self._rendered(styled(record, self._width)))
             if shown and record.kind not in ("done", "halt"):
                 self.terminal.show(self._last)
         except (OSError, ValueError):
@@ -194,7 +205,8 @@ class FileLog:
                 try:
                     self._file.write(record.file_line + "\n")
                 except OSError as error:
-                    failure, self._file = error, None
+                    failure = error
+                    self._let_go()
         if failure is not None:
             self._give_up(failure)
 
@@ -204,9 +216,13 @@ class FileLog:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            if self._file is not None:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is in its buffer is tried once more
                 self._file.close()
-                self._file = None
+            self._file = None
 
 
 class FunctionSink:

@@ -55,7 +55,9 @@ class Terminal:
                 self._erase()
                 written = write(text)
                 if text:
-                    self._line_begun = 0.0 if text.endswith("\n") else time.monotonic()
+                    # The second is what another live line, of a training within this one, leaves behind.
+                    ended = text.endswith(("\n", _ERASE))
+                    self._line_begun = 0.0 if ended else time.monotonic()
             return written
 
         def flush_above() -> None:

@@ -1,0 +1,68 @@
+"""What commands take from the command line alike: RUN, --root, --json."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tracking.runs import RunFolder, find_run
+
+__all__ = ["json_option", "reference", "root_of", "root_option", "run_argument"]
+
+_DEFAULT_ROOT = Path("runs")
+_ROOT = "orchestrator.commands.root"
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def root_of(ctx: click.Context) -> Path:
+    """The folder of runs that was chosen, before the command's name or after it."""
+    found = ctx.meta.get(_ROOT, _DEFAULT_ROOT)
+    assert isinstance(found, Path)
+    return found
+
+
+def _keep_root(ctx: click.Context, _: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        ctx.meta[_ROOT] = value  # shared with the commands below
+
+
+def root_option(command: Decorated) -> Decorated:
+    """`--root`, which both the group and each command have."""
+    return click.option(
+        "--root",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help=f"The folder that runs are in.  [default: {_DEFAULT_ROOT}]",
+        callback=_keep_root,
+        expose_value=False,
+        is_eager=True,
+    )(command)
+
+
+def _find(ctx: click.Context, _: click.Parameter, value: str | None) -> RunFolder | None:
+    return None if value is None else find_run(value, root_of(ctx))
+
+
+def run_argument(*, required: bool = True) -> Callable[[Decorated], Decorated]:
+    """RUN, handed over as `run: RunFolder` (None where it is not required and not given).
+
+    Raises RunNotFound, which lists what comes nearest.
+    """
+    return click.argument("run", metavar="RUN" if required else "[RUN]", callback=_find, required=required)
+
+
+def json_option(command: Decorated) -> Decorated:
+    """`--json`, handed over as `as_json: bool`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def reference(run: RunFolder, root: Path) -> str:
+    """How to name this very run in a command typed in this folder, quoted for a shell."""
+    if run.path == _DEFAULT_ROOT.resolve() / run.id:
+        return shlex.quote(run.id)
+    if run.path == root.resolve() / run.id:
+        return shlex.quote(str(root / run.id))
+    return shlex.quote(str(run.path))

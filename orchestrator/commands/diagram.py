@@ -1,0 +1,74 @@
+"""`interlock diagram`: the machine drawn, with how often and how long of a run."""
+
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from orchestrator.commands.arguments import root_option, run_argument
+from states.diagram import mermaid, svg
+from states.table import TRAINING, Arc, State, Trigger
+from tracking.journal import TRAIN
+from tracking.runs import RunFolder
+from tracking.schema import connect_to_read
+
+__all__ = ["diagram"]
+
+_DRAWN = {"svg": svg, "mermaid": mermaid}
+_ENDINGS = {".mmd": "mermaid", ".mermaid": "mermaid", ".md": "mermaid"}
+
+
+@click.command()
+@run_argument(required=False)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(list(_DRAWN)),
+    help="Default: mermaid for a FILE that ends in .mmd, .mermaid or .md, else svg.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Where to, instead of standard output.",
+)
+@root_option
+def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> None:
+    """Draw the states of a training and its transitions.
+
+    With a RUN, each transition shows how often it was made and how long it took on average; what was
+    superseded by a resume does not count.
+
+    \b
+    Example:
+      interlock diagram -o machine.svg
+      interlock diagram digits --format mermaid
+    """
+    if form is None:
+        form = _ENDINGS.get(output.suffix, "svg") if output else "svg"
+    draw = _DRAWN[form]
+    text = draw(TRAINING) if run is None else draw(TRAINING, *_counts_and_times(run))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{output}: cannot be written ({error.strerror})") from error
+    click.echo(f"drawn: {output}", err=True)
+
+
+def _counts_and_times(run: RunFolder) -> tuple[dict[Arc, int], dict[Arc, float]]:
+    """How often each transition of the training was made, and its mean duration in nanoseconds."""
+    with closing(connect_to_read(run.journal)) as connection:
+        rows = connection.execute(
+            """SELECT trigger, source, dest, count(*), avg(duration_ns) FROM transitions WHERE scope = ?
+               GROUP BY trigger, source, dest""",
+            (TRAIN,),
+        ).fetchall()
+    found = {
+        Arc(Trigger(trigger), State(source), State(dest)): (count, mean)
+        for trigger, source, dest, count, mean in rows
+    }
+    return {arc: count for arc, (count, _) in found.items()}, {arc: mean for arc, (_, mean) in found.items()}

@@ -1,0 +1,247 @@
+"""Is a journal what it should be? Its rows are read once, by checks that each watch over one thing."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestrator.commands.layout import count
+from states.language import JournalReader, Move, Reader
+from states.table import TRAINING, State, Trigger
+from tracking.journal import TRAIN, Attempt, Transition
+
+__all__ = ["Finding", "Question", "ask", "questions"]
+
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, said in words with counts; `good` is False for something that is wrong."""
+
+    part: str
+    text: str
+    good: bool = True
+
+
+class Question(Protocol):
+    """Watches over one property of a journal while its rows go by."""
+
+    part: str
+
+    def see(self, found: Transition) -> str | None:
+        """Look at the next row, superseded ones included; what is wrong with it, if anything is."""
+
+    def end(self) -> Iterator[str]:
+        """What is wrong with the whole."""
+
+    def good(self) -> str:
+        """What has been proved, if nothing was wrong."""
+
+
+def questions(attempts: Sequence[Attempt]) -> list[Question]:
+    """Everything that is asked of a journal with these attempts; the last may have no end yet."""
+    return [Numbers(attempts), Words(attempts), Superseding(attempts), Batches(), Ends(attempts)]
+
+
+def ask(asked: Sequence[Question], rows: Iterable[Transition]) -> list[Finding]:
+    """Show every row to every question, and collect what they found."""
+    wrong: list[list[str]] = [[] for _ in asked]
+    for found in rows:
+        for question, problems in zip(asked, wrong, strict=True):
+            problem = question.see(found)
+            if problem is not None:
+                problems.append(f"transition {found.seq}: {problem}")
+    findings = []
+    for question, problems in zip(asked, wrong, strict=True):
+        problems[:0] = question.end()
+        findings += [Finding(question.part, text, good=False) for text in problems[:_MOST_NAMED]]
+        if len(problems) > _MOST_NAMED:
+            more = f"and {len(problems) - _MOST_NAMED:,} more of this kind"
+            findings.append(Finding(question.part, more, good=False))
+        if not problems:
+            findings.append(Finding(question.part, question.good()))
+    return findings
+
+
+class Numbers:
+    """Every transition is there once: seq goes up by one from 1, and each is of the attempt it falls to."""
+
+    part = "transitions"
+
+    def __init__(self, attempts: Sequence[Attempt]):
+        self._attempts = attempts
+        self._next = 1
+        self._current = 0
+
+    def see(self, found: Transition) -> str | None:
+        expected, self._next = self._next, found.seq + 1
+        while (
+            self._current + 1 < len(self._attempts)
+            and self._attempts[self._current + 1].first_seq <= found.seq
+        ):
+            self._current += 1
+        if found.seq != expected:
+            missing = f"{expected}" if found.seq == expected + 1 else f"{expected} to {found.seq - 1}"
+            return f"expected {expected} here; missing: {missing}"
+        if found.attempt != self._attempts[self._current].attempt:
+            return (
+                f"is of attempt {found.attempt}, but falls to attempt {self._attempts[self._current].attempt}"
+            )
+        return None
+
+    def end(self) -> Iterator[str]:
+        late = [attempt for attempt in self._attempts if attempt.first_seq > self._next]
+        for attempt in late[:1]:
+            yield (
+                f"attempt {attempt.attempt} begins with transition {attempt.first_seq}; "
+                f"the last before it is {self._next - 1}"
+            )
+
+    def good(self) -> str:
+        return f"{count(self._next - 1, 'transition')} of {count(len(self._attempts), 'attempt')}, none is missing"
+
+
+class Words:
+    """What stands is one legal word, and each validation pass is; so was every attempt when it was made."""
+
+    part = "words"
+
+    def __init__(self, attempts: Sequence[Attempt]):
+        self._standing = JournalReader()
+        self._of_attempts = {
+            attempt.attempt: Reader(TRAINING, State.IDLE if attempt.attempt == 1 else State.HALTED)
+            for attempt in attempts
+        }
+        self._moves = self._passes = 0
+
+    def see(self, found: Transition) -> str | None:
+        problem = None
+        if found.scope == TRAIN and found.attempt in self._of_attempts:
+            move = Move(found.trigger, found.source, found.dest)
+            problem = self._of_attempts[found.attempt].feed(move, begins_attempt=False)
+        if not found.superseded:
+            self._moves += found.scope == TRAIN
+            self._passes += found.scope != TRAIN and found.source is State.IDLE
+            problem = self._standing.feed(found) or problem
+        return problem
+
+    def end(self) -> Iterator[str]:
+        return iter(())
+
+    def good(self) -> str:
+        state = self._standing.training.state.value
+        passes = f"; {count(self._passes, 'validation pass', 'validation passes')}" if self._passes else ""
+        return f"the training's {self._moves:,} are a legal word, up to {state}{passes}"
+
+
+class Superseding:
+    """A row is superseded just if a later attempt went back behind it; each went back to a row that stood."""
+
+    part = "superseding"
+
+    def __init__(self, attempts: Sequence[Attempt]):
+        self._attempts = attempts
+        self._to_come = {attempt.position: attempt for attempt in attempts if attempt.position}
+        self._limits = {attempt.attempt: _limit(attempt.attempt, attempts) for attempt in attempts}
+        self._hidden = 0
+
+    def see(self, found: Transition) -> str | None:
+        self._hidden += found.superseded
+        back = self._to_come.pop(found.seq, None)
+        if back is not None:
+            stood = _limit(found.attempt, self._attempts[: back.attempt - 1])
+            if found.scope != TRAIN or found.attempt >= back.attempt or found.seq > stood:
+                return (
+                    f"attempt {back.attempt} went back to it; expected a training transition that stood then"
+                )
+        if found.superseded != (found.seq > self._limits.get(found.attempt, math.inf)):
+            return f"is {'' if found.superseded else 'not '}superseded; the attempts' positions say otherwise"
+        return None
+
+    def end(self) -> Iterator[str]:
+        for position, attempt in self._to_come.items():
+            yield f"attempt {attempt.attempt} went back to transition {position}, which is missing"
+        for attempt in self._attempts:
+            limit = math.inf if attempt.kept_until is None else attempt.kept_until
+            if limit != self._limits[attempt.attempt]:
+                yield f"attempt {attempt.attempt} stands up to {limit}; the attempts' positions say otherwise"
+
+    def good(self) -> str:
+        resumes = sum(attempt.position is not None for attempt in self._attempts)
+        if not resumes:
+            return "nothing is superseded"
+        return (
+            f"{count(self._hidden, 'transition')} superseded by {count(resumes, 'resume')}, the rest stands"
+        )
+
+
+def _limit(attempt: int, attempts: Sequence[Attempt]) -> float:
+    """The seq up to which an attempt's transitions stand, after all these attempts."""
+    positions = (later.position for later in attempts if later.attempt > attempt)
+    return min((position for position in positions if position is not None), default=math.inf)
+
+
+class Batches:
+    """In what stands of the training, epochs and batches follow one another: none is skipped or repeated."""
+
+    part = "batches"
+
+    def __init__(self) -> None:
+        self._epoch = self._batch = -1
+        self._fetched = 0
+
+    def see(self, found: Transition) -> str | None:
+        if found.superseded or found.scope != TRAIN:
+            return None
+        if found.trigger is Trigger.BEGIN_EPOCH:
+            expected = (self._epoch + 1, -1)
+        elif found.trigger is Trigger.FETCH:
+            expected = (self._epoch, self._batch + 1)
+            self._fetched += 1
+        else:
+            return None
+        self._epoch, self._batch = found.epoch, found.batch
+        if (found.epoch, found.batch) != expected:
+            place = f"epoch {found.epoch}, batch {found.batch}"
+            return f"{found.trigger.value} of {place}; expected epoch {expected[0]}, batch {expected[1]}"
+        return None
+
+    def end(self) -> Iterator[str]:
+        return iter(())
+
+    def good(self) -> str:
+        batches = count(self._fetched, "batch", "batches")
+        return f"{batches} of {count(self._epoch + 1, 'epoch')} in order, none skipped or repeated"
+
+
+class Ends:
+    """Each attempt's end says what its last training transition says."""
+
+    part = "attempts"
+
+    def __init__(self, attempts: Sequence[Attempt]):
+        self._attempts = attempts
+        self._last: dict[int, State] = {}
+
+    def see(self, found: Transition) -> str | None:
+        if found.scope == TRAIN:
+            self._last[found.attempt] = found.dest
+        return None
+
+    def end(self) -> Iterator[str]:
+        for attempt in self._attempts:
+            if attempt.outcome is None:
+                if attempt is not self._attempts[-1]:
+                    yield f"attempt {attempt.attempt} has no end, though a later one has begun"
+                continue
+            state = self._last.get(attempt.attempt, State.IDLE if attempt.attempt == 1 else State.HALTED)
+            if attempt.end_state is not state:
+                ended = attempt.end_state.value if attempt.end_state else "nowhere"
+                yield f"attempt {attempt.attempt} ended in {ended}, its last transition leads to {state.value}"
+            if attempt.outcome == "done" and state is not State.DONE:
+                yield f"attempt {attempt.attempt} is said to be done, its last transition leads to {state.value}"
+
+    def good(self) -> str:
+        outcomes = ", ".join(attempt.outcome or "running" for attempt in self._attempts)
+        return f"{count(len(self._attempts), 'attempt')} ({outcomes}), each ends where its transitions do"

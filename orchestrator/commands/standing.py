@@ -1,0 +1,180 @@
+"""Where a run stands, read from its lease, journal and flight recorder without holding anyone up."""
+
+from collections.abc import Collection
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+from states.table import State
+from tracking.journal import TRAIN, Attempt, Journal, Transition
+from tracking.packing import ROW_LENGTH
+from tracking.runs import Holder, RunFolder, lease_holder
+from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, connect_to_read
+
+__all__ = [
+    "Life",
+    "Measured",
+    "Place",
+    "Standing",
+    "newest_metrics",
+    "places_of",
+    "read_life",
+    "standing_of",
+]
+
+_KEPT = "(attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"
+
+
+@dataclass(frozen=True)
+class Life:
+    """Is somebody at work on the run? `died`: the last attempt has no end, and nobody holds the lease."""
+
+    holder: Holder | None
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def running(self) -> bool:
+        """An attempt is under way."""
+        return self.holder is not None and self._open
+
+    @property
+    def died(self) -> bool:
+        """The last attempt's process died, and nothing has settled it yet."""
+        return self.holder is None and self._open
+
+    @property
+    def _open(self) -> bool:
+        return bool(self.attempts) and self.attempts[-1].outcome is None
+
+
+def read_life(run: RunFolder, journal: Journal) -> Life:
+    """Read lease and attempts so that neither an attempt's beginning nor its end looks like a death."""
+    # The lease first: an attempt that ends in between has its end by then. One that begins in between
+    # took the lease before it wrote its row, so that a second look finds it.
+    holder = lease_holder(run)
+    life = Life(holder, tuple(journal.attempts()))
+    return Life(lease_holder(run), life.attempts) if life.died else life
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The newest values of one scope: of an epoch, or (`batch` is not -1) of a validation in mid-epoch."""
+
+    scope: str
+    epoch: int
+    batch: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a transition led to; `epoch` and `batch` are -1 where there is none."""
+
+    epoch: int
+    batch: int
+    state: State
+
+    def __str__(self) -> str:
+        if self.epoch < 0:
+            return "before epoch 0"
+        return f"at epoch {self.epoch}" + (f", batch {self.batch}" if self.batch >= 0 else "")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the training of a run stands; `last` is its newest transition that is not superseded."""
+
+    run: RunFolder
+    life: Life
+    last: Transition | None
+    batches: int | None
+    """Batches done over all epochs; None where none has been measured."""
+    loss: float | None
+    """Of the newest batch."""
+
+    @property
+    def kind(self) -> Literal["new", "running", "died", "ended"]:
+        """What is going on with the run."""
+        if not self.life.attempts:
+            return "new"
+        if self.life.running:
+            return "running"
+        return "died" if self.life.died else "ended"
+
+    @property
+    def state(self) -> State:
+        """The state of the training; of one that died, the state it died in."""
+        if self.life.attempts and self.life.attempts[-1].end_state is not None:
+            return self.life.attempts[-1].end_state
+        # A later attempt begins in HALTED, before its first transition.
+        if self.last is None or self.last.attempt != self.life.attempts[-1].attempt:
+            return State.IDLE if len(self.life.attempts) <= 1 else State.HALTED
+        return self.last.dest
+
+    @property
+    def place(self) -> Place:
+        """State, epoch, and the index of the batch within it."""
+        return Place(self.last.epoch, self.last.batch, self.state) if self.last else Place(-1, -1, self.state)
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs are complete."""
+        if self.last is None:
+            return 0
+        ended = {self.last.source, self.last.dest} & {State.EPOCH_END, State.DONE}
+        begun_anew = self.last.dest is State.EPOCH_START
+        return self.last.epoch + (1 if ended and not begun_anew else 0)
+
+
+def standing_of(run: RunFolder, journal: Journal) -> Standing:
+    """Where the run stands now: of an attempt that has no end, the flight recorder is asked as well."""
+    life = read_life(run, journal)
+    last = journal.last_transition(TRAIN, live=life.running or life.died)
+    batches, loss = _newest_batch(run)
+    return Standing(run, life, last, batches, loss)
+
+
+def _newest_batch(run: RunFolder) -> tuple[int | None, float | None]:
+    """The step and the loss of the newest batch that has been measured."""
+    with closing(connect_to_read(run.journal)) as connection:
+        rows = connection.execute(
+            f"""{UNPACKED_METRICS} WHERE scopes.name = ? AND packed.batch >= 0 AND {_KEPT}
+                ORDER BY packed.id DESC LIMIT 64""",
+            (TRAIN,),
+        ).fetchall()
+    newest = rows[0][5] if rows else None
+    losses = [float(value) for *_, step, key, value, _, _, _ in rows if (step, key) == (newest, "loss")]
+    return newest, (losses[0] if losses else None)
+
+
+def newest_metrics(run: RunFolder) -> list[Measured]:
+    """For each scope the newest epoch's metrics, in the order they were measured; training first."""
+    with closing(connect_to_read(run.journal)) as connection:
+        rows = connection.execute(
+            f"""{UNPACKED_METRICS} WHERE (packed.batch = -1 OR scopes.name != ?) AND {_KEPT}
+                ORDER BY packed.id DESC LIMIT 512""",
+            (TRAIN,),
+        ).fetchall()
+    found: dict[str, Measured] = {}
+    for _, _, scope, epoch, batch, *_ in rows:
+        found.setdefault(scope, Measured(scope, epoch, batch, {}))
+    for _, _, scope, epoch, batch, _, key, value, *_ in sorted(rows):
+        if (found[scope].epoch, found[scope].batch) == (epoch, batch):
+            found[scope].values[key] = float(value)
+    return sorted(found.values(), key=lambda measured: (measured.scope != TRAIN, measured.scope))
+
+
+def places_of(run: RunFolder, seqs: Collection[int]) -> dict[int, Place]:
+    """Where the transitions `seqs` led to, superseded or not; those that the journal lacks are left out."""
+    with closing(connect_to_read(run.journal)) as connection:
+        found = (
+            connection.execute(
+                f"""SELECT epoch, batch, dest FROM ({UNPACKED_TRANSITIONS}
+                        WHERE packed.seq > ?1 - {ROW_LENGTH} AND packed.seq <= ?1) WHERE seq = ?1""",
+                (seq,),
+            ).fetchone()
+            for seq in seqs
+        )
+        return {
+            seq: Place(row[0], row[1], State(row[2])) for seq, row in zip(seqs, found, strict=True) if row
+        }
