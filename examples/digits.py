@@ -43,7 +43,7 @@ trainer = Trainer(
     epochs=options.epochs,
     metrics={"accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()},
     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=15),
-    checkpoint=Checkpointing(best="val/accuracy", mode="max"),
+    checkpoint=Checkpointing(best="val/accuracy"),
     name=options.name,
 )
 result = trainer.fit(resume=options.resume or False)

@@ -62,7 +62,6 @@ def attempt(root: Path, slow: float) -> subprocess.Popen:
 def fingerprint(root: Path) -> dict[str, str]:
     """SHA-256 of the final weights, of the optimizer's state, and of the loss of every batch."""
     from orchestrator.snapshot.storage import read_checkpoint
-
     from tracking.journal import Journal
     from tracking.runs import find_run
 

@@ -261,7 +261,7 @@ class Attempt:
     def best(self) -> CheckpointInfo | None:
         """The best of them by the metric that is watched; None where none is."""
         settings = self._settings.checkpoint
-        return best_of(self.checkpoints(), settings.best, settings.mode) if settings is not None else None
+        return best_of(self.checkpoints(), settings.best) if settings is not None else None
 
     def way_back(self, place: Place) -> str:
         """Where a resume would go back to, and how many batches it would do again."""

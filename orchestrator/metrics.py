@@ -95,6 +95,11 @@ class EpochMetrics:
         """Whether any metric is computed from outputs and targets."""
         return bool(self._accumulating or self._functions)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the metrics that are computed from outputs and targets."""
+        return frozenset({*self._accumulating, *self._functions})
+
     def to(self, device: torch.device) -> None:
         """Move metrics that have tensors of their own to `device`."""
         for metric in self._accumulating.values():

@@ -265,7 +265,7 @@ def result(
     """What `fit` returns for a run as it stands on disk."""
     with Journal.open(run) as journal:
         infos = not_superseded(readable(run.checkpoints), list(journal.attempts()))
-    best = best_of(infos, settings.best, settings.mode) if settings is not None else None
+    best = best_of(infos, settings.best) if settings is not None else None
     try:
         delivered = status(run).remote_run_id
     except InterlockError:

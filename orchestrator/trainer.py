@@ -35,14 +35,11 @@ from orchestrator.work import Limits, Place, TrainingWork
 from states.table import TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.delivery import Tracker
 from tracking.rows import Outcome
-from tracking.runs import RunFolder
+from tracking.runs import RESUME_VARIABLE, RunFolder
 
 __all__ = ["Trainer"]
 
 HookT = TypeVar("HookT", bound=Callable[[], object])
-
-REQUEUE = 75
-"""The exit status of an attempt whose `max_time` was up (EX_TEMPFAIL): start me again."""
 
 
 class Trainer:
@@ -399,7 +396,7 @@ class Trainer:
         """
         if self._attempt is not None and not self._attempt.closed:
             raise ConfigurationError("this training has started already")
-        resume = os.environ.get("INTERLOCK_RESUME") or resume
+        resume = self._asked_from_outside() or resume
         plan = recovery.plan(resume, self._settings, self._work.limits)
         self._found = plan.checkpoint
         try:
@@ -429,6 +426,13 @@ class Trainer:
             self._fail(error)
             self.close()
             raise
+
+    def _asked_from_outside(self) -> str | None:
+        """The folder that `interlock resume` names in the environment, if it is a run of this name; once."""
+        folder = os.environ.get(RESUME_VARIABLE)
+        if folder is None or RunFolder(Path(folder)).name != self._settings.name:
+            return None
+        return os.environ.pop(RESUME_VARIABLE)
 
     def _begin(self, checkpoint: recovery.Found | None) -> None:
         """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""
@@ -514,6 +518,12 @@ class Trainer:
     def _fire_next(self) -> bool:
         """Fire the next transition and carry out what was asked for; False where nothing is left."""
         self._loop.check_outside()
+        if (
+            self._requests.halt is not None and self.state not in TERMINAL
+        ):  # asked for between two transitions
+            self._carry_out()
+            if self.state in TERMINAL:
+                return True
         try:
             if not self._loop.advance():
                 return False
@@ -522,13 +532,24 @@ class Trainer:
             self._abandon_validation()
             self._loop.stand(self._attempt.state if self._attempt else self.state)
         except BaseException as error:
-            self._fail(error)
-            raise
+            left = self._excused(error)
+            self._fail(left)
+            if left is error:
+                raise
+            raise left from error
         if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
             self._requests.add_halt(trouble)
         if self._requests.saves or self._requests.halt is not None or self.state is State.DONE:
             self._carry_out()
         return True
+
+    def _excused(self, error: BaseException) -> BaseException:
+        """A data worker that dies after a stop was requested is no error of its own: schedulers kill them all."""
+        halt = self._requests.halt
+        if halt is None or halt.error is None:
+            return error
+        died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        return halt.error if died else error
 
     def _carry_out(self) -> None:
         halt, terminal = self._requests.halt, self.state in TERMINAL

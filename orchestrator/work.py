@@ -135,7 +135,7 @@ class BatchWork:
         self.metrics: dict[str, float] = {}
         self.note = ""
         self._started = 0.0
-        self._reserved = RESERVED
+        self._reserved = RESERVED | metrics.names
 
     def _begin_pass(self, epoch: int) -> None:
         self.stream.begin_epoch(epoch)
@@ -160,9 +160,15 @@ class BatchWork:
 
     def log(self, name: str, value: Any) -> None:
         """Add a named value to the batch at hand; averaged over the epoch like the loss."""
-        if name in self._reserved:
-            raise ConfigurationError(f"{name!r} is the name of a value of interlock's own; log it by another")
+        self._check_free(name)
         self.metrics[name] = as_float(value, name)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._reserved:
+            raise ConfigurationError(
+                f"log({name!r}, ...): a metric of that name is there already, one of metrics= or of interlock's "
+                "own; log it by another name"
+            )
 
     def _count_loss(self, loss: Tensor, outputs: Any, targets: Any, name: str) -> None:
         self.loss = float(loss.detach())
@@ -410,8 +416,7 @@ class TrainingWork(BatchWork):
 
     def log_epoch(self, name: str, value: Any) -> None:
         """Add a named value to the epoch that has just ended."""
-        if name in self._reserved:
-            raise ConfigurationError(f"{name!r} is the name of a value of interlock's own; log it by another")
+        self._check_free(name)
         self.history[-1][name] = as_float(value, name)
 
     # -- their parts -----------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from orchestrator.snapshot.encoding import DecodingError, EncodingError, decode,
 from orchestrator.snapshot.tensor_file import memory
 from states import InterlockError, State, Trigger
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
+
 
 def round_trip(tree: Any) -> Any:
     """As through files: JSON text, and tensors that are contiguous and own their memory."""

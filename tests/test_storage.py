@@ -44,6 +44,8 @@ from orchestrator.snapshot.storage import (
 )
 from states import InterlockError, State
 
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
+
 NAME = checkpoint_name(7, 1, 0, 2, State.BATCH_END)
 NEXT = checkpoint_name(12, 1, 0, 3, State.BATCH_END)
 SMALL = 512  # bytes of a chunk, so that little files have many

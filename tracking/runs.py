@@ -20,6 +20,7 @@ from tracking.forks import forget_in_children
 from tracking.schema import create_journal
 
 __all__ = [
+    "RESUME_VARIABLE",
     "Holder",
     "Lease",
     "LeaseHeldError",
@@ -37,6 +38,10 @@ __all__ = [
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ID = re.compile(r"(?P<name>.+)-(?P<stamp>\d{8}-\d{6}-[0-9a-z]{4})")
 _LONGEST_NAME = 100
+
+
+RESUME_VARIABLE = "INTERLOCK_RESUME"
+"""The environment variable by which `interlock resume` tells a script which run's folder to go on with."""
 
 
 class RunNameError(InterlockError):

@@ -366,6 +366,7 @@ class Shipment:
         elif not self._round:
             self._next_round = now + max(_ROUND_EVERY_S, _MOST_OF_THE_TIME * (now - self._round_began))
         self._outbox.artifact_sent(job.path, job.size_bytes)
+        self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
         self._drop()
 
     def _drop(self) -> None:

@@ -28,7 +28,7 @@ from states.errors import InterlockError
 from tracking.delivery import Closed, Target, Tracker
 from tracking.journal import Attempt, Journal, settle
 from tracking.line import Line
-from tracking.outbox import Outbox, read_outbox
+from tracking.outbox import NOTHING_SENT, Outbox, OutboxError, OutboxView, read_outbox
 from tracking.runs import Holder, Lease, LeaseHeldError, RunFolder, lease_holder
 from tracking.shipment import Shipment, Waiting, waiting
 
@@ -157,7 +157,7 @@ def sync(
     target = _read_target(run)
     if target is None:
         raise NotTrackedError(f"{run.id}: found a run made with track=None; name a tracker to deliver it")
-    before = status(run)
+    before = _sent(run)
     folder = target.folder if os.path.isdir(target.folder) else str(run.path)
     with (run.path / "shipper.log").open("ab") as log:
         child = subprocess.Popen(
@@ -184,15 +184,22 @@ def sync(
     if child.returncode and not trouble:
         trouble = f"see {run.path / 'shipper.log'}"
     return SyncReport(
-        points_delivered=after.points_delivered - before.points_delivered,
+        points_delivered=max(0, after.points_delivered - before.points),
         points_left=after.points_waiting,
-        artifacts_delivered=after.artifacts_delivered - before.artifacts_delivered,
+        artifacts_delivered=len(_sent(run).artifacts.keys() - before.artifacts.keys()),
         artifacts_left=after.artifacts_waiting,
         remote_run_id=after.remote_run_id,
         url=after.url,
         command=after.command,
         trouble=trouble,
     )
+
+
+def _sent(run: RunFolder) -> OutboxView:
+    try:
+        return read_outbox(run.outbox)
+    except OutboxError:
+        return NOTHING_SENT  # the shipper puts it aside
 
 
 # -- what the two sides tell each other --------------------------------------------------------------------

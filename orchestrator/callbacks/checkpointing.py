@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.info import CheckpointInfo
 from states.table import State, Trigger
@@ -33,7 +33,8 @@ class Checkpointing(Callback):
         every_seconds: save at the first batch's end after so many seconds without a save.
         keep_last: how many of the newest checkpoints stay.
         best: the metric whose best checkpoint stays.
-        mode: whether "min" or "max" of `best` is the best.
+        mode: whether "min" or "max" of `best` is the best; by default what its name says: "loss" is smaller,
+            "accuracy" is greater.
         keep_every_epochs: the checkpoint at the end of each Kth epoch stays for good.
     """
 
@@ -44,7 +45,7 @@ class Checkpointing(Callback):
         every_seconds: float | None = None,
         keep_last: int = 2,
         best: str | None = None,
-        mode: str = "min",
+        mode: Direction | None = None,
         keep_every_epochs: int | None = None,
     ) -> None:
         for name, value in (
@@ -56,14 +57,11 @@ class Checkpointing(Callback):
         ):
             if value is not None and value <= 0:
                 raise ConfigurationError(f"Checkpointing({name}={value}): expected a positive number or None")
-        if mode not in ("min", "max"):
-            raise ConfigurationError(f'Checkpointing(mode={mode!r}): expected "min" or "max"')
         self.every_batches = every_batches
         self.every_epochs = every_epochs
         self.every_seconds = every_seconds
         self.keep_last = keep_last
-        self.best = best
-        self.mode = mode
+        self.best = Watched(best, direction_of(best, mode)) if best is not None else None
         self.keep_every_epochs = keep_every_epochs
         self.best_value: float | None = None
         self._last_save = 0.0
@@ -108,40 +106,34 @@ class Checkpointing(Callback):
     def _improves(self, metrics: Mapping[str, float]) -> bool:
         if self.best is None:
             return False
-        if self.best not in metrics:
-            raise ConfigurationError(
-                f"Checkpointing(best={self.best!r}): no such metric at the end of this epoch; there are "
-                f"{', '.join(sorted(metrics))}"
-            )
-        value = metrics[self.best]
-        if math.isnan(value):
-            return False
-        if self.best_value is not None and not _better(value, self.best_value, self.mode):
+        value = self.best.read(metrics, type(self).__name__)
+        best = self.best.worst if self.best_value is None else self.best_value
+        if not self.best.improved(value, best):
             return False
         self.best_value = value
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best": self.best, "mode": self.mode, "best_value": self.best_value}
+        """The best value so far, and of what."""
+        return {
+            "best": None if self.best is None else (self.best.name, self.best.mode),
+            "value": self.best_value,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the best value back, if it is still of the same metric."""
-        same = (state["best"], state["mode"]) == (self.best, self.mode)
-        self.best_value = state["best_value"] if same else None
+        same = self.best is not None and state["best"] == (self.best.name, self.best.mode)
+        self.best_value = state["value"] if same else None
 
 
-def _better(value: float, than: float, mode: str) -> bool:
-    return value < than if mode == "min" else value > than
-
-
-def best_of(checkpoints: Sequence[CheckpointInfo], metric: str | None, mode: str) -> CheckpointInfo | None:
-    """The checkpoint of an epoch's end with the best finite `metric`; the earliest of equals."""
-    found = None
+def best_of(checkpoints: Sequence[CheckpointInfo], watched: Watched | None) -> CheckpointInfo | None:
+    """The checkpoint of an epoch's end with the best value of the metric; the earliest of equals, never a NaN."""
+    found, best = None, watched.worst if watched is not None else 0.0
     for info in sorted(checkpoints, key=lambda info: info.seq):
-        value = info.metrics.get(metric, math.nan) if metric and info.state is State.EPOCH_END else math.nan
-        if not math.isnan(value) and (found is None or _better(value, found.metrics[metric or ""], mode)):
-            found = info
+        if watched is None or info.state is not State.EPOCH_END or watched.name not in info.metrics:
+            continue
+        if watched.improved(info.metrics[watched.name], best):
+            found, best = info, info.metrics[watched.name]
     return found
 
 
@@ -154,7 +146,7 @@ def kept(checkpoints: Sequence[CheckpointInfo], settings: Checkpointing) -> set[
     keep = {info.name for info in by_age[:1]}
     keep.update(info.name for info in [i for i in by_age if i.state is not State.DONE][: settings.keep_last])
     keep.update(info.name for info in [i for i in by_age if i.purpose == BEFORE_THE_END][:1])
-    best = best_of(by_age, settings.best, settings.mode)
+    best = best_of(by_age, settings.best)
     if best is not None:
         keep.add(best.name)
     if settings.keep_every_epochs:

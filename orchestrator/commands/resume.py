@@ -15,12 +15,9 @@ from orchestrator.commands.standing import standing_of
 from states.errors import InterlockError
 from states.table import State
 from tracking.journal import Journal
-from tracking.runs import LeaseHeldError, RunFolder, lease_holder
+from tracking.runs import RESUME_VARIABLE, LeaseHeldError, RunFolder, lease_holder
 
 __all__ = ["Command", "ResumeError", "read_command", "resume"]
-
-RESUME = "INTERLOCK_RESUME"
-"""The environment variable that tells a trainer which run's folder to go on with."""
 
 
 class ResumeError(InterlockError):
@@ -54,12 +51,12 @@ def read_command(run: RunFolder) -> Command:
     if not command.cwd.is_dir():
         raise ResumeError(
             f"{run.id}: was started in {command.cwd}, which is not there any more; expected that folder, "
-            f"with the script in it. From another folder: {RESUME}={shlex.quote(str(run.path))} {command}"
+            f"with the script in it. From another folder: {RESUME_VARIABLE}={shlex.quote(str(run.path))} {command}"
         )
     if not shutil.which(command.executable):
         raise ResumeError(
             f"{run.id}: was started with {command.executable}, which is not there any more; start it with "
-            f"another interpreter: {RESUME}={shlex.quote(str(run.path))} {command}"
+            f"another interpreter: {RESUME_VARIABLE}={shlex.quote(str(run.path))} {command}"
         )
     return command
 
@@ -74,7 +71,7 @@ def _recorded(run: RunFolder) -> Command:
         problem = f"it cannot be read ({error})"
     raise ResumeError(
         f"{run.command}: expected the command that started the run, found that {problem}; start the script "
-        f"yourself with {RESUME}={shlex.quote(str(run.path))} in its environment"
+        f"yourself with {RESUME_VARIABLE}={shlex.quote(str(run.path))} in its environment"
     )
 
 
@@ -109,4 +106,4 @@ def resume(run: RunFolder) -> None:
         f"{click.style('in', dim=True)} {command.cwd}\n{click.style('run', dim=True)} {command}", err=True
     )
     os.chdir(command.cwd)
-    os.execvpe(command.executable, command.argv, {**os.environ, RESUME: str(run.path)})
+    os.execvpe(command.executable, command.argv, {**os.environ, RESUME_VARIABLE: str(run.path)})
