@@ -97,6 +97,8 @@ class Attempt:
             run, lease, _start(settings, position), list(scopes), phases
         )
         self.number: int = self._journal.attempt
+        if self._journal.notice:
+            warnings.warn(self._journal.notice, stacklevel=4)
         clean_leftovers(run.checkpoints)
         self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
         self._saved: tuple[int, SaveHandle] | None = None
@@ -274,9 +276,9 @@ class Attempt:
         again = place.batches - newest.batches
         return f"resume goes back to {newest.name} and does {again} batches again"
 
-    def log(self, level: str, message: str) -> None:
-        """Keep a message in the journal."""
-        self._journal.log(level, message)
+    def warn(self, message: str) -> None:
+        """Keep a warning in the journal."""
+        self._journal.log("WARNING", message)
 
     def close(self, outcome: Outcome, reason: str, error: BaseException | None) -> None:
         """Wait for what is being written, write the attempt's end, and let go of the run."""

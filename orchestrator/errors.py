@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from states.errors import InterlockError
 
-__all__ = ["ConfigurationError", "LossError", "NonFiniteError", "TaintedError"]
+__all__ = ["ConfigurationError", "LossError", "NonFiniteAgainError", "NonFiniteError", "TaintedError"]
 
 
 class ConfigurationError(InterlockError, ValueError):
@@ -26,11 +26,19 @@ class NonFiniteError(InterlockError):
     each parameter with non-finite gradients how many of its elements are not finite.
     """
 
-    def __init__(
-        self, message: str, *, epoch: int, batch: int, loss: float, statistics: dict[str, int]
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, epoch: int, batch: int, loss: float, statistics: dict[str, int]) -> None:
+        worst = sorted(statistics.items(), key=lambda item: -item[1])[:5]
         self.epoch = epoch
         self.batch = batch
         self.loss = loss
         self.statistics = statistics
+        self.found = f"non-finite {what} in epoch {epoch}, batch {batch}, where the loss is {loss}"
+        super().__init__(
+            f"{self.found}; elements of gradients that are not finite, by parameter: "
+            f"{', '.join(f'{name} ({count})' for name, count in worst) or 'none'}. The weights are those from "
+            'before this batch. Pass nonfinite="skip" to leave out such batches, or look at the data of this one'
+        )
+
+
+class NonFiniteAgainError(InterlockError):
+    """A resume that would only meet the NaN or infinity again that the run halted on."""

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.callbacks.checkpointing import BEFORE_THE_END, Checkpointing, best_of
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream, compare_fingerprints
-from orchestrator.errors import ConfigurationError, NonFiniteError
+from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
 from orchestrator.snapshot import capture
@@ -84,7 +84,7 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
         ConfigurationError: `resume` is not one of the forms that `fit` takes.
         RunNotFound, NoCheckpoint: there is nothing of that name to go on from.
         LeaseHeldError: another process works on that run.
-        NonFiniteError: "auto" would only meet the NaN again that the run ended with.
+        NonFiniteAgainError: "auto" would only meet the NaN again that the run ended with.
     """
     if resume is False or resume is None:
         return Plan()
@@ -148,13 +148,9 @@ def _plan_for(
 
 def _refuse_to_meet_again(run: RunFolder, last: Attempt) -> None:
     if last.exception.startswith(NonFiniteError.__name__):
-        raise NonFiniteError(
+        raise NonFiniteAgainError(
             f'{run.id} halted on a value that was not finite, and resume="auto" would only meet it again '
-            f'({last.exception}). To go on, pass nonfinite="skip"; or change what makes it and resume by name',
-            epoch=-1,
-            batch=-1,
-            loss=float("nan"),
-            statistics={},
+            f'({last.exception}). To go on, pass nonfinite="skip"; or change what makes it and resume the run by name'
         )
 
 

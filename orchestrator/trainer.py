@@ -158,6 +158,7 @@ class Trainer:
             validate=self._validate,
             request_halt=self._request_nonfinite_halt,
             restore=self._restore,
+            report=self._report,
             stream=BatchStream(train_loader, role="training"),
             metrics=epoch_metrics,
             device=self.device,
@@ -649,6 +650,10 @@ class Trainer:
 
     def _request_signal_halt(self, which: Any) -> None:
         self._requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which)))
+
+    def _report(self, message: str) -> None:
+        if self._attempt is not None:
+            self._attempt.warn(message)
 
     def _restore(self) -> None:
         assert self._found is not None

@@ -256,6 +256,7 @@ class TrainingWork(BatchWork):
         validate: Callable[[], dict[str, float]],
         request_halt: Callable[[NonFiniteError], None],
         restore: Callable[[], None],
+        report: Callable[[str], None],
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -278,6 +279,7 @@ class TrainingWork(BatchWork):
         self._validate = validate
         self._request_halt = request_halt
         self._restore = restore
+        self._report = report
         self.guard = numerics.BufferGuard(model) if nonfinite == "skip" else None
         self._result: Tensor | None = None
 
@@ -300,9 +302,9 @@ class TrainingWork(BatchWork):
         self.place_in_window()
         if self.situation.empty:
             self.note = "empty"
-            warnings.warn(
-                f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped", stacklevel=2
-            )
+            message = f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped"
+            self._report(message)
+            warnings.warn(message, stacklevel=2)
 
     def place_in_window(self, counted: bool = False) -> None:
         """Say in the situation what the batch at hand is to its accumulation window and its phases.
@@ -463,22 +465,14 @@ class TrainingWork(BatchWork):
             self.guard.put_back()
         what = "gradient" if self.window.finite else "loss"
         self.note = f"skipped: non-finite {what}"
+        error = self._nonfinite_error(what)
+        self._report(f"{error.found}; by parameter: {error.statistics}")
         if self._nonfinite == "halt":
-            self._request_halt(self._nonfinite_error(what))
+            self._request_halt(error)
 
     def _nonfinite_error(self, what: str) -> NonFiniteError:
-        place, counts = self.place, numerics.nonfinite_counts(self.model.named_parameters())
-        worst = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda i: -i[1])[:5])
-        return NonFiniteError(
-            f"non-finite {what} in epoch {place.epoch}, batch {place.batch}: the loss is {self.loss}; "
-            f"elements of gradients that are not finite, by parameter: {worst or 'none'}. The weights are "
-            'those from before this batch. Pass nonfinite="skip" to leave out such batches, or look at '
-            "the data of this batch",
-            epoch=place.epoch,
-            batch=place.batch,
-            loss=self.loss,
-            statistics=counts,
-        )
+        counts = numerics.nonfinite_counts(self.model.named_parameters())
+        return NonFiniteError(what, self.place.epoch, self.place.batch, self.loss, counts)
 
     def _learning_rates(self) -> dict[str, float]:
         rates = [float(group["lr"]) for phase in self.phases for group in phase.optimizer.param_groups]

@@ -9,6 +9,7 @@ import trainings
 from torch import nn
 
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
+from orchestrator.errors import NonFiniteAgainError
 from orchestrator.numerics import norm
 from states import State, Trigger
 from tracking.journal import Journal
@@ -54,7 +55,9 @@ def test_halting_leaves_the_weights_from_before_and_saves_nothing(value: float, 
         assert "resume goes back to" in last.note
         assert max(c.batch for c in journal.checkpoints()) == 2
         assert journal.attempts()[-1].outcome == "failed"
-    with pytest.raises(NonFiniteError, match="only meet it again"):
+        (message,) = [record.message for record in journal.logs()]
+        assert "'4.weight': 24" in message
+    with pytest.raises(NonFiniteAgainError, match="only meet it again"):
         trainings.make(tmp_path, train_loader=poisoned(3, value=value)).fit(resume="auto")
     # By another road it goes on: from the checkpoint before, leaving that batch out.
     again = trainings.make(tmp_path, train_loader=poisoned(3, value=value), nonfinite="skip")
