@@ -1,0 +1,78 @@
+"""A training with a tracker, from end to end: real shipper, real store; killed, resumed, delivered once."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tracking.runs import RunFolder, list_runs
+from tracking.shipper import status, sync
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch, trainings
+from orchestrator import MLflow
+from states import Trigger
+torch.set_num_threads(1)
+root, store, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+trainer = trainings.make(root, val_loader=trainings.loader(16), track=MLflow(tracking_uri=store))
+if resume == "kill":
+    @trainer.after(Trigger.STEP)
+    def kill():
+        if trainer.batches == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+trainer.fit(resume="auto")
+assert "mlflow" not in sys.modules
+print("done")
+"""
+
+
+def train(root: Path, store: str, what: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, "-c", SCRIPT, str(root), store, what], env=environment).returncode
+
+
+def wait_until_shipped(run: RunFolder) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        found = status(run)
+        if found.shipper is None and found.points_delivered and not found.points_waiting:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not delivered: {status(run)}")
+
+
+def points(store: Path, run_id: str) -> dict[str, list[int]]:
+    """The steps of each key, as the store has them."""
+    found: dict[str, list[int]] = {}
+    with sqlite3.connect(store) as connection:
+        for key, step in connection.execute(
+            "SELECT key, step FROM metrics WHERE run_uuid = ? ORDER BY key, step", (run_id,)
+        ):
+            found.setdefault(key, []).append(step)
+    return found
+
+
+def test_killed_with_its_shipper_then_resumed_every_point_arrives_once(tmp_path: Path) -> None:
+    root, file = tmp_path / "runs", tmp_path / "mlflow.db"
+    store = f"sqlite:///{file}"
+    assert train(root, store, "kill") == -signal.SIGKILL
+    (run,) = list_runs(root)
+    if (shipper := status(run).shipper) is not None:
+        os.kill(shipper.pid, signal.SIGKILL)
+    assert train(root, store, "go on") == 0
+    wait_until_shipped(run)
+    report = sync(run, timeout=60)
+    assert report.complete
+    with sqlite3.connect(file) as connection:
+        ((run_id, ended),) = connection.execute("SELECT run_uuid, status FROM runs").fetchall()
+    assert (run_id, ended) == (report.remote_run_id, "FINISHED")
+    found = points(file, run_id)
+    for key in ("batch/loss", "batch/grad_norm", "batch/batch_time"):
+        assert found[key] == list(range(1, 19)), key
+    for key in ("train/loss", "train/lr", "val/loss"):
+        assert found[key] == [0, 1, 2], key
