@@ -317,7 +317,7 @@ class _Step:
         "after_all",
         "before",
         "before_all",
-        "enter",
+        "dest",
         "fallback",
         "simple",
         "transition",
@@ -327,7 +327,6 @@ class _Step:
 
     before: Any
     after: Any
-    enter: Any
     fallback: Fallback | None
 
     def __init__(self, transition: CompiledTransition, watch: _Watch) -> None:
@@ -346,7 +345,7 @@ class _Step:
         self.before_all, self.before = watch.before_state_change, transition.before
         self.after, self.after_all = transition.after, watch.after_state_change
         self.fallback = _transition_fallback(transition)
-        # Whether the change of state is nothing but setting the value and calling the on_enter callbacks.
+        # Whether the state is left without callbacks: all that is to be done is set, enter, final.
         self.simple = False
         if not transition.dest or self.fallback is not None:
             return
@@ -356,8 +355,8 @@ class _Step:
                 self.fallback = self.fallback or _state_fallback(state, watch)
         if source is None or dest is None or self.fallback is not None:
             return
-        self.value, self.enter = dest.value, dest.on_enter
-        self.simple = watch.usual and not dest.final and watch.knows_empty(source.on_exit)
+        self.value, self.dest = dest.value, dest
+        self.simple = watch.usual and watch.knows_empty(source.on_exit)
 
 
 class _Plan:
@@ -415,7 +414,6 @@ class CompiledEvent(_StockName, Event):
             return self._stock(Fallback.UNKNOWN_STATE, model, args, kwargs)
         if plan.fallback is not None or _records(_INFO):
             return self._stock(plan.fallback or Fallback.LOGGING, model, args, kwargs)
-        # Stock fails on a list that was replaced by None; an empty one is skipped here, None must not be.
         silent = not args and not kwargs
         try:
             step = plan.step
@@ -439,12 +437,16 @@ class CompiledEvent(_StockName, Event):
                     func(*args, **kwargs)
 
             if step.simple:
+                dest = step.dest
                 model.state = value = step.value
-                if model.state is not value:
-                    self._check(model.state)
-                enter = step.enter
-                if enter or enter is None:
+                reached = model.state
+                if reached is not value:
+                    self._check(reached)
+                enter = dest.on_enter
+                if enter or enter is None:  # stock fails on None
                     self._call(enter, model, args, kwargs)
+                if dest.final:
+                    self._call(watch.on_final, model, args, kwargs)
             elif step.transition.dest:
                 self._change_state(step, model, args, kwargs)
 
