@@ -68,7 +68,7 @@ def uneven():
 
 
 VAL = {"val_loader": trainings.loader(16)}
-MANY = {"epochs": 400}
+MANY = {"epochs": 80}
 CASES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
     # argument: (options of both, the argument's other value, what differs)
     "model": ({}, lambda: {"model": trainings.network(dropout=0.0)}, "losses"),
@@ -78,7 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], str]] = {
     "val_loader": ({}, lambda: dict(VAL), "validations"),
     "epochs": ({}, lambda: {"epochs": 2}, "batches"),
     "max_batches": ({}, lambda: {"max_batches": 5}, "batches"),
-    "max_time": (MANY, lambda: {"max_time": 0.2}, "left"),
+    "max_time": (MANY, lambda: {"max_time": 0.02}, "left"),
     "forward": (
         {},
         lambda: {"forward": lambda model, batch: nn.functional.cross_entropy(model(batch[0] * 2), batch[1])},

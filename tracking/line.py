@@ -36,6 +36,11 @@ class Line:
         self._next = 0.0
 
     @property
+    def down(self) -> bool:
+        """Is there an outage now?"""
+        return self.down_since is not None
+
+    @property
     def pause_s(self) -> float:
         """Seconds until the next try; 0 if there is no reason to wait."""
         return max(0.0, self._next - self._clock())

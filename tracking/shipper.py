@@ -322,8 +322,7 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
             if attempt is None or (not shipment.opened and shipment.complete(attempt)):
                 return True
             over = attempt.outcome is not None
-            if over or not stay:
-                roads.no_more_comes()
+            roads.hurry(over or not stay)
             if roads.move(attempt):
                 continue
             if roads.open and not over and not stay:
@@ -334,6 +333,9 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
                     return True
                 continue
             if roads.hopeless:
+                if over and not roads.values.down:
+                    # Files may be left; the status is the truth all the same.
+                    roads.values.call(shipment.conclude, attempt)
                 _say_what_is_left(run, shipment, outbox)
                 return False
             if watch.replaced:
@@ -360,7 +362,8 @@ class _Roads:
     def move(self, attempt: Attempt) -> bool:
         """Deliver a little by each; was there something?"""
         moved = self.values.call(self._shipment.deliver, attempt)
-        if self._shipment.opened:
+        # A server that is away has its files away with it, as a rule, and one warning is enough.
+        if self._shipment.opened and not self.values.down:
             moved = self._files.call(self._shipment.upload, attempt) or moved
         return moved
 
@@ -369,9 +372,11 @@ class _Roads:
         """Are both open?"""
         return not self._outages
 
-    def no_more_comes(self) -> None:
-        """Patience begins to run out; a blocked way is tried at once."""
-        if self._hurried is None:
+    def hurry(self, nothing_more_comes: bool) -> None:
+        """If nothing more comes, patience begins to run out, and a blocked way is tried at once."""
+        if not nothing_more_comes:
+            self._hurried = None
+        elif self._hurried is None:
             self._hurried = time.monotonic()
             self.values.hurry()
             self._files.hurry()
@@ -448,8 +453,20 @@ def _run(run: RunFolder, *, foreground: bool, timeout: float) -> int:
             text = f"{error}. Then deliver with: interlock sync {run.id}"
             outbox.note(trouble=text)
             _notice(text)
-            return 1
+            done = False
+    _leave_one_file(run)
     return 0 if done else 1
+
+
+def _leave_one_file(run: RunFolder) -> None:
+    """Have SQLite put the journal's WAL into the journal.
+
+    The trainer could not when it left, because we still read. `settle` opens and closes a connection that may
+    write, if nobody holds the lease.
+    """
+    with contextlib.suppress(InterlockError, FileNotFoundError):
+        if run.journal.with_name(f"{run.journal.name}-wal").stat().st_size:
+            settle(run)
 
 
 def _be_humble() -> None:
@@ -497,4 +514,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(_code)  # taking down what mlflow has imported would take a second
