@@ -1,0 +1,136 @@
+"""A real MLflow server on the loopback interface, to be stopped and started, and a look into its database."""
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Database", "MLflowServer", "RemoteRun"]
+
+
+class MLflowServer:
+    """`mlflow server` with SQLite and served artifacts in `folder`; the port stays the same over restarts."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.port = _free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = Database(folder / "mlflow.db")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait_s: float = 60.0) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database.path}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | quiet
+            )
+        deadline = time.monotonic() + wait_s
+        while not self.answers():
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "the MLflow server did not start"
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        """With all its workers, at once: what was being served is cut off."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> "MLflowServer":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A run as MLflow's database has it. `points` are (key, step, value, timestamp in ms); NaN is None."""
+
+    id: str
+    name: str
+    status: str
+    end_ms: int | None
+    experiment: str
+    artifacts: Path
+    tags: dict[str, str]
+    params: dict[str, str]
+    points: list[tuple[str, int, float | None, int]]
+
+
+@dataclass(frozen=True)
+class Database:
+    """The SQLite file of an MLflow store: what it holds, without asking MLflow."""
+
+    path: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.path}"
+
+    def runs(self, ours: str) -> list[RemoteRun]:
+        """All runs that carry the tag of our run `ours`."""
+        if not self.path.exists():
+            return []
+        connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=20)
+        try:
+            return self._runs(connection, ours)
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            return []  # it is being made
+        finally:
+            connection.close()
+
+    def run(self, ours: str) -> RemoteRun:
+        """The only run that carries our tag."""
+        (found,) = self.runs(ours)
+        return found
+
+    @staticmethod
+    def _runs(connection: sqlite3.Connection, ours: str) -> list[RemoteRun]:
+        found = connection.execute(
+            """SELECT run_uuid, runs.name, status, end_time, experiments.name, artifact_uri
+               FROM runs JOIN experiments USING (experiment_id) WHERE run_uuid IN
+                   (SELECT run_uuid FROM tags WHERE key = 'interlock.run_id' AND value = ?)""",
+            (ours,),
+        ).fetchall()
+        return [
+            RemoteRun(
+                *row[:5],
+                artifacts=Path(row[5]),
+                tags=dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", row[:1])),
+                params=dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", row[:1])),
+                points=connection.execute(
+                    """SELECT key, step, CASE WHEN is_nan THEN NULL ELSE value END, timestamp
+                       FROM metrics WHERE run_uuid = ? ORDER BY key, step, timestamp""",
+                    row[:1],
+                ).fetchall(),
+            )
+            for row in found
+        ]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
