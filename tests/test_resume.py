@@ -14,12 +14,12 @@ import torch
 import trainings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states.language import Move, first_illegal
 from torch import nn
 
 from orchestrator import EMA, Checkpointing, EarlyStopping, LRScheduling, MemoryMonitor, Trainer
 from orchestrator.recovery import CheckpointMismatch
 from states import State, Trigger
+from states.language import Move, first_illegal
 from states.table import TRAINING
 from tracking.journal import Journal
 from tracking.runs import list_runs

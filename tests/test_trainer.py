@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import trainings
-from states.language import Move, first_illegal
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from orchestrator import Callback, Checkpointing, InterlockError, Phase, Trainer
 from orchestrator.errors import ConfigurationError, LossError, TaintedError
 from orchestrator.loop import NestedTriggerError
 from states import State, Trigger
+from states.language import Move, first_illegal
 from states.table import TRAINING
 from tracking.journal import Journal
 from tracking.runs import RunFolder
