@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -23,7 +22,7 @@ from orchestrator.callbacks.checkpointing import best_of, kept
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream
 from orchestrator.requests import HaltRequest
-from orchestrator.snapshot.info import CheckpointInfo, readable
+from orchestrator.snapshot.info import CheckpointInfo, not_superseded, readable
 from orchestrator.snapshot.storage import (
     checkpoint_name,
     clean_leftovers,
@@ -32,7 +31,7 @@ from orchestrator.snapshot.storage import (
 from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
 from orchestrator.work import BatchWork, Place, TrainingWork
 from states.table import ARCS, State, Trigger
-from tracking.journal import open_attempt
+from tracking.journal import Journal, JournalError, open_attempt
 from tracking.rows import AttemptStart, CheckpointRow, Outcome
 from tracking.runs import Lease, RunFolder, create_run
 from tracking.shipper import start_shipper
@@ -86,6 +85,7 @@ class Attempt:
         """The last journaled state of the training."""
         self.seq = 0
         """The number of the last journaled transition of the training."""
+        self._pending: int | None = None
         self._lease = lease
         self._settings = settings
         self._validation_scopes = {scope: number for number, scope in enumerate(scopes)}
@@ -96,7 +96,10 @@ class Attempt:
         self._recorder, self._journal = open_attempt(
             run, lease, _start(settings, position), list(scopes), phases
         )
+        self._last_seq = self._recorder.next_seq - 1
         self.number: int = self._journal.attempt
+        with Journal.open(run) as journal:
+            self._positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
         if self._journal.notice:
             warnings.warn(self._journal.notice, stacklevel=4)
         clean_leftovers(run.checkpoints)
@@ -136,7 +139,8 @@ class Attempt:
         """Write down a transition of the training, and at the end of batch or epoch its metrics."""
         now, elapsed = self.clock.lap()
         place, note = work.place, work.note
-        self.seq = self._recorder.record(
+        self._pending = arc
+        self.seq = self._last_seq = self._recorder.record(
             arc,
             0,
             work.phase,
@@ -148,6 +152,7 @@ class Attempt:
             note,
         )
         self.state = _DEST[arc]
+        self._pending = None
         if note:
             work.note = ""
         if _CLOSES_BATCH[arc]:
@@ -186,7 +191,16 @@ class Attempt:
         scope = self._validation_scopes[f"validation/{name}"]
         loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
         place = work.place
-        self._recorder.record(arc, scope, self._no_phase, place.epoch, place.batch, now, elapsed, loss)
+        self._last_seq = self._recorder.record(
+            arc, scope, self._no_phase, place.epoch, place.batch, now, elapsed, loss
+        )
+
+    def catch_up(self) -> None:
+        """See whether a transition was journaled though an exception struck before `record` returned."""
+        if self._pending is not None and self._recorder.next_seq - 1 > self._last_seq:
+            self.seq = self._last_seq = self._recorder.next_seq - 1
+            self.state = _DEST[self._pending]
+        self._pending = None
 
     def save(
         self,
@@ -257,19 +271,26 @@ class Attempt:
                 self._journal.checkpoint_removed(info.name)
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """The run's checkpoints on disk, newest first."""
-        return readable(self.run.checkpoints)
+        """The run's checkpoints on disk that are not superseded, newest first."""
+        return not_superseded(readable(self.run.checkpoints), self._positions)
 
     def best(self) -> CheckpointInfo | None:
         """The best of them by the metric that is watched; None where none is."""
         settings = self._settings.checkpoint
         return best_of(self.checkpoints(), settings.best) if settings is not None else None
 
+    def wait_for_save(self) -> Exception | None:
+        """Wait for the newest checkpoint to be on disk; what went wrong, if anything did."""
+        if self._saved is not None:
+            try:
+                self._saved[1].wait()
+            except Exception as error:
+                return error
+        return None
+
     def way_back(self, place: Place) -> str:
         """Where a resume would go back to, and how many batches it would do again."""
-        if self._saved is not None:
-            with contextlib.suppress(Exception):  # it is no way back then
-                self._saved[1].wait()
+        self.wait_for_save()
         newest = next(iter(self.checkpoints()), None)
         if newest is None:
             return "there is no checkpoint to resume from"
@@ -291,8 +312,12 @@ class Attempt:
             except Exception as failure:
                 warnings.warn(f"the last checkpoint could not be written: {failure}", stacklevel=3)
             exception = "" if error is None or outcome != "failed" else f"{type(error).__name__}: {error}"
-            self._journal.end(outcome, reason, exception)
-            self._journal.close()
+            try:
+                self._journal.end(outcome, reason, exception)
+            except JournalError as failure:  # settled later, from the flight recorder
+                warnings.warn(f"the end of this attempt could not be journaled: {failure}", stacklevel=3)
+            finally:
+                self._journal.close()
         finally:
             self._lease.release()
 

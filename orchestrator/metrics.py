@@ -96,6 +96,11 @@ class EpochMetrics:
         return bool(self._accumulating or self._functions)
 
     @property
+    def accumulating(self) -> frozenset[str]:
+        """The names of the metrics that accumulate by themselves, which are part of a checkpoint."""
+        return frozenset(self._accumulating)
+
+    @property
     def names(self) -> frozenset[str]:
         """The names of the metrics that are computed from outputs and targets."""
         return frozenset({*self._accumulating, *self._functions})

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.callbacks.checkpointing import BEFORE_THE_END, Checkpointing, best_of
+from orchestrator.callbacks.checkpointing import Checkpointing, best_of
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream, compare_fingerprints
 from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
 from orchestrator.snapshot import capture
-from orchestrator.snapshot.info import CheckpointInfo, info_of, readable
+from orchestrator.snapshot.info import (
+    BEFORE_THE_END,
+    CUT_SHORT,
+    CheckpointInfo,
+    info_of,
+    not_superseded,
+    readable,
+)
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.state import TrainingState
 from orchestrator.work import Limits, Place
@@ -34,7 +41,6 @@ __all__ = [
     "Plan",
     "RestoreError",
     "check",
-    "not_superseded",
     "plan",
     "restore",
     "result",
@@ -118,22 +124,23 @@ def _plan_for(
     run: RunFolder, lease: Lease, checkpoint: Path | None, auto: bool, settings: Settings, limits: Limits
 ) -> Plan:
     with Journal.open(run) as journal:
-        attempts = list(journal.attempts())
+        attempts = journal.attempts()
+    positions = {attempt.attempt: attempt.position for attempt in attempts}
     if auto and settings.nonfinite == "halt" and attempts:
         _refuse_to_meet_again(run, attempts[-1])
-    if checkpoint is not None:
-        return Plan(run, _read(checkpoint), lease)
-    infos = not_superseded(readable(run.checkpoints), attempts)
-    found = _newest(infos)
+    infos = not_superseded(readable(run.checkpoints), positions)
+    found = _read(checkpoint) if checkpoint is not None else _newest(infos)
     if found is None:
         if auto:
             warnings.warn(f"{run.id} has no checkpoint to continue from; a new run begins", stacklevel=5)
             lease.release()
             return Plan()
         raise NoCheckpoint(
-            f"{run.id} has no checkpoint that can be read; start it again with resume=False, which makes a new run"
+            f"{run.id} has no checkpoint that can be read, so it cannot be continued; begin a new run: build a new "
+            "Trainer and call fit()"
         )
-    if found.info.state is not State.DONE:
+    ended = found.info.state is State.DONE
+    if not ended and found.info.purpose != CUT_SHORT:
         return Plan(run, found, lease)
     if found.tree["stop"] is None and _left(found.tree["place"], limits):
         earlier = _newest([info for info in infos if info.purpose == BEFORE_THE_END])
@@ -142,6 +149,8 @@ def _plan_for(
                 f"{run.id} is done, and the checkpoint from before its end is gone; it cannot be extended"
             )
         return Plan(run, earlier, lease)
+    if not ended:
+        return Plan(run, found, lease)
     lease.release()
     return Plan(run, found, None, finished=True)
 
@@ -158,18 +167,6 @@ def _left(place: Mapping[str, Any], limits: Limits) -> bool:
     situation = Situation()
     limits.apply(situation, Place(**place))
     return situation.epochs_left and situation.batches_left
-
-
-def not_superseded(infos: Iterable[CheckpointInfo], attempts: Sequence[Attempt]) -> list[CheckpointInfo]:
-    """The checkpoints that no later attempt has gone back behind, newest first."""
-
-    def stands(info: CheckpointInfo) -> bool:
-        return not any(
-            later.attempt > info.attempt and later.position is not None and later.position < info.seq
-            for later in attempts
-        )
-
-    return sorted(filter(stands, infos), key=lambda info: info.seq, reverse=True)
 
 
 def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
@@ -260,7 +257,8 @@ def result(
 ) -> Result:
     """What `fit` returns for a run as it stands on disk."""
     with Journal.open(run) as journal:
-        infos = not_superseded(readable(run.checkpoints), list(journal.attempts()))
+        positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
+    infos = not_superseded(readable(run.checkpoints), positions)
     best = best_of(infos, settings.best) if settings is not None else None
     try:
         delivered = status(run).remote_run_id

@@ -21,13 +21,14 @@ class HaltRequest:
     """Save first; not where what memory holds is not worth keeping."""
     error: BaseException | None = None
     """What `fit` raises once the training stands in HALTED."""
+    signal: bool = False
+    """A signal asked for it, so `fit` leaves by `error` wherever the training stands by then."""
 
 
 class Save:
     """A checkpoint that was asked for; `wait()` gives its path once it is safely on disk."""
 
-    def __init__(self, purpose: str = "") -> None:
-        self.purpose = purpose
+    def __init__(self) -> None:
         self._handle: Future[SaveHandle] = Future()
 
     def begun(self, handle: SaveHandle) -> None:

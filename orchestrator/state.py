@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.lr_scheduling import LRScheduling
+from orchestrator.data import DataError
 from orchestrator.loop import Loop
 from orchestrator.requests import Requests
 from orchestrator.snapshot import capture
+from orchestrator.snapshot.differences import Comparison
 from orchestrator.work import EvaluationWork, TrainingWork
 from states.table import State
 
@@ -48,12 +52,14 @@ class TrainingState:
         callbacks: Mapping[str, Callback],
         requests: Requests,
         device: torch.device,
+        loss: nn.Module | None,
     ) -> None:
         self._work = work
         self._loop = loop
         self._validations = validations
         self._callbacks = callbacks
         self._requests = requests
+        self._loss = loss
         self._devices = [device] if device.type == "cuda" else []
         self._optimizers = [phase.optimizer for phase in work.phases]
 
@@ -73,6 +79,7 @@ class TrainingState:
         return {
             "state": state,
             "model": capture.capture_module(work.model),
+            "loss": None if self._loss is None else capture.capture_module(self._loss),
             "gradients": capture.capture_gradients(work.model, self._optimizers) if mid_window else None,
             "optimizers": [capture.capture_optimizer(o, names) for o in self._optimizers],
             "scalers": [None if s is None else capture.capture_scaler(s) for s in work.precision.scalers],
@@ -85,6 +92,7 @@ class TrainingState:
                 "loss": work.loss,
                 "samples": work.samples,
                 "skipped": work.skipped,
+                "elapsed": time.perf_counter() - work.started,
             },
             "epoch": {
                 "elapsed": time.perf_counter() - work.epoch_started,
@@ -93,7 +101,9 @@ class TrainingState:
             },
             "data": work.stream.state_dict(),
             "metrics": work.epoch_metrics.state_dict(),
-            "validation_data": {name: v.stream.state_dict() for name, v in self._validations.items()},
+            "validation_data": {
+                name: validation.stream.between_epochs() for name, validation in self._validations.items()
+            },
             "history": [dict(values) for values in work.history],
             "stop": self._requests.stop,
             "callbacks": {name: callback.state_dict() for name, callback in self._callbacks.items()},
@@ -106,6 +116,8 @@ class TrainingState:
         work = self._work
         names = capture.parameter_names(work.model)
         capture.restore_module(work.model, tree["model"])
+        if self._loss is not None:
+            capture.restore_module(self._loss, tree["loss"])
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
             capture.restore_optimizer(optimizer, saved, names)
         for scaler, saved in zip(work.precision.scalers, tree["scalers"], strict=True):
@@ -124,15 +136,24 @@ class TrainingState:
             work.guard.load_state_dict(tree["guard"])
         work.history[:] = tree["history"]
         work.epoch_metrics.load_state_dict(tree["metrics"])
-        self._requests.stop = tree["stop"]
-        for name, validation in self._validations.items():
-            if name in tree["validation_data"]:
-                validation.stream.load_state_dict(tree["validation_data"][name])
+        self._requests.stop = self._requests.stop or tree["stop"]
+        self._restore_validation_data(tree["validation_data"])
         for name, callback in self._callbacks.items():
             if name in tree["callbacks"]:
                 callback.load_state_dict(tree["callbacks"][name])
         self._stand_in_epoch(tree)
         capture.restore_random(tree["random"])
+
+    def _restore_validation_data(self, saved: Mapping[str, Any]) -> None:
+        """Set the generators of validation loaders, which may have changed: validation begins anew each time."""
+        for name, validation in self._validations.items():
+            try:
+                if name in saved:
+                    validation.stream.load_state_dict(saved[name])
+            except DataError as error:
+                warnings.warn(
+                    f"the order of validation loader {name!r} is not restored: {error}", stacklevel=2
+                )
 
     def _stand_in_epoch(self, tree: dict[str, Any]) -> None:
         """Stand at the saved position of the data, with the batch at hand where there was one."""
@@ -149,6 +170,7 @@ class TrainingState:
         work.metrics = dict(batch["metrics"])
         work.phase, work.loss = batch["phase"], batch["loss"]
         work.samples, work.skipped = batch["samples"], batch["skipped"]
+        work.started = time.perf_counter() - batch["elapsed"]
         situation = work.situation
         situation.has_batch = work.stream.has_next
         situation.stop = self._requests.stop is not None
@@ -160,6 +182,18 @@ class TrainingState:
         """What of the checkpoint does not fit the model and optimizers at hand; empty if all does."""
         work = self._work
         found = capture.compare_module(work.model, tree["model"])
+        if (self._loss is None) != (tree["loss"] is None):
+            found.append("loss_fn: only one of checkpoint and trainer has a module as its loss function")
+        elif self._loss is not None:
+            found += [
+                f"loss_fn: {difference}" for difference in capture.compare_module(self._loss, tree["loss"])
+            ]
+        saved_metrics, metrics = set(tree["metrics"]["metrics"]), set(work.epoch_metrics.accumulating)
+        if saved_metrics != metrics:
+            found.append(
+                f"metrics: the checkpoint has {sorted(saved_metrics)}, this trainer {sorted(metrics)}"
+            )
+        found += self._scheduler_differences(tree).incompatible
         if len(tree["optimizers"]) != len(self._optimizers):
             found.append(
                 f"the checkpoint has {len(tree['optimizers'])} phases, this trainer {len(self._optimizers)}"
@@ -176,4 +210,24 @@ class TrainingState:
         found: list[str] = []
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
             found += capture.compare_optimizer(optimizer, saved, names).hyperparameters
+        found += self._scheduler_differences(tree).hyperparameters
         return found
+
+    def _scheduler_differences(self, tree: dict[str, Any]) -> Comparison:
+        schedulings = {name: c for name, c in self._callbacks.items() if isinstance(c, LRScheduling)}
+        saved = {name: state for name, state in tree["callbacks"].items() if name.startswith("LRScheduling/")}
+        if schedulings.keys() != saved.keys():
+            described = [
+                ", ".join(sorted(n.split("/")[1] for n in names)) or "none" for names in (saved, schedulings)
+            ]
+            return Comparison(
+                (f"scheduler: the checkpoint has {described[0]}, this trainer {described[1]}",)
+            )
+        found = [
+            capture.compare_scheduler(scheduling.scheduler, saved[name]["scheduler"])
+            for name, scheduling in schedulings.items()
+        ]
+        return Comparison(
+            tuple(difference for comparison in found for difference in comparison.incompatible),
+            tuple(difference for comparison in found for difference in comparison.hyperparameters),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,10 @@ from orchestrator.policy import Situation
 from orchestrator.requests import HaltRequest, Requests, Save
 from orchestrator.result import Result
 from orchestrator.signals import GiveWay, Signals, in_notebook, leave
+from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
 from orchestrator.work import Limits, Place, TrainingWork
-from states.table import TERMINAL, TRAINING, Arc, State, Trigger
+from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.delivery import Tracker
 from tracking.rows import Outcome
 from tracking.runs import RESUME_VARIABLE, RunFolder
@@ -124,9 +126,17 @@ class Trainer:
         self.run: RunFolder | None = None
         self._settings = settings
         model.to(self.device)
+        # A loss function can be a module with state of its own, class weights for instance.
+        self._loss = loss_fn if isinstance(loss_fn, nn.Module) and loss_fn.state_dict() else None
+        if self._loss is not None:
+            self._loss.to(self.device)
         self._requests = Requests()
         self._attempt: Attempt | None = None
         self._found: recovery.Found | None = None
+        self._evaluating: Evaluation | None = None
+        self._beginning = False
+        self._left: HaltRequest | None = None
+        """What the last attempt halted for."""
         self._tainted = False
         self._ended = ""
         shared_precision = Precision(precision, self.device, len(self.phases))
@@ -193,6 +203,7 @@ class Trainer:
             callbacks=self._callbacks,
             requests=self._requests,
             device=self.device,
+            loss=self._loss,
         )
 
     def _add_hooks(self, callback: Callback) -> None:
@@ -316,14 +327,24 @@ class Trainer:
 
         From `forward` or a hook; averaged over the epoch, weighted by batch size, and tracked like the loss.
         """
-        if self.validating is not None:
-            self._evaluations[self.validating].work.log(name, value)
-        elif self._loop.state is State.EPOCH_END:
+        if self._evaluating is not None:
+            self._evaluating.work.log(name, value)
+            return
+        if name.split("/")[0] in {"lr", *self._evaluations}:
+            raise ConfigurationError(
+                f"log({name!r}, ...): names that begin so are interlock's own; log it by another"
+            )
+        if self.state is State.EPOCH_END:
             self._work.log_epoch(name, value)
+        elif self.state in (State.IDLE, State.EPOCH_START, *TERMINAL):
+            raise ConfigurationError(
+                f"log({name!r}, ...) in {self.state.value}, where there is neither a batch nor an epoch to add it to; "
+                "log from forward, or from a hook of a batch or of an epoch's end"
+            )
         else:
             self._work.log(name, value)
 
-    def save(self, purpose: str = "") -> Save:
+    def save(self) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 
         Between transitions it is taken at once. From a hook it is taken when the transition is over, and
@@ -335,16 +356,16 @@ class Trainer:
                 "a transition failed half-way, so memory holds no state of the training: "
                 "resume from the newest checkpoint instead"
             )
-        if self._attempt is None:
-            raise ConfigurationError("there is nothing to save yet: call start(), advance() or fit() first")
-        save = Save(purpose)
+        if self._attempt is None or self._attempt.closed:
+            raise ConfigurationError(
+                f"there is no attempt under way to save (the training stands in {self.state.value}): "
+                "call start(), advance() or fit() first"
+            )
+        save = Save()
         self._requests.saves.append(save)
-        if not self._loop.inside:
-            if self.state is State.HALTED:
-                self._requests.abandon_saves("the training stands in HALTED")
-                raise TaintedError("the training stands in HALTED; what it had is in its newest checkpoint")
-            while self._requests.saves and self.state not in SAVEABLE:
-                self._fire_next()
+        if not self._loop.inside and not self._beginning:
+            while self._requests.saves and self.state not in SAVEABLE and self._fire_next():
+                pass
             self._carry_out_saves()
         return save
 
@@ -375,8 +396,7 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and `nonfinite="halt"`.
             Exception: whatever a hook, the model or the data raised, unchanged.
         """
-        if self._attempt is not None and self._attempt.closed and self.state is State.HALTED and not resume:
-            resume = self._attempt.run.path  # a notebook whose fit was interrupted: go on
+        self._loop.check_outside()
         with Signals(self._request_signal_halt, self._waits):
             if self._attempt is None or self._attempt.closed:
                 if self.state is not State.DONE:
@@ -397,7 +417,14 @@ class Trainer:
         """
         if self._attempt is not None and not self._attempt.closed:
             raise ConfigurationError("this training has started already")
+        if self.state is State.DONE:
+            raise ConfigurationError(
+                "this training is done; to extend it, build a Trainer that asks for more"
+            )
+        if self._attempt is not None and not resume:
+            resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
         resume = self._asked_from_outside() or resume
+        configuration.set_determinism(self._settings)
         plan = recovery.plan(resume, self._settings, self._work.limits)
         self._found = plan.checkpoint
         try:
@@ -405,6 +432,7 @@ class Trainer:
                 recovery.check(plan.checkpoint, self._state, self._settings, self._work.stream)
         except BaseException:
             plan.release()
+            configuration.restore_determinism(self._settings)
             raise
         if plan.finished:
             assert plan.run is not None
@@ -413,8 +441,8 @@ class Trainer:
             return
         self._attempt = Attempt.open(plan, self._settings, self._scopes())
         self.run = self._attempt.run
-        self._tainted, self._ended = False, ""
-        self._requests.halt, self._work.situation.halt = None, False
+        self._tainted, self._ended, self._left = False, "", None
+        self._work.situation.halt = False
         if plan.checkpoint is not None:
             self._work.place.epoch, self._work.place.batch = (
                 plan.checkpoint.info.epoch,
@@ -438,9 +466,10 @@ class Trainer:
     def _begin(self, checkpoint: recovery.Found | None) -> None:
         """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""
         assert self._attempt is not None
-        configuration.set_determinism(self._settings)
+        self._beginning = True
         for hook in self._on_train_begin:
             hook()
+        self._beginning = False
         self._attempt.clock.restart()
         if checkpoint is not None:
             self._work.note = f"from {checkpoint.info.name}"
@@ -454,7 +483,7 @@ class Trainer:
 
         Returns the last transition, or None where nothing was left to do.
         """
-        if self._attempt is None:
+        if self.state is not State.DONE and (self._attempt is None or self._attempt.closed):
             self.start()
         last = None
         while self._fire_next():
@@ -463,8 +492,8 @@ class Trainer:
                 break
         if self.state in TERMINAL:
             self.close()
-            if self._requests.halt is not None and self._requests.halt.error is not None:
-                raise self._requests.halt.error
+            if last is not None and self._left is not None and self._left.error is not None:
+                raise self._left.error
         return last
 
     def evaluate(self, loader: Any) -> dict[str, float]:
@@ -477,36 +506,46 @@ class Trainer:
             device=self.device,
             precision=self._work.precision,
         )
+        before, self._evaluating = evaluation.stream.between_epochs(), evaluation
         try:
             return evaluation.run(self.validation_model, max(self.epoch, 0))
         finally:
+            self._evaluating = None
+            evaluation.stream.load_state_dict(
+                before
+            )  # the loader may have a generator that the training uses
             evaluation.close()
 
     def close(self) -> None:
         """End the attempt, in HALTED if it was not done, with what it had saved. Idempotent."""
-        attempt = self._attempt
-        if attempt is None or attempt.closed:
+        self._loop.check_outside()
+        if self._attempt is None or self._attempt.closed:
             return
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.callback(configuration.restore_determinism, self._settings)
+            for callback in self._callbacks.values():
+                ending.callback(getattr(callback, "close", lambda: None))
+            for evaluation in self._evaluations.values():
+                ending.callback(evaluation.close)
+            ending.callback(self._work.stream.close)
+            ending.callback(self._end_attempt, self._attempt)
             if self.state not in TERMINAL:
                 self.halt("closed before the end")
                 while self._fire_next():
                     pass
-        finally:
-            halt = self._requests.halt
-            outcome: Outcome = "done" if self.state is State.DONE else "stopped"
-            error = halt.error if halt is not None else None
-            if error is not None and not isinstance(error, SystemExit | KeyboardInterrupt):
-                outcome = "failed"
-            attempt.close(outcome, self._ended, error)
-            self._work.stream.close()
-            for evaluation in self._evaluations.values():
-                evaluation.close()
-            for callback in self._callbacks.values():
-                end = getattr(callback, "close", None)
-                if end is not None:
-                    end()
-            configuration.restore_determinism(self._settings)
+
+    def _end_attempt(self, attempt: Attempt) -> None:
+        """Write down how it ended; what was asked of it is asked no more."""
+        halt = self._left = self._requests.halt
+        error = halt.error if halt is not None else None
+        outcome: Outcome = "done" if self.state is State.DONE else "stopped"
+        if self._tainted or (error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)):
+            outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
+        self._requests.abandon_saves("the attempt has ended")
+        self._requests.halt = None
+        if self.state is State.HALTED:
+            self._requests.stop = None
+        attempt.close(outcome, self._ended, error)
 
     def __enter__(self) -> Trainer:
         return self
@@ -519,15 +558,14 @@ class Trainer:
     def _fire_next(self) -> bool:
         """Fire the next transition and carry out what was asked for; False where nothing is left."""
         self._loop.check_outside()
-        if (
-            self._requests.halt is not None and self.state not in TERMINAL
-        ):  # asked for between two transitions
-            self._carry_out()
-            if self.state in TERMINAL:
-                return True
         try:
+            if self._requests.halt is not None and self.state not in TERMINAL:
+                self._carry_out()  # it was asked for between two transitions
+                if self.state in TERMINAL:
+                    return True
             if not self._loop.advance():
                 return False
+            self._look_up()
         except GiveWay:
             # Nothing had changed: the training stands, intact, where the journal says.
             self._abandon_validation()
@@ -538,11 +576,14 @@ class Trainer:
             if left is error:
                 raise
             raise left from error
+        return True
+
+    def _look_up(self) -> None:
+        """Between two transitions: carry out what was asked for during the last."""
         if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
             self._requests.add_halt(trouble)
         if self._requests.saves or self._requests.halt is not None or self.state is State.DONE:
             self._carry_out()
-        return True
 
     def _excused(self, error: BaseException) -> BaseException:
         """A data worker that dies after a stop was requested is no error of its own: schedulers kill them all."""
@@ -553,21 +594,23 @@ class Trainer:
         return halt.error if died else error
 
     def _carry_out(self) -> None:
-        halt, terminal = self._requests.halt, self.state in TERMINAL
-        if halt is not None and not terminal and halt.save and self._settings.checkpoint is not None:
-            if self.state not in SAVEABLE:
-                return  # one transition on, to BACKWARD
-            if not self._requests.saves:
-                self._requests.saves.append(Save())
-        if self.state in SAVEABLE:
-            self._carry_out_saves()
-        if halt is not None and not terminal:
+        halt, halting = self._requests.halt, self._requests.halt is not None and self.state not in TERMINAL
+        if halting and halt is not None:
             if not halt.save:
                 self._requests.abandon_saves(halt.reason)
+            elif self._settings.checkpoint is not None:
+                if self.state not in SAVEABLE:
+                    return  # one transition on, to BACKWARD
+                if not self._requests.saves:
+                    self._requests.saves.append(Save())
+        if self.state in SAVEABLE:
+            self._carry_out_saves()
+        if halting and halt is not None:
             self._ended = halt.reason
             self._work.note = self._halt_note(halt)
             self._work.situation.halt = True
             self._loop.advance()
+            self._requests.abandon_saves("the training stands in HALTED")
         elif self.state is State.DONE:
             self._ended = self._requests.stop or "finished"
 
@@ -576,45 +619,71 @@ class Trainer:
         saves, self._requests.saves = self._requests.saves, []
         if not saves:
             return
-        purpose = max((save.purpose for save in saves), default="")
-        metrics = self._work.history[-1] if self.state is State.EPOCH_END and self._work.history else {}
-        handle = self._attempt.save(
-            self._state.capture(), self.state, self._work.place, purpose, metrics, self._work.stream
-        )
+        work = self._work
+        metrics = work.history[-1] if self.state is State.EPOCH_END and work.history else {}
+        try:
+            handle = self._attempt.save(
+                self._state.capture(), self.state, work.place, self._purpose(), metrics, work.stream
+            )
+        except BaseException as error:
+            for save in saves:
+                save.abandoned(f"{type(error).__name__}: {error}")
+            raise
         for save in saves:
             save.begun(handle)
         self._attempt.clock.restart()
 
+    def _purpose(self) -> str:
+        """What a checkpoint of this moment is for, should the run be extended after its end."""
+        situation = self._work.situation
+        if self.state is State.BATCH_END and situation.has_batch and not situation.batches_left:
+            return BEFORE_THE_END
+        if self.state is State.EPOCH_END and not (situation.epochs_left and situation.batches_left):
+            return BEFORE_THE_END if self.epoch_complete else CUT_SHORT
+        return ""
+
     def _halt_note(self, halt: HaltRequest) -> str:
-        if halt.save or self._attempt is None:
+        """The reason; and the way back, where no checkpoint of this moment is on disk."""
+        attempt = self._attempt
+        if attempt is None or (halt.save and self._settings.checkpoint is None):
             return halt.reason
-        return f"{halt.reason}; {self._attempt.way_back(self._work.place)}"
+        failure = attempt.wait_for_save() if halt.save else None
+        if halt.save and failure is None:
+            return halt.reason
+        why = f"{halt.reason}; the checkpoint could not be written ({failure})" if failure else halt.reason
+        return f"{why}; {attempt.way_back(self._work.place)}"
 
     def _fail(self, error: BaseException) -> None:
         """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
         self._tainted = True
-        attempt = self._attempt
+        attempt, halt = self._attempt, self._requests.halt
         self._requests.abandon_saves(f"{type(error).__name__}: {error}")
         if attempt is None or attempt.closed:
             return
         self._abandon_validation()
+        attempt.catch_up()
         self._loop.stand(attempt.state)
-        self._ended = f"{type(error).__name__}: {error}"
+        asked = halt is not None and halt.error is error
+        self._ended = halt.reason if asked and halt is not None else f"{type(error).__name__}: {error}"
         self._requests.halt = HaltRequest(self._ended, save=False, error=error)
         if attempt.state in TERMINAL:
             return
-        self._work.note = f"{self._ended}; {attempt.way_back(self._work.place)}"
+        note = self._work.note = f"{self._ended}; {attempt.way_back(self._work.place)}"
+        source = attempt.state
         try:
-            self._loop.fire(Trigger.HALT)
+            self._work.situation.halt = True
+            self._loop.advance()
         except Exception as second:
             warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
+            self._work.note = note
+            attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)), self._work)
             self._loop.stand(State.HALTED)
 
     def _abandon_validation(self) -> None:
         for name, evaluation in self._evaluations.items():
             self.validating = name
             evaluation.abandon()
-        self.validating = None
+        self.validating = self._evaluating = None
 
     # -- what the parts ask of the trainer -------------------------------------------------------
 
@@ -630,26 +699,40 @@ class Trainer:
         return ("train", *(f"validation/{name}" for name in self._evaluations))
 
     def _validate(self) -> dict[str, float]:
+        """All validation loaders in turn; where a halt breaks it off, their generators are as before."""
         values: dict[str, float] = {}
+        before = {name: evaluation.stream.between_epochs() for name, evaluation in self._evaluations.items()}
         for name, evaluation in self._evaluations.items():
-            self.validating = name
+            self.validating, self._evaluating = name, evaluation
             if self._attempt is not None:
                 self._attempt.validation_clock.restart()
-            found = evaluation.run(self.validation_model, self.epoch, lambda: self._requests.halt is not None)
+            try:
+                found = evaluation.run(self.validation_model, self.epoch, self._halting)
+            except GiveWay:
+                for begun, state in before.items():
+                    self._evaluations[begun].stream.load_state_dict(state)
+                raise
             values.update({f"{name}/{key}": value for key, value in found.items()})
-        self.validating = None
+        self.validating = self._evaluating = None
         return values
+
+    def _halting(self) -> bool:
+        if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
+            self._requests.add_halt(trouble)
+        return self._requests.halt is not None
 
     def _request_nonfinite_halt(self, error: NonFiniteError) -> None:
         self._requests.add_halt(HaltRequest(str(error), save=False, error=error))
 
     def _waits(self) -> bool:
         """Whether the main thread is waiting for a data worker, so that a signal may break it off."""
+        if self._attempt is None or self._attempt.state in TERMINAL:
+            return False  # also while a resume takes its batch again: that is no transition to give way
         streams = [self._work.stream, *(evaluation.stream for evaluation in self._evaluations.values())]
         return any(stream.waiting for stream in streams)
 
     def _request_signal_halt(self, which: Any) -> None:
-        self._requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which)))
+        self._requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which), signal=True))
 
     def _report(self, message: str) -> None:
         if self._attempt is not None:
@@ -658,6 +741,7 @@ class Trainer:
     def _restore(self) -> None:
         assert self._found is not None
         recovery.restore(self._found, self._state)
+        self._found = None
 
     def _stand_done(self, run: RunFolder) -> None:
         self.run = run
@@ -666,8 +750,8 @@ class Trainer:
 
     def _leave(self) -> Result:
         """The result, or what `fit` leaves by."""
-        halt = self._requests.halt
-        error = halt.error if halt is not None and self.state is State.HALTED else None
+        halt = self._left or self._requests.halt
+        error = halt.error if halt is not None and (halt.signal or self.state is State.HALTED) else None
         if error is not None and not (isinstance(error, KeyboardInterrupt) and in_notebook()):
             raise error
         assert self.run is not None

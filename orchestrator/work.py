@@ -134,7 +134,7 @@ class BatchWork:
         self.loss = math.nan
         self.metrics: dict[str, float] = {}
         self.note = ""
-        self._started = 0.0
+        self.started = 0.0
         self._reserved = RESERVED | metrics.names
 
     def _begin_pass(self, epoch: int) -> None:
@@ -146,7 +146,7 @@ class BatchWork:
 
     def fetch(self) -> None:
         """Take the next batch and move it to the device."""
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self.take(self.stream.fetch())
         self.place.batch += 1
         self.metrics = {}
@@ -175,7 +175,12 @@ class BatchWork:
         if name:
             self.metrics[f"loss/{name}"] = self.loss
         self.metrics["loss"] = self.metrics.get("loss", 0.0) + self.loss
-        if self.epoch_metrics.wants_outputs and outputs is not None:
+        if self.epoch_metrics.wants_outputs:
+            if outputs is None:
+                raise ConfigurationError(
+                    f"metrics {', '.join(sorted(self.epoch_metrics.names))} are asked for, but forward returns a loss "
+                    "alone; expected (loss, outputs, targets), from which they are computed"
+                )
             with torch.no_grad():
                 observed = self.epoch_metrics.observe(
                     outputs.detach() if isinstance(outputs, Tensor) else outputs, targets
@@ -377,7 +382,7 @@ class TrainingWork(BatchWork):
         """Count the batch; validation if it is due within the epoch."""
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
-        elapsed = time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self.started
         if self._validate_every and batches % self._validate_every == 0:
             self.validated = self._validate()
             self.metrics.update(self.validated)
@@ -399,6 +404,11 @@ class TrainingWork(BatchWork):
             self.note = f"{self.window.count} batches of an open accumulation window were not applied"
         self.history.append(values)
         self.limits.apply(self.situation, self.place)
+        if self.place.batch < 0 and self.limits.epochs is None:
+            raise ConfigurationError(
+                "the training loader has no batch, and only max_batches says where to end, which it will never "
+                "reach; expected a loader with batches, or epochs="
+            )
 
     def finish(self) -> None:
         """Nothing is left to do; the final checkpoint is asked for by Checkpointing."""

@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.checks import check_positive, check_whole
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
-from orchestrator.snapshot.info import CheckpointInfo
+from orchestrator.snapshot.info import BEFORE_THE_END, CheckpointInfo
 from states.table import State, Trigger
 
 if TYPE_CHECKING:
     from orchestrator.trainer import Trainer
 
-__all__ = ["BEFORE_THE_END", "Checkpointing", "best_of", "kept"]
-
-BEFORE_THE_END = "before the end"
-"""The purpose of the checkpoint that a finished run is extended from."""
+__all__ = ["Checkpointing", "best_of", "kept"]
 
 
 class Checkpointing(Callback):
@@ -51,12 +49,11 @@ class Checkpointing(Callback):
         for name, value in (
             ("every_batches", every_batches),
             ("every_epochs", every_epochs),
-            ("every_seconds", every_seconds),
             ("keep_last", keep_last),
             ("keep_every_epochs", keep_every_epochs),
         ):
-            if value is not None and value <= 0:
-                raise ConfigurationError(f"Checkpointing({name}={value}): expected a positive number or None")
+            check_whole(f"Checkpointing: {name}", value, optional=True)
+        check_positive("Checkpointing: every_seconds", every_seconds, optional=True)
         self.every_batches = every_batches
         self.every_epochs = every_epochs
         self.every_seconds = every_seconds
@@ -77,26 +74,25 @@ class Checkpointing(Callback):
         """Begin to count the seconds."""
         self._last_save = time.monotonic()
 
-    def _save(self, purpose: str = "") -> None:
+    def _save(self) -> None:
         self._last_save = time.monotonic()
-        self.trainer.save(purpose=purpose)
+        self.trainer.save()
 
     def _after_batch(self) -> None:
         trainer = self.trainer
-        if trainer.ending:
-            # Reached max_batches within an epoch: a longer run would go on from exactly here.
-            self._save(BEFORE_THE_END)
-        elif (self.every_batches and trainer.batches % self.every_batches == 0) or (
-            self.every_seconds and time.monotonic() - self._last_save >= self.every_seconds
+        # Where max_batches is reached within an epoch, a longer run would go on from exactly here.
+        if (
+            trainer.ending
+            or (self.every_batches and trainer.batches % self.every_batches == 0)
+            or (self.every_seconds and time.monotonic() - self._last_save >= self.every_seconds)
         ):
             self._save()
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Save where the epoch is due, is the best, or is the last."""
         better = self._improves(metrics)
-        if self.trainer.ending:
-            self._save(BEFORE_THE_END if self.trainer.epoch_complete else "")
-        elif better or self._due(epoch, self.every_epochs) or self._due(epoch, self.keep_every_epochs):
+        due = self._due(epoch, self.every_epochs) or self._due(epoch, self.keep_every_epochs)
+        if better or due or self.trainer.ending:
             self._save()
 
     @staticmethod

@@ -116,13 +116,24 @@ class BatchStream:
 
         Plain values, arrays and tensors, 5 to 20 kB.
         """
-        origin = self._origin if self._epoch is not None else self._source.record()
+        if self._epoch is None:
+            return self.between_epochs()
         return {
             "version": _VERSION,
             "epoch": self._epoch,
             "position": self._position,
             "passes": self._source.passes,
-            "origin": origin,
+            "origin": self._origin,
+        }
+
+    def between_epochs(self) -> dict[str, Any]:
+        """The state of the generators alone: `load_state_dict` sets them, and stands before any epoch."""
+        return {
+            "version": _VERSION,
+            "epoch": None,
+            "position": 0,
+            "passes": self._source.passes,
+            "origin": self._source.record(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_manifest
 from states.table import State
 
-__all__ = ["CheckpointInfo", "info_of", "readable"]
+__all__ = ["BEFORE_THE_END", "CUT_SHORT", "CheckpointInfo", "info_of", "not_superseded", "readable"]
+
+BEFORE_THE_END = "before the end"
+"""The purpose of the checkpoint that a finished run is extended from."""
+
+CUT_SHORT = "cut short"
+"""The purpose of a checkpoint at the end of an epoch that `max_batches` cut short: a longer run is not at its end."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,23 @@ class CheckpointInfo:
     def name(self) -> str:
         """The name of its folder."""
         return self.path.name
+
+
+def not_superseded(
+    infos: Iterable[CheckpointInfo], positions: Mapping[int, int | None]
+) -> list[CheckpointInfo]:
+    """The checkpoints that no later attempt has gone back behind, newest first.
+
+    `positions` has, for each attempt, the number of the transition that it went back to.
+    """
+
+    def stands(info: CheckpointInfo) -> bool:
+        return not any(
+            attempt > info.attempt and position is not None and position < info.seq
+            for attempt, position in positions.items()
+        )
+
+    return sorted(filter(stands, infos), key=lambda info: info.seq, reverse=True)
 
 
 def readable(parent: Path) -> list[CheckpointInfo]:

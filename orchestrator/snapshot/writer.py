@@ -121,12 +121,11 @@ class CheckpointWriter:
         staged = Encoded(encoded.document, self._staging.copy(encoded.tensors))
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
-        self._thread = threading.Thread(target=self._write, args=arguments, name="interlock-checkpoint")
+        thread = threading.Thread(target=self._write, args=arguments, name="interlock-checkpoint")
         try:
-            self._thread.start()
-        except (
-            RuntimeError
-        ):  # the interpreter exits, or there are too many threads: it is written all the same
+            thread.start()
+            self._thread = thread  # not before: one that was never started cannot be waited for
+        except RuntimeError:  # the interpreter exits, or there are too many threads: it is written all the same
             self._thread = None
             self._write(*arguments)
         return handle
