@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checkpointing import Checkpointing
+from orchestrator.callbacks.checks import check_positive, check_whole
+from orchestrator.callbacks.early_stopping import EarlyStopping
 from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.errors import ConfigurationError
@@ -74,6 +76,13 @@ def check(given: Mapping[str, Any]) -> Settings:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     _check_numbers(given)
+    _check_choices(given)
+    loaders = _validation_loaders(given["val_loader"])
+    if given["validate_every"] is not None and not loaders:
+        raise ConfigurationError(
+            f"validate_every is {given['validate_every']} with no val_loader (it is {given['val_loader']!r}); "
+            "expected both or neither: pass val_loader=, or leave validate_every out"
+        )
     forward = _forward(given)
     phases = _phases(given["optimizer"], forward)
     _check_optimizers(model, phases)
@@ -88,11 +97,13 @@ def check(given: Mapping[str, Any]) -> Settings:
     for name, value, kind in (("checkpoint", checkpoint, Checkpointing), ("log", log, Logging)):
         if value is not None and not isinstance(value, kind):
             raise ConfigurationError(f"{name} is {value!r}; expected a {kind.__name__}, or None for none")
-    callbacks = given["callbacks"]
-    if isinstance(callbacks, Callback) or not all(isinstance(c, Callback) for c in callbacks):
-        raise ConfigurationError(
-            f"callbacks is {callbacks!r}; expected a list of orchestrator.Callback objects"
-        )
+    # A class has the attributes of its objects, so the protocol alone would take it.
+    if track is not None and (isinstance(track, type) or not isinstance(track, Tracker)):
+        raise ConfigurationError(f"track is {track!r}; expected a tracker such as MLflow(), or None for none")
+    _check_callbacks(given["callbacks"])
+    if given["scheduler"] is not None and not isinstance(given["scheduler"], LRScheduling):
+        LRScheduling(given["scheduler"])  # refuses what cannot be scheduled
+    _check_watched([given["scheduler"], *given["callbacks"], checkpoint], loaders)
     name = given["name"]
     if name is not None:
         check_name(name)
@@ -104,7 +115,7 @@ def check(given: Mapping[str, Any]) -> Settings:
         phases=phases,
         forward=forward,
         metrics=_metrics(given["metrics"]),
-        validation_loaders=_validation_loaders(given["val_loader"]),
+        validation_loaders=loaders,
         weigh=_weigh(given["accumulate_weighting"]),
         checkpoint=checkpoint,
         log=log,
@@ -118,11 +129,30 @@ def check(given: Mapping[str, Any]) -> Settings:
 
 
 def _device(device: Any) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
+    if not isinstance(device, str) or device != "auto":
+        return _usable(device)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _usable(device: Any) -> torch.device:
+    """The device, after a look whether it can hold a tensor: no list of kinds knows every build of torch."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"device is {device!r}, which cannot be used here ({why}); expected {_devices()}"
+        ) from error
+    return found
+
+
+def _devices() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cuda = "".join(f', "cuda:{index}"' for index in range(count))
+    return f'"auto", "cpu"{cuda}, or another device of torch that this machine has'
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
@@ -130,22 +160,77 @@ def _check_numbers(given: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             "neither epochs nor max_batches is given; expected at least one, to know where to end"
         )
-    for name in ("epochs", "max_batches", "accumulate", "validate_every"):
-        value = given[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} is {value!r}; expected a whole number of at least 1")
+    check_whole("accumulate", given["accumulate"])
+    for name in ("epochs", "max_batches", "validate_every"):
+        check_whole(name, given[name], optional=True)
     for name in ("max_time", "clip_grad_norm"):
-        value = given[name]
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise ConfigurationError(f"{name} is {value!r}; expected a positive number")
+        check_positive(name, given[name], optional=True)
+
+
+def _check_choices(given: Mapping[str, Any]) -> None:
     if given["nonfinite"] not in ("halt", "skip"):
         raise ConfigurationError(f'nonfinite is {given["nonfinite"]!r}; expected "halt" or "skip"')
-    if given["precision"] not in PRECISIONS:
+    if not isinstance(given["precision"], str) or given["precision"] not in PRECISIONS:
         raise ConfigurationError(
             f"precision is {given['precision']!r}; expected one of {', '.join(PRECISIONS)}"
         )
-    if given["validate_every"] is not None and given["val_loader"] is None:
-        raise ConfigurationError("validate_every is given but no val_loader; expected both or neither")
+    if not isinstance(given["deterministic"], bool):
+        raise ConfigurationError(f"deterministic is {given['deterministic']!r}; expected True or False")
+    if not isinstance(given["root"], str | os.PathLike):
+        raise ConfigurationError(f"root is {given['root']!r}; expected the path of the folder of runs")
+
+
+def _check_callbacks(callbacks: Any) -> None:
+    if isinstance(callbacks, str) or not isinstance(callbacks, Sequence):
+        raise ConfigurationError(
+            f"callbacks is {callbacks!r}; expected a list of orchestrator.Callback objects, [] for none"
+        )
+    seen: set[int] = set()
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigurationError(
+                f"callbacks has {callback!r} in it; expected objects of classes derived from orchestrator.Callback"
+            )
+        for kind, argument in ((Checkpointing, "checkpoint"), (Logging, "log")):
+            if isinstance(callback, kind):
+                raise ConfigurationError(
+                    f"callbacks has a {kind.__name__} in it; expected it on its own: pass it as {argument}="
+                )
+        if id(callback) in seen:
+            raise ConfigurationError(
+                f"callbacks has the same {type(callback).__name__} twice, so its hooks would run twice; "
+                "expected each object once: leave one out, or make a second one"
+            )
+        seen.add(id(callback))
+
+
+def _check_watched(callbacks: Sequence[Any], loaders: Collection[str]) -> None:
+    """Refuse a metric "val/..." that nothing can give: there is no loader "val", and no callback of the user's."""
+    if "val" in loaders or any(_is_users(callback) for callback in callbacks):
+        return
+    for callback in callbacks:
+        metric = _watched(callback)
+        if metric is not None and metric.split("/")[0] == "val" and "/" in metric:
+            there = f"the loaders are {', '.join(loaders)}" if loaders else "there is no val_loader"
+            raise ConfigurationError(
+                f"{type(callback).__name__} watches {metric!r}, but {there}; expected a validation loader named "
+                "'val': pass val_loader=, or watch a metric of training, of a loader there is, or one that you "
+                'log under a name that does not begin with "val/"'
+            )
+
+
+def _is_users(callback: Any) -> bool:
+    """Whether it is of a class of the user's own, which may log any metric; see `Watched.read` for what then."""
+    return isinstance(callback, Callback) and not type(callback).__module__.startswith("orchestrator.")
+
+
+def _watched(callback: Any) -> str | None:
+    """The name of the metric that a built-in callback decides by."""
+    if isinstance(callback, EarlyStopping):
+        return callback.watched.name
+    if isinstance(callback, Checkpointing):
+        return None if callback.best is None else callback.best.name
+    return callback.monitor if isinstance(callback, LRScheduling) else None
 
 
 def _forward(given: Mapping[str, Any]) -> Forward | None:
@@ -213,9 +298,9 @@ def _metrics(metrics: Any) -> dict[str, Any]:
     if not isinstance(metrics, Mapping):
         raise ConfigurationError(f"metrics is {metrics!r}; expected a dict from name to metric")
     for name, metric in metrics.items():
-        if name in RESERVED or "/" in name:
+        if not isinstance(name, str) or not name or name in RESERVED or "/" in name:
             raise ConfigurationError(
-                f"a metric is named {name!r}; expected a name without a slash that is not one of interlock's own: "
+                f"a metric is named {name!r}; expected a string without a slash that is not one of interlock's own: "
                 f"{', '.join(sorted(RESERVED))}"
             )
         if not isinstance(metric, AccumulatingMetric) and not callable(metric):

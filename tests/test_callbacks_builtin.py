@@ -147,8 +147,8 @@ def test_nan_counts_as_no_improvement(tmp_path: Path) -> None:
 
 
 def test_missing_metric_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(MissingMetricError, match=r"EarlyStopping watches 'val/loss'.*duration, .*loss"):
-        _Training(tmp_path).trainer(EarlyStopping()).fit()
+    with pytest.raises(MissingMetricError, match=r"EarlyStopping watches 'my/loss'.*duration, .*loss"):
+        _Training(tmp_path).trainer(EarlyStopping("my/loss")).fit()
 
 
 @pytest.mark.parametrize("arguments", [{"patience": 0}, {"min_delta": -1.0}, {"monitor": "score"}])
@@ -236,9 +236,9 @@ def test_on_a_metric(tmp_path: Path) -> None:
 def test_metric_that_is_missing(tmp_path: Path) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
-    scheduling = LRScheduling(lr_scheduler.ReduceLROnPlateau(optimizer), monitor="val/loss")
+    scheduling = LRScheduling(lr_scheduler.ReduceLROnPlateau(optimizer), monitor="my/loss")
     trainer = _Training(tmp_path).trainer(scheduling, model=model, optimizer=optimizer)
-    with pytest.raises(MissingMetricError, match="LRScheduling/ReduceLROnPlateau watches 'val/loss'"):
+    with pytest.raises(MissingMetricError, match="LRScheduling/ReduceLROnPlateau watches 'my/loss'"):
         trainer.fit()
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_positive, check_whole
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
-from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.info import BEFORE_THE_END, CheckpointInfo
 from states.table import State, Trigger
 

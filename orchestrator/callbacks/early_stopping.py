@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.checks import check_whole
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
 
@@ -33,10 +35,15 @@ class EarlyStopping(Callback):
         min_delta: float = 0.0,
         mode: Direction | None = None,
     ) -> None:
-        if patience < 1:
-            raise ConfigurationError(f"patience is {patience}; expected at least 1 epoch")
-        if not min_delta >= 0:
-            raise ConfigurationError(f"min_delta is {min_delta}; expected 0 or more, whatever the mode")
+        check_whole("EarlyStopping: patience", patience, unit="epoch")
+        if (
+            isinstance(min_delta, bool)
+            or not isinstance(min_delta, int | float)
+            or not 0 <= min_delta < math.inf
+        ):
+            raise ConfigurationError(
+                f"EarlyStopping: min_delta is {min_delta!r}; expected a number of 0 or more, whatever the mode"
+            )
         self.watched = Watched(monitor, direction_of(monitor, mode))
         self.patience = patience
         self.min_delta = float(min_delta)

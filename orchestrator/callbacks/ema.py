@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.checks import check_whole
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.capture import unwrapped
 from states.table import Trigger
@@ -46,10 +47,10 @@ class EMA(Callback):
         use_buffers: bool = True,
         phase: str | None = None,
     ) -> None:
-        if not 0.0 <= decay <= 1.0:
-            raise ConfigurationError(f"decay is {decay}; expected a number from 0 to 1, such as 0.999")
-        if every < 1 or start < 0:
-            raise ConfigurationError(f"every is {every} and start {start}; expected at least 1 and 0 updates")
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0.0 <= decay <= 1.0:
+            raise ConfigurationError(f"EMA: decay is {decay!r}; expected a number from 0 to 1, such as 0.999")
+        check_whole("EMA: every", every, unit="update")
+        check_whole("EMA: start", start, least=0, unit="updates")
         self.decay = decay
         self.every = every
         self.start = start

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.callbacks.base import Callback
-from orchestrator.errors import ConfigurationError
+from orchestrator.callbacks.checks import check_whole
 from states.table import Trigger
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class GradientStatistics(Callback):
     """
 
     def __init__(self, every: int = 100, per_parameter: bool = True) -> None:
-        if every < 1:
-            raise ConfigurationError(f"every is {every}; expected at least 1 batch")
+        check_whole("GradientStatistics: every", every, unit="batch")
         self.every = every
         self.per_parameter = per_parameter
 

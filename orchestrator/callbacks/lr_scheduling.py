@@ -42,9 +42,16 @@ class LRScheduling(Callback):
         if every not in ("epoch", "batch"):
             raise ConfigurationError(f'every is {every!r}; expected "epoch" or "batch"')
         if not isinstance(getattr(scheduler, "optimizer", None), Optimizer):
+            found = f"a {type(scheduler).__name__}"
+            if isinstance(scheduler, type):
+                found = f"the class {getattr(scheduler, '__name__', scheduler)}"
             raise ConfigurationError(
-                f"LRScheduling was given a {type(scheduler).__name__}; expected a scheduler of "
-                "torch.optim.lr_scheduler, made for the optimizer of the trainer"
+                f"LRScheduling, or scheduler=, was given {found}; expected a scheduler object of "
+                "torch.optim.lr_scheduler, such as StepLR(optimizer, 10), made for the optimizer of the trainer"
+            )
+        if monitor is not None and not isinstance(monitor, str):
+            raise ConfigurationError(
+                f'LRScheduling: monitor is {monitor!r}; expected the name of a metric, such as "val/loss"'
             )
         on_metric = isinstance(scheduler, ReduceLROnPlateau)
         if on_metric and monitor is None:

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from orchestrator.callbacks.base import Callback
-from orchestrator.errors import ConfigurationError
+from orchestrator.callbacks.checks import check_whole
 from states.table import Trigger
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ class MemoryMonitor(Callback):
     """
 
     def __init__(self, every: int = 100) -> None:
-        if every < 1:
-            raise ConfigurationError(f"every is {every}; expected at least 1 batch")
+        check_whole("MemoryMonitor: every", every, unit="batch")
         self.every = every
 
     def attach(self, trainer: Trainer) -> None:

@@ -25,8 +25,13 @@ class MissingMetricError(ConfigurationError):
 def direction_of(metric: str, mode: Direction | None) -> Direction:
     """`mode` if it is given, otherwise what the last word of the metric's name says.
 
-    Raises ConfigurationError where the name does not say it, and for a mode that is neither.
+    Raises ConfigurationError where the name does not say it, for a mode that is neither, and for a metric
+    that is no name.
     """
+    if not isinstance(metric, str) or not metric:
+        raise ConfigurationError(
+            f'the metric to watch is {metric!r}; expected the name of a metric of epochs, such as "val/loss"'
+        )
     if mode is not None:
         if mode not in ("min", "max"):
             raise ConfigurationError(f'mode is {mode!r}; expected "min" or "max"')
