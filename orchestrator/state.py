@@ -220,9 +220,7 @@ class TrainingState:
             described = [
                 ", ".join(sorted(n.split("/")[1] for n in names)) or "none" for names in (saved, schedulings)
             ]
-            return Comparison(
-                (f"scheduler: the checkpoint has {described[0]}, this trainer {described[1]}",)
-            )
+            return Comparison((f"scheduler: the checkpoint has {described[0]}, this trainer {described[1]}",))
         found = [
             capture.compare_scheduler(scheduling.scheduler, saved[name]["scheduler"])
             for name, scheduling in schedulings.items()

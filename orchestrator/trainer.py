@@ -423,24 +423,16 @@ class Trainer:
             )
         if self._attempt is not None and not resume:
             resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
-        resume = self._asked_from_outside() or resume
         configuration.set_determinism(self._settings)
-        plan = recovery.plan(resume, self._settings, self._work.limits)
-        self._found = plan.checkpoint
         try:
-            if plan.checkpoint is not None:
-                recovery.check(plan.checkpoint, self._state, self._settings, self._work.stream)
+            plan = recovery.plan(self._asked_from_outside() or resume, self._settings, self._work.limits)
+            self._open(plan)
         except BaseException:
-            plan.release()
             configuration.restore_determinism(self._settings)
             raise
         if plan.finished:
-            assert plan.run is not None
-            self._restore()
-            self._stand_done(plan.run)
+            configuration.restore_determinism(self._settings)
             return
-        self._attempt = Attempt.open(plan, self._settings, self._scopes())
-        self.run = self._attempt.run
         self._tainted, self._ended, self._left = False, "", None
         self._work.situation.halt = False
         if plan.checkpoint is not None:
@@ -455,6 +447,23 @@ class Trainer:
             self._fail(error)
             self.close()
             raise
+
+    def _open(self, plan: recovery.Plan) -> None:
+        """See that the checkpoint fits, then open the attempt; or stand at the end of a run that is done."""
+        self._found = plan.checkpoint
+        try:
+            if plan.checkpoint is not None:
+                recovery.check(plan.checkpoint, self._state, self._settings, self._work.stream)
+        except BaseException:
+            plan.release()
+            raise
+        if plan.finished:
+            assert plan.run is not None
+            self._restore()
+            self._stand_done(plan.run)
+            return
+        self._attempt = Attempt.open(plan, self._settings, self._scopes())
+        self.run = self._attempt.run
 
     def _asked_from_outside(self) -> str | None:
         """The folder that `interlock resume` names in the environment, if it is a run of this name; once."""
@@ -511,9 +520,8 @@ class Trainer:
             return evaluation.run(self.validation_model, max(self.epoch, 0))
         finally:
             self._evaluating = None
-            evaluation.stream.load_state_dict(
-                before
-            )  # the loader may have a generator that the training uses
+            # The loader may have a generator that the training uses too.
+            evaluation.stream.load_state_dict(before)
             evaluation.close()
 
     def close(self) -> None:

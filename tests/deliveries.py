@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mlflow_server import RemoteRun
-from walk import BATCH, Walk, begin
-
 import tracking
+from mlflow_server import RemoteRun
 from states.table import State, Trigger
 from tracking.journal import CheckpointRow, Journal, Outcome
 from tracking.outbox import metric_name
 from tracking.runs import Lease, RunFolder
+from walk import BATCH, Walk, begin
 
 BATCHES = 5
 """Batches an epoch."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import trainings
 from torch import nn
 
+import trainings
 from orchestrator import Callback, Checkpointing, Logging, MLflow, Trainer
 from states import State, Trigger
 from tracking.runs import list_runs

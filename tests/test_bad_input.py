@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import trainings
 from torch.optim import lr_scheduler
 
+import trainings
 from orchestrator import EMA, Callback, Checkpointing, EarlyStopping, Logging, LRScheduling, MLflow
 from orchestrator.callbacks.gradient_statistics import GradientStatistics
 from orchestrator.callbacks.memory_monitor import MemoryMonitor

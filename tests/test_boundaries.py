@@ -224,7 +224,9 @@ def test_resuming_a_finished_run_by_its_last_checkpoint(tmp_path: Path) -> None:
 
 def test_another_validation_set_may_be_given_on_resume(tmp_path: Path) -> None:
     run = trainings.make(tmp_path, epochs=1, val_loader=trainings.loader(4)).fit().run
-    longer = trainings.make(tmp_path, epochs=2, val_loader={"val": trainings.loader(24), "more": trainings.loader(7)})
+    longer = trainings.make(
+        tmp_path, epochs=2, val_loader={"val": trainings.loader(24), "more": trainings.loader(7)}
+    )
     assert "more/loss" in longer.fit(resume=run).history[-1]
 
 

@@ -15,7 +15,6 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
-from walk import BATCH, Walk, begin
 
 import tracking
 from orchestrator.cli import main
@@ -25,6 +24,7 @@ from tracking.mlflow_delivery import MLflow
 from tracking.recorder import Recorder
 from tracking.runs import Lease, RunFolder, create_run
 from tracking.shipper import start_shipper
+from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}

@@ -17,13 +17,13 @@ import click
 import numpy as np
 import pytest
 import torch
-import trainings
 from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import orchestrator
 import states
+import trainings
 from orchestrator import attempt
 from orchestrator.cli import main
 from orchestrator.snapshot.encoding import decode, encode

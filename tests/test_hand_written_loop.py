@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainings
 from torch import nn
 from torch.utils.data import DataLoader
 
+import trainings
 from orchestrator import LRScheduling, Trainer, seed_everything
 
 OPTIMIZERS = {

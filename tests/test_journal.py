@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from walk import BATCH, PHASES, SCOPES, Walk, begin, start
 
 import tracking
 from states.table import ARCS, State, Trigger
@@ -36,6 +35,7 @@ from tracking.journal import (
 )
 from tracking.recorder import PENDING, Recorder, RecorderError
 from tracking.runs import Lease, RunFolder, create_run
+from walk import BATCH, PHASES, SCOPES, Walk, begin, start
 
 ENVIRONMENT = {
     **os.environ,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainings
 from torch import nn
 
+import trainings
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
 from orchestrator.errors import NonFiniteAgainError
 from orchestrator.numerics import norm

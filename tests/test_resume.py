@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import trainings
 from orchestrator import EMA, Checkpointing, EarlyStopping, LRScheduling, MemoryMonitor, Trainer
 from orchestrator.recovery import CheckpointMismatch
 from states import State, Trigger

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from walk import Walk, begin
 
 import tracking
 from states.table import TERMINAL, State, Trigger
 from tracking.journal import DIED, Journal, Settled, Transition, settle
 from tracking.recorder import read_recorder
 from tracking.runs import Lease, RunFolder, create_run
+from walk import Walk, begin
 
 ENVIRONMENT = {
     **os.environ,

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from deliveries import BATCHES, ENVIRONMENT, Training, assert_once, expected_points, train_in_child, until
 from mlflow_server import Database, MLflowServer, RemoteRun
-
 from states.table import State
 from tracking.delivery import TrackerError
 from tracking.journal import Journal

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import trainings
 from torch import nn
 from torch.utils.data import DataLoader
 
+import trainings
 from orchestrator import Callback, Checkpointing, InterlockError, Phase, Trainer, seed_everything
 from orchestrator.errors import ConfigurationError, LossError, TaintedError
 from orchestrator.loop import NestedTriggerError

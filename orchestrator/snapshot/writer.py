@@ -125,7 +125,9 @@ class CheckpointWriter:
         try:
             thread.start()
             self._thread = thread  # not before: one that was never started cannot be waited for
-        except RuntimeError:  # the interpreter exits, or there are too many threads: it is written all the same
+        except (
+            RuntimeError
+        ):  # the interpreter exits, or there are too many threads: it is written all the same
             self._thread = None
             self._write(*arguments)
         return handle
