@@ -98,16 +98,20 @@ class Attempt:
         )
         self._last_seq = self._recorder.next_seq - 1
         self.number: int = self._journal.attempt
-        with Journal.open(run) as journal:
-            self._positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
-        if self._journal.notice:
-            warnings.warn(self._journal.notice, stacklevel=4)
-        clean_leftovers(run.checkpoints)
-        self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
-        self._saved: tuple[int, SaveHandle] | None = None
-        self._shipper: subprocess.Popen[bytes] | None = None
-        if settings.track is not None:
-            self._shipper = start_shipper(run, settings.track)
+        try:
+            with Journal.open(run) as journal:
+                self._positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
+            if self._journal.notice:
+                warnings.warn(self._journal.notice, stacklevel=4)
+            clean_leftovers(run.checkpoints)
+            self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
+            self._saved: tuple[int, SaveHandle] | None = None
+            self._shipper: subprocess.Popen[bytes] | None = None
+            if settings.track is not None:
+                self._shipper = start_shipper(run, settings.track)
+        except BaseException:
+            self._journal.close()  # its thread would outlive the lease
+            raise
 
     @classmethod
     def open(cls, plan: Plan, settings: Settings, scopes: Sequence[str]) -> Attempt:

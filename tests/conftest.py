@@ -1,6 +1,8 @@
 """Hypothesis profiles, one torch thread for each worker of pytest, and trainings to test with."""
 
 import os
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,3 +27,12 @@ def _no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("MLFLOW_", "INTERLOCK_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    """A test, or the code it tests, closes what it opened."""
+    before = set(threading.enumerate())
+    yield
+    left = [t for t in threading.enumerate() if t not in before and t.name.startswith("interlock")]
+    assert not left, left

@@ -228,8 +228,13 @@ def test_python(
         return
     namespace = EVERYTHING | {"torch": torch, "nn": nn} | SETUPS[block.setup]()
     before = dict(namespace)
-    block.run(namespace)
-    use({name: value for name, value in namespace.items() if before.get(name) is not value}, before)
+    try:
+        block.run(namespace)
+        use({name: value for name, value in namespace.items() if before.get(name) is not value}, before)
+    finally:
+        for value in namespace.values():
+            if isinstance(value, orchestrator.Trainer):
+                value.close()
 
 
 def use(made: dict[str, Any], before: dict[str, Any]) -> None:
