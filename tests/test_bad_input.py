@@ -191,3 +191,9 @@ def test_a_callback_of_the_users_may_log_what_is_watched(tmp_path: Path) -> None
     stopping = EarlyStopping("val/score", mode="max", patience=1)
     result = trainings.make(tmp_path, callbacks=[Mine(), stopping]).fit()
     assert "val/score has not improved" in result.reason
+
+
+@pytest.mark.parametrize("options", [{"every_batches": "x"}, {"every_epochs": 0}, {"to": 3}, {"metrics": 3}])
+def test_logging_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="expected"):
+        Logging(**options)

@@ -281,6 +281,9 @@ def test_retention_keeps_the_last_the_best_and_every_kth(tmp_path: Path) -> None
     assert f"-e{best}-" in result.best_checkpoint.name
     assert result.last_checkpoint is not None
     assert result.last_checkpoint.name.endswith("DONE")
+    fresh = trainings.make(tmp_path / "fresh", val_loader=trainings.loader(16))
+    result.load_best(fresh.model)
+    assert fresh.evaluate(trainings.loader(16, shuffle=False))["loss"] == pytest.approx(min(losses))
 
 
 CHILD = """

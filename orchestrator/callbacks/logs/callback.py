@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 import torch
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.checks import check_whole
 from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
 from orchestrator.callbacks.logs.record import Kind, LogRecord, clock, quantity, shown, span
 from orchestrator.callbacks.logs.sinks import (
@@ -68,10 +69,9 @@ class Logging(Callback):
     ) -> None:
         if level not in get_args(Level):
             raise ConfigurationError(f"log level is {level!r}; expected one of {', '.join(get_args(Level))}")
-        for name, number in (("every_batches", every_batches), ("every_epochs", every_epochs)):
-            if number is not None and number < 1:
-                raise ConfigurationError(f"Logging({name}={number}): expected at least 1")
-        if isinstance(metrics, str):
+        check_whole(f"Logging(every_batches={every_batches!r}): it", every_batches, optional=True)
+        check_whole(f"Logging(every_epochs={every_epochs!r}): it", every_epochs)
+        if metrics is not None and (isinstance(metrics, str) or not isinstance(metrics, Sequence)):
             raise ConfigurationError(f"Logging(metrics={metrics!r}): expected a list of names, [{metrics!r}]")
         self.level = level
         self.every_batches = 1 if every_batches is None and level == "verbose" else every_batches
@@ -350,8 +350,8 @@ _OF_A_PHASE = frozenset({Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP})
 _showwarning = warnings.showwarning
 
 
-def _targets(to: Target | Sequence[Target]) -> tuple[Target, ...]:
-    targets = (to,) if isinstance(to, str) or callable(to) else tuple(to)
+def _targets(to: Any) -> tuple[Target, ...]:
+    targets = tuple(to) if isinstance(to, Sequence) and not isinstance(to, str) else (to,)
     for target in targets:
         if not callable(target) and target not in ("console", "file"):
             raise ConfigurationError(
