@@ -17,7 +17,6 @@ from orchestrator.policy import Situation
 from orchestrator.result import Result
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.info import (
-    BEFORE_THE_END,
     CUT_SHORT,
     CheckpointInfo,
     info_of,
@@ -143,10 +142,12 @@ def _plan_for(
     if not ended and found.info.purpose != CUT_SHORT:
         return Plan(run, found, lease)
     if found.tree["stop"] is None and _left(found.tree["place"], limits):
-        earlier = _newest([info for info in infos if info.purpose == BEFORE_THE_END])
+        # Any checkpoint from before the end will do; the newest that is whole has the least to do again.
+        earlier = _newest([i for i in infos if i.state is not State.DONE and i.purpose != CUT_SHORT])
         if earlier is None:
             raise NoCheckpoint(
-                f"{run.id} is done, and the checkpoint from before its end is gone; it cannot be extended"
+                f"{run.id} is done, and no checkpoint from before its end can be read, so it cannot be extended; "
+                "begin a new run with resume=False"
             )
         return Plan(run, earlier, lease)
     if not ended:

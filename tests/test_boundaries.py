@@ -315,3 +315,21 @@ def test_names_that_are_taken_cannot_be_logged(name: str, tmp_path: Path) -> Non
     trainer.after(Trigger.STEP)(lambda: trainer.log(name, 1.0))
     with pytest.raises(ConfigurationError, match="by another"):
         trainer.fit()
+
+
+def test_extending_passes_over_a_damaged_checkpoint_from_before_the_end(tmp_path: Path) -> None:
+    whole = trainings.make(tmp_path / "whole", epochs=4)
+    whole.fit()
+    short = trainings.make(tmp_path / "short", checkpoint=Checkpointing(keep_last=9))
+    short.fit()
+    (newest,) = short.run.checkpoints.glob("*-e2-b5-EPOCH_END")
+    file = newest / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    longer = trainings.make(tmp_path / "short", epochs=4, checkpoint=Checkpointing(keep_last=9))
+    with pytest.warns(UserWarning, match=f"passing over checkpoint {newest.name}"):
+        longer.fit(resume="auto")
+    assert losses(longer) == losses(whole)
+    trainings.assert_equal(trainings.weights(longer), trainings.weights(whole))
+    end_of(longer)
