@@ -588,9 +588,7 @@ class Trainer:
 
     def _look_up(self) -> None:
         """Between two transitions: carry out what was asked for during the last."""
-        if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
-            self._requests.add_halt(trouble)
-        if self._requests.saves or self._requests.halt is not None or self.state is State.DONE:
+        if self._halting() or self._requests.saves or self.state is State.DONE:
             self._carry_out()
 
     def _excused(self, error: BaseException) -> BaseException:
@@ -602,8 +600,8 @@ class Trainer:
         return halt.error if died else error
 
     def _carry_out(self) -> None:
-        halt, halting = self._requests.halt, self._requests.halt is not None and self.state not in TERMINAL
-        if halting and halt is not None:
+        halt = self._requests.halt if self.state not in TERMINAL else None
+        if halt is not None:
             if not halt.save:
                 self._requests.abandon_saves(halt.reason)
             elif self._settings.checkpoint is not None:
@@ -613,7 +611,7 @@ class Trainer:
                     self._requests.saves.append(Save())
         if self.state in SAVEABLE:
             self._carry_out_saves()
-        if halting and halt is not None:
+        if halt is not None:
             self._ended = halt.reason
             self._work.note = self._halt_note(halt)
             self._work.situation.halt = True
@@ -725,6 +723,7 @@ class Trainer:
         return values
 
     def _halting(self) -> bool:
+        """Whether a halt is asked for, by anybody or by trouble with the files or the time."""
         if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
             self._requests.add_halt(trouble)
         return self._requests.halt is not None
