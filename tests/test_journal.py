@@ -30,6 +30,7 @@ from tracking.journal import (
     JournalFormatError,
     JournalStalledError,
     JournalWriter,
+    Loss,
     open_attempt,
     settle,
 )
@@ -387,6 +388,107 @@ def test_rows_past_a_position_are_superseded(run: RunFolder, lease: Lease) -> No
         assert [row.attempt for row in journal.metrics(key="at")] == [1, 4]
         assert len(list(journal.metrics(key="at", include_superseded=True))) == 4
         assert query(run, "SELECT count(*) FROM all_metrics WHERE key = 'at' AND superseded") == [(2,)]
+
+
+def interrupted(run: RunFolder, lease: Lease, chance: random.Random, attempts: int) -> None:
+    """A journal of a training with two phases and validation that goes back at random, several times."""
+    standing: list[tuple[int, int, int, State]] = []
+    for number in range(attempts):
+        position, epoch, batch, state = 0, -1, -1, State.IDLE
+        if number:
+            standing = standing[: chance.randrange(1, len(standing) + 1)]
+            position, epoch, batch, state = standing[-1]
+        recorder, writer = begin(run, lease, position if number else None)
+        with writer:
+            walk = Walk(recorder, State.HALTED if number else State.IDLE)
+            validation = Walk(recorder, scope=1)
+            walk.epoch, walk.batch = epoch, batch
+            if number:
+                state = State.BATCH_END if state is State.HALTED else state
+                walk.go(Trigger.RESUME, state)
+            for _ in range(chance.randrange(1, 60)):
+                walk.go(*next_move(walk, chance), loss=chance.choice([NAN, 0.5, PENDING]), phase=0)
+                if walk.state is State.EPOCH_END:
+                    validation.state = State.IDLE
+                    validation.epochs(batches=2)
+            if number < attempts - 1 and chance.random() < 0.5 and walk.state is State.BATCH_END:
+                walk.go(Trigger.HALT)
+            writer.end("stopped")
+        standing += [(row.seq, row.epoch, row.batch, row.dest) for row in walk.recorded]
+
+
+def next_move(walk: Walk, chance: random.Random) -> tuple[Trigger]:
+    follows = {
+        State.IDLE: Trigger.BEGIN_EPOCH,
+        State.EPOCH_START: Trigger.FETCH,
+        State.BATCH_START: Trigger.FORWARD,
+        State.FORWARD: Trigger.BACKWARD,
+        State.BACKWARD: chance.choice([Trigger.STEP, Trigger.END_BATCH]),
+        State.STEP: Trigger.END_BATCH,
+        State.BATCH_END: Trigger.END_EPOCH if walk.batch >= 2 else Trigger.FETCH,
+        State.EPOCH_END: Trigger.BEGIN_EPOCH,
+    }
+    return (follows[walk.state],)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_losses_and_places_are_found_as_a_scan_finds_them(run: RunFolder, lease: Lease, seed: int) -> None:
+    chance = random.Random(seed)
+    with Journal.open(run) as journal:
+        assert list(journal.losses()) == []
+        assert journal.find(0, 0, State.FORWARD) is None
+    interrupted(run, lease, chance, attempts=1 + seed % 6)
+    with Journal.open(run) as journal:
+        standing = list(journal.transitions(scope="train"))
+        losses = [
+            Loss(row.seq, row.epoch, row.batch, row.phase, row.loss)
+            for row in standing
+            if row.trigger is Trigger.FORWARD
+        ]
+        assert repr(list(journal.losses())) == repr(losses)
+        newest = journal.newest_seq()
+        for after in range(0, newest + 2, 7):
+            for until in (None, after, after + 1, after + 30):
+                chosen = [loss for loss in losses if after < loss.seq <= (newest if until is None else until)]
+                assert repr(list(journal.losses(after, until))) == repr(chosen)
+        for state in State:
+            for epoch in range(-1, 4):
+                for batch in (None, -1, 0, 1, 2, 5):
+                    matches = (
+                        row
+                        for row in standing
+                        if row.dest is state and row.epoch == epoch and batch in (None, row.batch)
+                    )
+                    assert repr(journal.find(epoch, batch, state)) == repr(next(matches, None))
+
+
+def test_a_phase_is_found(run: RunFolder, writing: Writing) -> None:
+    recorder, writer = writing
+    walk = Walk(recorder)
+    walk.go(Trigger.BEGIN_EPOCH)
+    walk.go(Trigger.FETCH)
+    for phase in (0, 1):
+        for trigger in (Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP):
+            walk.go(trigger, phase=phase, loss=float(phase) if trigger is Trigger.FORWARD else NAN)
+    writer.sync()
+    with Journal.open(run) as journal:
+        assert [(loss.phase, loss.loss) for loss in journal.losses()] == [("", 0.0), ("generator", 1.0)]
+        assert [
+            found.seq if found else None
+            for found in (journal.find(0, 0, State.FORWARD, phase) for phase in (None, "", "generator", "x"))
+        ] == [3, 3, 6, None]
+
+
+def test_long_stretches_of_losses_are_read_page_by_page(
+    run: RunFolder, writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, writer = writing
+    walk = Walk(recorder).epochs(epochs=2, batches=50)
+    writer.sync()
+    monkeypatch.setattr("tracking.places._PAGE", 7)
+    with Journal.open(run) as journal:
+        found = [(loss.seq, loss.loss) for loss in journal.losses(after=20)]
+    assert found == [(row.seq, row.loss) for row in walk.recorded[20:] if row.loss is not None]
 
 
 def test_a_metric_is_superseded_with_the_transition_that_measured_it(run: RunFolder, lease: Lease) -> None:

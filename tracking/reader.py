@@ -7,8 +7,9 @@ from typing import Any
 
 from states.table import State, Trigger
 from tracking.packing import ROW_LENGTH, to_number
+from tracking.places import find_row, losses_of
 from tracking.recorder import Record, RecorderError, RecorderView, is_pending, read_recorder
-from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Metric, RunInfo, Transition
+from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Loss, Metric, RunInfo, Transition
 from tracking.runs import RunFolder
 from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained
 
@@ -121,6 +122,24 @@ class Journal:
         newest = [_transition(row) for row in rows]
         newest += [found for found in self._recorded(view, self.newest_seq()) if found.scope == scope]
         return newest[-1] if newest else None
+
+    def losses(self, after: int = 0, until: int | None = None) -> Iterator[Loss]:
+        """The losses of the training that stand, with after < seq <= until, in the order of seq.
+
+        Reads the journal only (`JournalWriter.sync` puts there what is in the recorder), page by page.
+        """
+        return losses_of(self._all, after, until)
+
+    def find(
+        self, epoch: int, batch: int | None, state: State, phase: str | None = None
+    ) -> Transition | None:
+        """The first transition of the training that stands and led to `state` at this epoch and batch.
+
+        None for `batch` or `phase` means any. None is returned where there is no such transition in the
+        journal; none leads to IDLE. Takes no scan: places in what stands go up with seq, so it bisects.
+        """
+        row = find_row(self._all, epoch, batch, state, phase)
+        return _transition(row) if row else None
 
     def metrics(
         self,

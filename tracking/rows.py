@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from states.table import State, Trigger
 
@@ -13,6 +13,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointRow",
     "LogRecord",
+    "Loss",
     "Metric",
     "Outcome",
     "RunInfo",
@@ -103,6 +104,16 @@ class Transition:
     loss: float | None
     note: str
     superseded: bool = False
+
+
+class Loss(NamedTuple):
+    """The loss of one `forward` of the training; None where it has not arrived, NaN where it was NaN."""
+
+    seq: int
+    epoch: int
+    batch: int
+    phase: str
+    loss: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,139 @@
+"""Finding places in a long journal without reading all of it: what stands, where a state was reached, losses."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from states.table import State, Trigger
+from tracking.packing import ROW_LENGTH, to_number
+from tracking.rows import TRAIN, Loss
+from tracking.schema import UNPACKED_TRANSITIONS
+
+__all__ = ["Query", "find_row", "losses_of"]
+
+Query = Callable[..., list[Any]]
+"""Runs an SQL statement with its arguments in a read transaction of its own; the rows."""
+
+_PAGE = 65_536  # rows a read transaction: short ones let the writer's WAL be emptied
+_AT_THE_END = frozenset({State.EPOCH_END, State.DONE})
+
+_LOSSES = f"""
+    SELECT packed.seq + pattern.pos, packed.epoch, packed.batch, pattern.phase, packed.loss
+    FROM packed_transitions AS packed
+        CROSS JOIN words AS pattern ON pattern.word = packed.word AND pattern.loss AND pattern.trigger = ?1
+    WHERE packed.scope = ?2 AND packed.seq > ?3 - {ROW_LENGTH} AND packed.seq <= ?4
+        AND packed.seq + pattern.pos > ?3 AND packed.seq + pattern.pos <= ?4
+    LIMIT {_PAGE}"""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """The transitions of one attempt that stand: those from seq `first` to seq `last`."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, order=True)
+class _Key:
+    """A place in a training; in what stands of it, places never go back."""
+
+    epoch: int
+    batch: int
+
+
+def losses_of(query: Query, after: int, until: int | None) -> Iterator[Loss]:
+    """What `Journal.losses` yields."""
+    scope = _training(query)
+    for stretch in _standing(query):
+        last = stretch.last if until is None else min(until, stretch.last)
+        done = max(after, stretch.first - 1)
+        while done < last:
+            rows = query(_LOSSES, Trigger.FORWARD.value, scope, done, last)
+            for seq, epoch, batch, phase, loss in rows:
+                yield Loss(seq, epoch, batch, phase, loss if loss.__class__ is float else to_number(loss))
+            if len(rows) < _PAGE:
+                break
+            done = rows[-1][0]
+
+
+def find_row(
+    query: Query, epoch: int, batch: int | None, state: State, phase: str | None
+) -> tuple[Any, ...] | None:
+    """The row of `UNPACKED_TRANSITIONS` that `Journal.find` is asked for."""
+    search = _Search(query)
+    beyond = search.first_from(_Key(epoch + 1, -1) if batch is None else _Key(epoch, batch + 1))
+    if batch is None and state in _AT_THE_END:
+        # An epoch's end is of its last batch, so that the others need not be read.
+        last = search.at(beyond - 1)
+        batch = last.batch if last else None
+    first = search.first_from(_Key(epoch, -1 if batch is None else batch))
+    found = query(
+        f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
+                WHERE packed.seq >= ?1 AND packed.seq < ?2 AND packed.scope = ?3
+                    AND packed.word IN (SELECT word FROM words WHERE dest = ?4)
+                    AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)
+                    AND pattern.dest = ?4 AND (?5 IS NULL OR pattern.phase = ?5))
+            WHERE NOT superseded LIMIT 1""",
+        first,
+        beyond,
+        search.scope,
+        state.value,
+        phase,
+    )
+    return found[0] if found else None
+
+
+class _Search:
+    """Bisects what stands of the training, in which epochs and batches go up with seq."""
+
+    def __init__(self, query: Query):
+        self._query = query
+        self._stretches = _standing(query)
+        self.scope = _training(query)
+
+    def at(self, seq: int) -> _Key | None:
+        """The place of the last packed row of the training that stands and begins at or before `seq`."""
+        for stretch in reversed(self._stretches):
+            if stretch.first <= seq:
+                rows = self._query(
+                    """SELECT epoch, batch FROM packed_transitions
+                       WHERE seq >= ? AND seq <= ? AND scope = ? ORDER BY seq DESC LIMIT 1""",
+                    stretch.first,
+                    min(seq, stretch.last),
+                    self.scope,
+                )
+                if rows:
+                    return _Key(*rows[0])
+        return None
+
+    def first_from(self, key: _Key) -> int:
+        """The seq of the first packed row at or beyond `key`; one more than there are if there is none."""
+        low = self._stretches[0].first if self._stretches else 1
+        high = self._stretches[-1].last + 1 if self._stretches else 1
+        while low < high:
+            middle = (low + high) // 2
+            found = self.at(middle)
+            if found is not None and found >= key:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def _training(query: Query) -> int:
+    """The number of the training's scope; -1 where the journal has none yet."""
+    rows = query("SELECT scope FROM scopes WHERE name = ?", TRAIN)
+    return int(rows[0][0]) if rows else -1
+
+
+def _standing(query: Query) -> list[_Stretch]:
+    """The stretches that stand, oldest first; none is empty."""
+    attempts = query("SELECT first_seq, kept_until FROM attempts ORDER BY attempt")
+    newest = query("SELECT coalesce(max(seq), 0) FROM packed_transitions")[0][0] + ROW_LENGTH
+    begins = [*(first for first, _ in attempts), newest]
+    stretches = [
+        _Stretch(first, beyond - 1 if kept is None else min(beyond - 1, kept))
+        for (first, kept), beyond in zip(attempts, begins[1:], strict=True)
+    ]
+    return [stretch for stretch in stretches if stretch.first <= stretch.last]
