@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import tracking
 from orchestrator.cli import main
 from states.table import State, Trigger
-from tracking.journal import CheckpointRow, Journal, JournalWriter
+from tracking.journal import CheckpointRow, Journal, JournalWriter, Parent
 from tracking.mlflow_delivery import MLflow
 from tracking.recorder import Recorder
 from tracking.runs import Lease, RunFolder, create_run
@@ -115,6 +115,44 @@ def done(root: Path, name: str = "digits") -> RunFolder:
             walk.epoch, walk.batch = 0, 2
             walk.go(Trigger.RESUME, State.EPOCH_END)
             epoch(walk, writer)
+            walk.go(Trigger.FINISH)
+            writer.end("done", "finished")
+    return run
+
+
+REACHED = (State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END)
+
+
+def branch(root: Path, parent: RunFolder, state: State = State.FORWARD, *, kept: bool = True) -> RunFolder:
+    """A run that goes on from epoch 2, batch 113 of `parent`, halts, and goes on from its HALTED to DONE.
+
+    `kept`: whether its journal says that it is a branch.
+    """
+    link = Parent(parent.id, str(parent.path), 1234, "00001234-a1", "branch")
+    run = create_run(root, "branch", link if kept else None)
+    with Lease.acquire(run) as lease:
+        recorder, writer = begin(run, lease)
+        with writer:
+            walk = Walk(recorder)
+            walk.go(Trigger.HALT, note=f"branched from {parent.id}")
+            walk.epoch, walk.batch = 2, 113
+            walk.go(Trigger.RESUME, state, note="from 00001234-a1")
+            if state is not State.EPOCH_END:
+                for trigger in BATCH[REACHED.index(state) + 1 :]:
+                    walk.go(trigger)
+            position = walk.go(Trigger.HALT, note="signal SIGTERM")
+            writer.end("stopped", "signal SIGTERM")
+        epoch, batch, stood = walk.epoch, walk.batch, walk.recorded[-1].source
+        recorder, writer = begin(run, lease, position)
+        with writer:
+            walk = Walk(recorder, State.HALTED)
+            walk.epoch, walk.batch = epoch, batch
+            walk.go(Trigger.RESUME, stood)
+            if stood is State.BATCH_END:
+                for trigger in BATCH:
+                    walk.go(trigger)
+                walk.go(Trigger.END_EPOCH)
+            walk.epochs(1, 2)
             walk.go(Trigger.FINISH)
             writer.end("done", "finished")
     return run
@@ -248,6 +286,29 @@ def test_show(tmp_path: Path) -> None:
     )
     at = lines.index("Metrics of epoch 1")
     assert lines[at + 1 : at + 5] == ["metric train val", "loss 0.5 1.5", "lr 0.1 -", "accuracy - 0.875"]
+
+
+def test_where_a_run_comes_from(tmp_path: Path) -> None:
+    mother = done(tmp_path, "mother")
+    alone = interlock("runs", root=tmp_path).output
+    assert "ORIGIN" not in alone
+    child = branch(tmp_path, mother)
+    said = f"branched from {mother.id} at epoch 2, batch 113 (FORWARD)"
+    assert f"origin   {said}" in interlock("show", child.id, root=tmp_path).output
+    assert "origin " not in interlock("show", mother.id, root=tmp_path).output
+    header, newest, oldest = interlock("runs", root=tmp_path).output.splitlines()
+    assert header.split()[-1] == "ORIGIN"
+    assert newest.endswith(said)
+    assert oldest.endswith(("ago", "now"))
+    origin = json.loads(interlock("show", child.id, "--json", root=tmp_path).stdout)["origin"]
+    assert origin["parent"]["seq"] == 1234
+    assert origin["place"] == {"epoch": 2, "batch": 113, "state": "FORWARD"}
+    found = json.loads(interlock("runs", "--json", root=tmp_path).stdout)
+    assert [line["origin"] for line in found] == [origin, None]
+    warm = create_run(tmp_path, "warm", Parent(mother.id, str(mother.path), None, "x", "warm start"))
+    assert f"warm start from {mother.id}\n" in interlock("show", warm.id, root=tmp_path).output
+    begun = create_run(tmp_path, "begun", Parent(mother.id, str(mother.path), 9, "x", "branch"))
+    assert f"branched from {mother.id}\n" in interlock("show", begun.id, root=tmp_path).output
 
 
 def test_show_for_programs(tmp_path: Path) -> None:
@@ -509,6 +570,37 @@ def test_a_sound_run(tmp_path: Path) -> None:
         "all is well",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (State.FORWARD, "3 batches of 2 epochs"),
+        (State.BATCH_END, "3 batches of 2 epochs"),
+        (State.EPOCH_END, "2 batches of 1 epoch "),
+    ],
+)
+def test_a_branch_is_sound_from_where_it_began(tmp_path: Path, state: State, said: str) -> None:
+    """It halts and goes on from its own HALTED, too: then the `halt` itself is gone back to, and stands."""
+    mother = done(tmp_path, "mother")
+    run = branch(tmp_path, mother, state)
+    text = " ".join(interlock("check", run.id, root=tmp_path).output.split())
+    assert f"branched from {mother.id} at epoch 2, batch 113 ({state.value})" in text
+    assert f"{said.strip()} in order, none skipped or repeated" in text
+    assert "0 transitions superseded by 1 resume, the rest stands" in text
+    assert "up to DONE" in text
+    assert "all is well" in text
+    change(run, "UPDATE packed_transitions SET batch = batch + 1 WHERE epoch = 3 AND batch >= 0")
+    assert (
+        "fetch of epoch 3, batch 1; expected epoch 3, batch 0"
+        in interlock("check", run.id, root=tmp_path, code=1).output
+    )
+
+
+def test_only_a_branch_may_begin_in_the_middle(tmp_path: Path) -> None:
+    run = branch(tmp_path, done(tmp_path, "mother"), kept=False)
+    text = interlock("check", run.id, root=tmp_path, code=1).output
+    assert "fetch of epoch 2, batch 114; expected epoch -1, batch 0" in text
 
 
 TRAINING = "(SELECT scope FROM scopes WHERE name = 'train')"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import tracking
 from states.errors import InterlockError
-from tracking.journal import Journal
+from tracking.journal import Journal, Parent
 from tracking.runs import (
     Lease,
     LeaseHeldError,
@@ -27,6 +27,7 @@ from tracking.runs import (
     RunNotFound,
     create_run,
     find_run,
+    folder_of_parent,
     lease_holder,
     list_runs,
 )
@@ -73,6 +74,34 @@ def test_a_new_run(tmp_path: Path) -> None:
         1,
     )
     assert list(run.path.parent.iterdir()) == [run.path]
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        Parent(
+            "digits-20231114-221320-4fzz", "/data/runs/digits-20231114-221320-4fzz", 7, "00000007", "branch"
+        ),
+        Parent("digits-20231114-221320-4fzz", "/a b/ü", None, "", "warm start"),
+    ],
+)
+def test_a_run_knows_its_parent(tmp_path: Path, parent: Parent) -> None:
+    with Journal.open(create_run(tmp_path, "child", parent)) as journal:
+        assert journal.run_info().parent == parent
+    with Journal.open(create_run(tmp_path, "orphan")) as journal:
+        assert journal.run_info().parent is None
+
+
+def test_a_parent_is_found_where_it_was_or_beside_its_child(tmp_path: Path) -> None:
+    mother = create_run(tmp_path / "here", "mother")
+    parent = Parent(mother.id, str(mother.path), 3, "", "branch")
+    child = create_run(tmp_path / "there", "child", parent)
+    assert folder_of_parent(child, parent) == mother
+    moved = child.path.parent / mother.id
+    mother.path.rename(moved)
+    assert folder_of_parent(child, parent) == RunFolder(moved)
+    moved.rename(moved.with_name("gone"))
+    assert folder_of_parent(child, parent) is None
 
 
 def test_paths_of_a_run() -> None:

@@ -21,7 +21,7 @@ from deliveries import BATCHES, ENVIRONMENT, Training, assert_once, expected_poi
 from mlflow_server import Database, MLflowServer, RemoteRun
 from states.table import State
 from tracking.delivery import TrackerError
-from tracking.journal import Journal
+from tracking.journal import Journal, Parent
 from tracking.mlflow_delivery import MLflow
 from tracking.outbox import Flight, Outbox, select
 from tracking.runs import RunFolder, create_run, lease_holder
@@ -499,6 +499,32 @@ def test_a_run_that_the_user_began_is_used_and_never_ended(run: RunFolder, store
     assert number == expected_number
     assert_once(run, remote)
     assert store.run(second.id).status == "RUNNING"
+
+
+def test_a_branch_is_shown_below_its_parent(tmp_path: Path, store: Database) -> None:
+    """The parent's own id is told as soon as the parent's outbox has it; elsewhere it would mean nothing."""
+    mother = create_run(tmp_path, "mother")
+    parent = Parent(mother.id, str(mother.path), 12, "00000012-a1", "branch")
+    child, stranger = create_run(tmp_path, "child", parent), create_run(tmp_path, "stranger", parent)
+    for run in (mother, child, stranger):
+        training = Training(run)
+        training.batch()
+        training.end()
+    there = MLflow(tracking_uri=store.uri)
+    assert sync(child, tracker=there).complete
+    tags = store.run(child.id).tags
+    assert (tags["interlock.parent"], tags["interlock.parent_seq"]) == (mother.id, "12")
+    assert "mlflow.parentRunId" not in tags
+    elsewhere = MLflow(tracking_uri=f"sqlite:///{tmp_path / 'elsewhere.db'}")
+    assert sync(mother, tracker=elsewhere).complete
+    assert sync(stranger, tracker=there).complete
+    assert "mlflow.parentRunId" not in store.run(stranger.id).tags
+    assert sync(mother, tracker=there).complete
+    assert "interlock.parent" not in store.run(mother.id).tags
+    training = Training(child, position=1)
+    training.end("stopped")
+    assert sync(child).complete
+    assert store.run(child.id).tags["mlflow.parentRunId"] == store.run(mother.id).id
 
 
 def test_nothing_here_imports_mlflow() -> None:

@@ -151,6 +151,9 @@ class Delivery(Protocol):
     most_points: int
     """How many points may be sent at a time."""
 
+    parent_tag: str
+    """The tag with which the server shows a run below its parent, whose id there is the value; '': none."""
+
     def open(self, run: Identity, known: str | None) -> Remote:
         """Find the run by our id (`known`: by its own), or make it; begin nothing twice."""
 

@@ -17,6 +17,7 @@ from tracking.rows import (
     Loss,
     Metric,
     Outcome,
+    Parent,
     RunInfo,
     Transition,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Loss",
     "Metric",
     "Outcome",
+    "Parent",
     "RunInfo",
     "Settled",
     "Transition",

@@ -156,6 +156,7 @@ class MLflowDelivery:
     """
 
     most_points = 1000
+    parent_tag = "mlflow.parentRunId"
 
     def __init__(self, settings: Mapping[str, Any]):
         _prepare(settings["tracking_uri"])

@@ -9,7 +9,7 @@ from states.table import State, Trigger
 from tracking.packing import ROW_LENGTH, to_number
 from tracking.places import find_row, losses_of
 from tracking.recorder import Record, RecorderError, RecorderView, is_pending, read_recorder
-from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Loss, Metric, RunInfo, Transition
+from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Loss, Metric, Parent, RunInfo, Transition
 from tracking.runs import RunFolder
 from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained
 
@@ -62,7 +62,9 @@ class Journal:
     def run_info(self) -> RunInfo:
         """Who this run is."""
         found = dict(self._all("SELECT key, value FROM run"))
-        return RunInfo(found["id"], found["name"], int(found["created_ns"]), int(found["format"]))
+        return RunInfo(
+            found["id"], found["name"], int(found["created_ns"]), int(found["format"]), _parent(found)
+        )
 
     def attempts(self) -> list[Attempt]:
         """The run's attempts, oldest first."""
@@ -235,6 +237,19 @@ class Journal:
             if record.seq == after + 1:
                 after = record.seq
                 yield _from_record(record, view)
+
+
+def _parent(found: dict[str, str]) -> Parent | None:
+    if "parent_run" not in found:
+        return None
+    seq = found.get("parent_seq")
+    return Parent(
+        found["parent_run"],
+        found["parent_path"],
+        None if seq is None else int(seq),
+        found["parent_checkpoint"],
+        "branch" if found["parent_kind"] == "branch" else "warm start",
+    )
 
 
 class _Wanted:

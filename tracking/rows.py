@@ -16,6 +16,7 @@ __all__ = [
     "Loss",
     "Metric",
     "Outcome",
+    "Parent",
     "RunInfo",
     "Transition",
 ]
@@ -28,13 +29,29 @@ Outcome = Literal["done", "failed", "stopped", "died"]
 
 
 @dataclass(frozen=True)
+class Parent:
+    """The run that a run comes from, and the checkpoint of it: its whole state, or its weights only.
+
+    `run` is the parent's id, `path` its folder when the child was made, `seq` the parent's transition that
+    the child goes on from (None where that is not known), `checkpoint` the checkpoint's name.
+    """
+
+    run: str
+    path: str
+    seq: int | None
+    checkpoint: str
+    kind: Literal["branch", "warm start"]
+
+
+@dataclass(frozen=True)
 class RunInfo:
-    """A run's identity: folder name, name, nanoseconds since 1970, and the format of its journal."""
+    """A run's identity: folder name, name, nanoseconds since 1970, the format of its journal, its parent."""
 
     id: str
     name: str
     created_ns: int
     format: int
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)

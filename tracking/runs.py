@@ -17,6 +17,7 @@ from pathlib import Path
 
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
+from tracking.rows import Parent
 from tracking.schema import create_journal
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "check_name",
     "create_run",
     "find_run",
+    "folder_of_parent",
     "lease_holder",
     "list_runs",
 ]
@@ -144,10 +146,13 @@ def _what_is_wrong(name: object) -> str:
     return next((text for found, text in tests if found), "")
 
 
-def create_run(root: Path | str, name: str, *, created_ns: int | None = None) -> RunFolder:
+def create_run(
+    root: Path | str, name: str, parent: Parent | None = None, *, created_ns: int | None = None
+) -> RunFolder:
     """Make the folder of a new run, with an empty journal in it; others see it whole or not at all.
 
-    `created_ns` is since 1970; default: now. Raises RunNameError, or RootError if `root` cannot be written.
+    `parent` is the run that it comes from, if it comes from one. `created_ns` is since 1970; default: now.
+    Raises RunNameError, or RootError if `root` cannot be written.
     """
     check_name(name)
     root = _writable(Path(root))
@@ -160,7 +165,9 @@ def create_run(root: Path | str, name: str, *, created_ns: int | None = None) ->
             while True:
                 run = RunFolder(root / f"{name}-{_stamp(created)}")
                 RunFolder(draft).journal.unlink(missing_ok=True)
-                create_journal(RunFolder(draft).journal, run_id=run.id, name=name, created_ns=created)
+                create_journal(
+                    RunFolder(draft).journal, run_id=run.id, name=name, created_ns=created, parent=parent
+                )
                 if _renamed(draft, run.path):
                     break
                 created += 1_000  # another process made a run of this name in this very microsecond
@@ -244,6 +251,12 @@ def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
     raise RunNotFound(
         f"no run {text!r} in {Path(root)}, nor a run's folder of that path; {_nearest(text, runs)}"
     )
+
+
+def folder_of_parent(run: RunFolder, parent: Parent) -> RunFolder | None:
+    """Where the parent of `run` lies: where it was, or beside `run` (both were moved); None: it is gone."""
+    folders = (RunFolder(Path(parent.path)), RunFolder(run.path.parent / parent.run))
+    return next((folder for folder in folders if folder.id == parent.run and folder.journal.is_file()), None)
 
 
 def _nearest(text: str, runs: list[RunFolder]) -> str:

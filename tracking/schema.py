@@ -17,6 +17,7 @@ from pathlib import Path
 
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
+from tracking.rows import Parent
 
 __all__ = [
     "FORMAT",
@@ -207,7 +208,9 @@ def _close_descriptors(file: Path) -> None:
                 os.close(int(number))
 
 
-def create_journal(path: Path, *, run_id: str, name: str, created_ns: int) -> None:
+def create_journal(
+    path: Path, *, run_id: str, name: str, created_ns: int, parent: Parent | None = None
+) -> None:
     """Make the empty journal of a new run; it is complete in one file when this returns.
 
     Raises JournalError if it cannot be written.
@@ -217,6 +220,9 @@ def create_journal(path: Path, *, run_id: str, name: str, created_ns: int) -> No
         connection.execute("PRAGMA synchronous = FULL")
         _choose_mode(connection, path)
         identity = {"id": run_id, "name": name, "created_ns": str(created_ns), "format": str(FORMAT)}
+        if parent is not None:
+            told = {f"parent_{key}": value for key, value in vars(parent).items() if value is not None}
+            identity |= {key: str(value) for key, value in told.items()}
         connection.executescript("BEGIN IMMEDIATE;" + _TABLES)
         connection.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
         connection.execute("COMMIT")

@@ -24,10 +24,10 @@ from tracking.delivery import (
     open_delivery,
 )
 from tracking.journal import Attempt, Checkpoint, Journal
-from tracking.outbox import Flight, Outbox, OutboxView, select
+from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, read_outbox, select
 from tracking.packing import ROW_LENGTH
-from tracking.rows import Outcome
-from tracking.runs import RunFolder
+from tracking.rows import Outcome, Parent
+from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
 
 __all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
@@ -217,11 +217,35 @@ class Shipment:
             "interlock.outcome": attempt.outcome or "running",
             "interlock.reason": attempt.reason,
             "interlock.exception": attempt.exception,
+            **self._parent_tags(),
             **self._checkpoint_tags(),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
+
+    def _parent_tags(self) -> dict[str, str]:
+        """The run that this one comes from, and that run's id at the server once it is known here."""
+        parent = self._journal.run_info().parent
+        if parent is None:
+            return {}
+        tags = {"interlock.parent": parent.run, "interlock.parent_kind": parent.kind}
+        if parent.seq is not None:
+            tags["interlock.parent_seq"] = str(parent.seq)
+        there = self._outbox.sent_tags.get(self._at_server.parent_tag) or self._parent_there(parent)
+        if there and self._at_server.parent_tag and self._remote and not self._remote.owned:
+            tags[self._at_server.parent_tag] = there
+        return tags
+
+    def _parent_there(self, parent: Parent) -> str | None:
+        folder = folder_of_parent(self._run, parent)
+        if folder is None:
+            return None
+        try:
+            sent = read_outbox(folder.outbox)
+        except OutboxError:
+            return None
+        return sent.remote_run_id if sent.place == self._target.place else None
 
     def _checkpoint_tags(self) -> dict[str, str]:
         """Which uploaded checkpoints are the newest and the best."""

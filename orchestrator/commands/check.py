@@ -11,7 +11,7 @@ import click
 from orchestrator.commands.arguments import root_option, run_argument
 from orchestrator.commands.layout import count, heading, padded, size
 from orchestrator.commands.proof import Finding, ask, questions
-from orchestrator.commands.standing import Life, Place, places_of, read_life
+from orchestrator.commands.standing import Life, Place, origin_of, places_of, read_life
 from states.table import State
 from tracking.journal import Checkpoint, Journal, JournalError, Settled, settle
 from tracking.runs import RootError, RunFolder
@@ -93,9 +93,13 @@ def _file(run: RunFolder) -> Iterator[Finding]:
 
 
 def _journal(run: RunFolder, journal: Journal) -> Iterator[Finding]:
+    origin = origin_of(run, journal.run_info().parent)
+    if origin is not None:
+        yield Finding("origin", str(origin))
+    branched = origin is not None and origin.parent.kind == "branch"
     for _ in range(_TRIES):
         life = read_life(run, journal)
-        asked = questions(life.attempts)
+        asked = questions(life.attempts, branched=branched)
         rows = journal.transitions(include_superseded=True, live=life.running or life.died)
         findings = ask(asked, rows)
         # An attempt that begins or ends meanwhile changes what has been read: then it is read again.

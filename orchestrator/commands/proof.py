@@ -39,9 +39,12 @@ class Question(Protocol):
         """What has been proved, if nothing was wrong."""
 
 
-def questions(attempts: Sequence[Attempt]) -> list[Question]:
-    """Everything that is asked of a journal with these attempts; the last may have no end yet."""
-    return [Numbers(attempts), Words(attempts), Superseding(attempts), Batches(), Ends(attempts)]
+def questions(attempts: Sequence[Attempt], *, branched: bool = False) -> list[Question]:
+    """Everything that is asked of a journal with these attempts; the last may have no end yet.
+
+    `branched`: the run goes on from a moment of another, whose epochs and batches are not in this journal.
+    """
+    return [Numbers(attempts), Words(attempts), Superseding(attempts), Batches(branched), Ends(attempts)]
 
 
 def ask(asked: Sequence[Question], rows: Iterable[Transition]) -> list[Finding]:
@@ -183,19 +186,29 @@ def _limit(attempt: int, attempts: Sequence[Attempt]) -> float:
 
 
 class Batches:
-    """In what stands of the training, epochs and batches follow one another: none is skipped or repeated."""
+    """In what stands of the training, epochs and batches follow one another: none is skipped or repeated.
+
+    They begin with batch 0 of epoch 0; in a branch, at the place that its first `resume` names.
+    """
 
     part = "batches"
 
-    def __init__(self) -> None:
+    def __init__(self, branched: bool = False) -> None:
         self._epoch = self._batch = -1
-        self._fetched = 0
+        self._fetched = self._epochs = 0
+        self._to_branch = branched
 
     def see(self, found: Transition) -> str | None:
         if found.superseded or found.scope != TRAIN:
             return None
+        if self._to_branch and found.trigger is Trigger.RESUME:
+            self._to_branch = False
+            self._epoch, self._batch = found.epoch, found.batch
+            self._epochs += found.dest not in (State.IDLE, State.EPOCH_END)
+            return None
         if found.trigger is Trigger.BEGIN_EPOCH:
             expected = (self._epoch + 1, -1)
+            self._epochs += 1
         elif found.trigger is Trigger.FETCH:
             expected = (self._epoch, self._batch + 1)
             self._fetched += 1
@@ -212,7 +225,7 @@ class Batches:
 
     def good(self) -> str:
         batches = count(self._fetched, "batch", "batches")
-        return f"{batches} of {count(self._epoch + 1, 'epoch')} in order, none skipped or repeated"
+        return f"{batches} of {count(self._epochs, 'epoch')} in order, none skipped or repeated"
 
 
 class Ends:

@@ -8,9 +8,9 @@ import click
 
 from orchestrator.commands.arguments import json_option, root_of, root_option
 from orchestrator.commands.layout import age, number, table, to_json
-from orchestrator.commands.standing import Standing, newest_metrics, standing_of
+from orchestrator.commands.standing import Origin, Standing, newest_metrics, origin_of, standing_of
 from states.table import State
-from tracking.journal import TRAIN, Journal, JournalError, Outcome
+from tracking.journal import TRAIN, Journal, JournalError, Outcome, RunInfo
 from tracking.runs import RunFolder, list_runs
 
 __all__ = ["label", "runs"]
@@ -33,6 +33,7 @@ class _Line:
     validation: str
     validation_value: float | None
     created_ns: int | None
+    origin: Origin | None
     problem: str
     shown: str
 
@@ -46,7 +47,8 @@ def runs(ctx: click.Context, as_json: bool) -> None:
 
     STATE is where the training stands: the live state of one that is running, DONE, HALTED (with how that
     came), or `died` where a process ended without a word. EPOCHS and BATCHES are those completed, LOSS is
-    the newest batch's, VALIDATION the newest validation's.
+    the newest batch's, VALIDATION the newest validation's, ORIGIN the run that one was branched from, or took
+    its first weights from.
 
     \b
     Example:
@@ -59,8 +61,10 @@ def runs(ctx: click.Context, as_json: bool) -> None:
             to_json([{k: v for k, v in vars(line).items() if k != "shown"} for line in lines], indent=1)
         )
     elif lines:
-        header = ["RUN", "STATE", "ATTEMPTS", "EPOCHS", "BATCHES", "LOSS", "VALIDATION", "BEGUN"]
-        for text in table(header, map(_cells, lines), right="llrrrrlr"):
+        header = ["RUN", "STATE", "ATTEMPTS", "EPOCHS", "BATCHES", "LOSS", "VALIDATION", "BEGUN", "ORIGIN"]
+        columns = len(header) if any(line.origin for line in lines) else len(header) - 1
+        rows = (_cells(line)[:columns] for line in lines)
+        for text in table(header[:columns], rows, right="llrrrrlr"):
             click.echo(text)
     else:
         click.echo(f"There are no runs in {root_of(ctx)} yet. A training makes one: trainer.fit()", err=True)
@@ -69,18 +73,18 @@ def runs(ctx: click.Context, as_json: bool) -> None:
 def _line(run: RunFolder) -> _Line:
     try:
         with Journal.open(run) as journal:
-            created = journal.run_info().created_ns
-            return _of_standing(run, standing_of(run, journal), created)
+            info = journal.run_info()
+            return _of_standing(run, standing_of(run, journal), info)
     except JournalError as error:
         shown = click.style("unreadable", fg="red")
         return _Line(
-            *(run.id, run.name, run.path, "unreadable", None, None, 0, 0, None, None, "", None, None),
+            *(run.id, run.name, run.path, "unreadable", None, None, 0, 0, None, None, "", None, None, None),
             problem=str(error),
             shown=shown,
         )
 
 
-def _of_standing(run: RunFolder, standing: Standing, created_ns: int) -> _Line:
+def _of_standing(run: RunFolder, standing: Standing, info: RunInfo) -> _Line:
     key, value = _validation(run)
     attempts = standing.life.attempts
     return _Line(
@@ -96,7 +100,8 @@ def _of_standing(run: RunFolder, standing: Standing, created_ns: int) -> _Line:
         loss=standing.loss,
         validation=key,
         validation_value=value,
-        created_ns=created_ns,
+        created_ns=info.created_ns,
+        origin=origin_of(run, info.parent),
         problem="",
         shown=label(standing),
     )
@@ -139,4 +144,5 @@ def _cells(line: _Line) -> list[str]:
         number(line.loss, 4),
         f"{line.validation} {number(line.validation_value, 4)}" if line.validation else "-",
         age(time.time_ns() - line.created_ns) if line.created_ns else "-",
+        str(line.origin or ""),
     ]

@@ -24,7 +24,14 @@ from orchestrator.commands.layout import (
 )
 from orchestrator.commands.resume import ResumeError, read_command
 from orchestrator.commands.runs import label
-from orchestrator.commands.standing import Measured, Standing, newest_metrics, places_of, standing_of
+from orchestrator.commands.standing import (
+    Measured,
+    Standing,
+    newest_metrics,
+    origin_of,
+    places_of,
+    standing_of,
+)
 from orchestrator.commands.sync import in_words, without_passwords
 from states.errors import InterlockError
 from states.table import State, Trigger
@@ -65,6 +72,7 @@ class _Page:
         self.run = run
         self.reference = reference(run, root)
         self.info: RunInfo = journal.run_info()
+        self.origin = origin_of(run, self.info.parent)
         self.standing: Standing = standing_of(run, journal)
         self.attempts = self.standing.life.attempts
         self.positions = places_of(run, {attempt.position for attempt in self.attempts if attempt.position})
@@ -83,6 +91,7 @@ class _Page:
             "name": self.info.name,
             "folder": self.run.path,
             "created_ns": self.info.created_ns,
+            "origin": self.origin,
             "kind": standing.kind,
             "state": standing.state,
             "epoch": standing.place.epoch,
@@ -125,6 +134,8 @@ class _Page:
         yield f"  state    {label(self.standing)}{self._where()}"
         yield f"  done     {self._done()}"
         yield f"  begun    {made}"
+        if self.origin is not None:
+            yield f"  origin   {self.origin}"
         yield f"  folder   {_short(self.run.path)}"
         if self.attempts:
             newest = self.attempts[-1]

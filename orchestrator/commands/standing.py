@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from states.table import State
-from tracking.journal import TRAIN, Attempt, Journal, Transition
+from tracking.journal import TRAIN, Attempt, Journal, Parent, Transition
 from tracking.packing import ROW_LENGTH
 from tracking.runs import Holder, RunFolder, lease_holder
 from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, connect_to_read
@@ -14,9 +14,11 @@ from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, connect_to_r
 __all__ = [
     "Life",
     "Measured",
+    "Origin",
     "Place",
     "Standing",
     "newest_metrics",
+    "origin_of",
     "places_of",
     "read_life",
     "standing_of",
@@ -162,6 +164,30 @@ def newest_metrics(run: RunFolder) -> list[Measured]:
         if (found[scope].epoch, found[scope].batch) == (epoch, batch):
             found[scope].values[key] = float(value)
     return sorted(found.values(), key=lambda measured: (measured.scope != TRAIN, measured.scope))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run comes from; `place` is where in its parent's training a branch began."""
+
+    parent: Parent
+    place: Place | None
+
+    def __str__(self) -> str:
+        if self.parent.kind != "branch":
+            return f"warm start from {self.parent.run}"
+        place = f" {self.place} ({self.place.state.value})" if self.place else ""
+        return f"branched from {self.parent.run}{place}"
+
+
+def origin_of(run: RunFolder, parent: Parent | None) -> Origin | None:
+    """Where the run with this parent comes from; None where it has none."""
+    if parent is None:
+        return None
+    # A branch's first moves are `halt` from IDLE, and `resume` to where it begins.
+    first = places_of(run, (1, 2)) if parent.kind == "branch" else {}
+    began = first.get(1) == Place(-1, -1, State.HALTED)
+    return Origin(parent, first.get(2) if began else None)
 
 
 def places_of(run: RunFolder, seqs: Collection[int]) -> dict[int, Place]:
