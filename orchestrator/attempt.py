@@ -32,7 +32,7 @@ from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
 from orchestrator.work import BatchWork, Place, TrainingWork
 from states.table import ARCS, State, Trigger
 from tracking.journal import Journal, JournalError, open_attempt
-from tracking.rows import AttemptStart, CheckpointRow, Outcome
+from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
 from tracking.shipper import start_shipper
 
@@ -114,10 +114,12 @@ class Attempt:
             raise
 
     @classmethod
-    def open(cls, plan: Plan, settings: Settings, scopes: Sequence[str]) -> Attempt:
-        """Make or take the run's folder, lease and journal."""
+    def open(
+        cls, plan: Plan, settings: Settings, scopes: Sequence[str], parent: Parent | None = None
+    ) -> Attempt:
+        """Make or take the run's folder, lease and journal; a new run is linked to `parent`."""
         fresh = plan.run is None
-        run = create_run(settings.root, settings.name) if plan.run is None else plan.run
+        run = create_run(settings.root, settings.name, parent=parent) if plan.run is None else plan.run
         lease = plan.lease if plan.lease is not None else Lease.acquire(run)
         try:
             if fresh:
@@ -282,6 +284,16 @@ class Attempt:
         """The best of them by the metric that is watched; None where none is."""
         settings = self._settings.checkpoint
         return best_of(self.checkpoints(), settings.best) if settings is not None else None
+
+    def sync(self) -> None:
+        """Wait until every transition so far is in the journal."""
+        self._journal.sync()
+
+    def last_save(self) -> SaveHandle | None:
+        """The checkpoint of where the training stands, or of where it halted; None if there is none."""
+        if self._saved is None or self._saved[0] not in (self.seq, self.seq - (self.state is State.HALTED)):
+            return None
+        return self._saved[1]
 
     def wait_for_save(self) -> Exception | None:
         """Wait for the newest checkpoint to be on disk; what went wrong, if anything did."""

@@ -23,6 +23,7 @@ from orchestrator.errors import ConfigurationError
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
+from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.work import supervised
 from tracking.delivery import Tracker
 from tracking.mlflow_delivery import MLflow
@@ -170,6 +171,8 @@ def _check_numbers(given: Mapping[str, Any]) -> None:
 def _check_choices(given: Mapping[str, Any]) -> None:
     if given["nonfinite"] not in ("halt", "skip"):
         raise ConfigurationError(f'nonfinite is {given["nonfinite"]!r}; expected "halt" or "skip"')
+    if given["on_divergence"] not in ("warn", "halt"):
+        raise ConfigurationError(f'on_divergence is {given["on_divergence"]!r}; expected "warn" or "halt"')
     if not isinstance(given["precision"], str) or given["precision"] not in PRECISIONS:
         raise ConfigurationError(
             f"precision is {given['precision']!r}; expected one of {', '.join(PRECISIONS)}"
@@ -361,7 +364,7 @@ def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.d
     model, loader = given["model"], given["train_loader"]
     params: dict[str, Any] = {
         "model": type(model).__name__,
-        "model.parameters": sum(p.numel() for p in model.parameters()),
+        "model.parameters": sum(p.numel() for p in model.parameters() if not is_uninitialized(p)),
         "epochs": given["epochs"],
         "max_batches": given["max_batches"],
         "accumulate": given["accumulate"],
@@ -404,7 +407,7 @@ def check_schedulers(callbacks: Sequence[Callback]) -> None:
 
 def set_determinism(settings: Settings) -> None:
     """Turn torch's deterministic algorithms on if asked for; `restore_determinism` undoes it."""
-    if not settings.deterministic:
+    if not settings.deterministic or settings._flags:
         return
     settings._flags = {
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -148,6 +149,20 @@ class Loop:
             return hook
 
         return register
+
+    @contextmanager
+    def hooks_kept(self) -> Iterator[None]:
+        """Take away afterwards whatever hooks were added meanwhile."""
+        lists = [state.on_enter for state in self.machine.states.values()]
+        for event in self.machine.events.values():
+            for transition in (t for of_source in event.transitions.values() for t in of_source):
+                lists += [transition.before, transition.after]
+        kept = [list(hooks) for hooks in lists]
+        try:
+            yield
+        finally:
+            for hooks, before in zip(lists, kept, strict=True):
+                hooks[:] = before
 
     def _transitions(self, trigger: Trigger) -> list[Any]:
         found = [

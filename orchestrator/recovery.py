@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.callbacks.checkpointing import Checkpointing, best_of
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream, compare_fingerprints
+from orchestrator.divergence import Divergence, Expected, same_bits
 from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
@@ -23,12 +24,13 @@ from orchestrator.snapshot.info import (
     not_superseded,
     readable,
 )
+from orchestrator.snapshot.manifest import versions
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.state import TrainingState
 from orchestrator.work import Limits, Place
 from states.errors import InterlockError
 from states.table import State
-from tracking.journal import Journal, settle
+from tracking.journal import Journal, JournalError, settle
 from tracking.rows import Attempt
 from tracking.runs import Lease, RunFolder, find_run, list_runs
 from tracking.shipper import status
@@ -40,6 +42,9 @@ __all__ = [
     "Plan",
     "RestoreError",
     "check",
+    "losses_after",
+    "nearest",
+    "newest_of_name",
     "plan",
     "restore",
     "result",
@@ -66,6 +71,25 @@ class Found:
     manifest: Mapping[str, Any]
     tree: dict[str, Any]
 
+    @property
+    def state(self) -> State:
+        """The state to go on in: that of the checkpoint, or the one that a checkpoint of HALTED carries."""
+        state: State = self.tree["state"]
+        return state
+
+    def surroundings(self) -> tuple[str, ...]:
+        """What is different here from where it was saved, and may change the last bits of a result."""
+        saved = self.manifest["versions"]
+        now = versions()
+        return (
+            *(
+                f"{name} was {saved[name]}, now it is {now[name]}"
+                for name in now
+                if saved.get(name) != now[name]
+            ),
+            *capture.compare_flags(self.tree["flags"]),
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,6 +99,8 @@ class Plan:
     checkpoint: Found | None = None
     lease: Lease | None = None
     finished: bool = False
+    expected: Expected | None = None
+    """The losses of what came after the checkpoint, which will be done again."""
 
     def release(self) -> None:
         """Let go of the run."""
@@ -102,7 +128,7 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     if auto:
         if not settings.named:
             raise ConfigurationError('resume="auto" continues the run of this name, but no name= was given')
-        run = next((run for run in list_runs(settings.root) if run.name == settings.name), None)
+        run = newest_of_name(settings)
         if run is None:
             return Plan()
     elif (Path(resume) / "manifest.json").is_file():
@@ -117,6 +143,21 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     except BaseException:
         lease.release()
         raise
+
+
+def newest_of_name(settings: Settings) -> RunFolder | None:
+    """The newest run of the trainer's name; not one that branched off, which is gone on with by its own name only."""
+    runs = (run for run in list_runs(settings.root) if run.name == settings.name)
+    return next((run for run in runs if not _branched(run)), None)
+
+
+def _branched(run: RunFolder) -> bool:
+    try:
+        with Journal.open(run) as journal:
+            parent = journal.run_info().parent
+    except JournalError:
+        return False  # what is wrong with it is said when it is opened
+    return parent is not None and parent.kind == "branch"
 
 
 def _plan_for(
@@ -140,7 +181,7 @@ def _plan_for(
         )
     ended = found.info.state is State.DONE
     if not ended and found.info.purpose != CUT_SHORT:
-        return Plan(run, found, lease)
+        return Plan(run, found, lease, expected=losses_after(run, found))
     if found.tree["stop"] is None and _left(found.tree["place"], limits):
         # Any checkpoint from before the end will do; the newest that is whole has the least to do again.
         earlier = _newest([i for i in infos if i.state is not State.DONE and i.purpose != CUT_SHORT])
@@ -149,11 +190,36 @@ def _plan_for(
                 f"{run.id} is done, and no checkpoint from before its end can be read, so it cannot be extended; "
                 "begin a new run with resume=False"
             )
-        return Plan(run, earlier, lease)
+        return Plan(run, earlier, lease, expected=losses_after(run, earlier))
     if not ended:
         return Plan(run, found, lease)
     lease.release()
     return Plan(run, found, None, finished=True)
+
+
+def losses_after(run: RunFolder, found: Found, until: int | None = None) -> Expected:
+    """The losses that the journal has of what comes after the checkpoint."""
+    with Journal.open(run) as journal:
+        return Expected(journal.losses(after=found.info.seq, until=until), found.surroundings())
+
+
+def nearest(run: RunFolder, seq: int) -> Found:
+    """The newest checkpoint of the run that is whole and not after transition `seq`.
+
+    Raises NoCheckpoint.
+    """
+    with Journal.open(run) as journal:
+        positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
+    infos = not_superseded(readable(run.checkpoints), positions)
+    found = _newest([info for info in infos if info.seq <= seq and info.state is not State.DONE])
+    if found is None:
+        there = ", ".join(info.name for info in reversed(infos)) or "none"
+        raise NoCheckpoint(
+            f"{run.id} has no checkpoint from before transition {seq} to start from (it has: {there}); expected one. "
+            "Keep more of them: Checkpointing(keep_first=True) lets seek reach everything, "
+            "keep_every_epochs=1 makes it quick"
+        )
+    return found
 
 
 def _refuse_to_meet_again(run: RunFolder, last: Attempt) -> None:
@@ -227,13 +293,26 @@ _VERIFIED = (
 )
 
 
-def restore(found: Found, state: TrainingState) -> None:
+def restore(found: Found, state: TrainingState) -> Divergence | None:
     """Put the training state back, capture it again, and compare the two by digest.
+
+    In FORWARD the forward pass is done again. Where its loss is another one, that is returned, and nothing is
+    compared: this is another machine, or a training that cannot be repeated.
 
     Raises RestoreError, naming the first entry that differs.
     """
-    state.restore(found.tree)
-    again = state.capture(found.tree["state"])
+    loss = state.restore(found.tree)
+    if loss is not None and not same_bits(loss, found.tree["batch"]["loss"]):
+        return Divergence(
+            found.info.epoch,
+            found.info.batch,
+            state.phase,
+            State.FORWARD,
+            found.tree["batch"]["loss"],
+            loss,
+            found.surroundings(),
+        )
+    again = state.capture(found.state)
     both = found.tree["callbacks"].keys() & again["callbacks"].keys()
     for name in sorted(found.tree["callbacks"].keys() ^ both):
         warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
@@ -251,6 +330,7 @@ def restore(found: Found, state: TrainingState) -> None:
             f"{different} of checkpoint {found.info.name} is not what it was after restoring it; expected every bit "
             "to be equal. Does a state_dict of a callback, metric or scheduler leave something out, or change it?"
         )
+    return None
 
 
 def result(

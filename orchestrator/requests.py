@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.errors import TaintedError
 from orchestrator.snapshot.writer import SaveHandle
+from states.table import State
 
 __all__ = ["HaltRequest", "Requests", "Save"]
 
@@ -61,6 +62,30 @@ class Requests:
     """Training state: saved, and honoured after a resume."""
     halt: HaltRequest | None = None
     saves: list[Save] = field(default_factory=list)
+    """Of the next boundary."""
+    later: list[tuple[State, Save]] = field(default_factory=list)
+    """Of the next boundary at which the training stands in this state."""
+
+    def arrive(self, state: State) -> None:
+        """The training has reached `state`: what was to be saved there is to be saved now."""
+        self.saves += [save for at, save in self.later if at is state]
+        self.later = [(at, save) for at, save in self.later if at is not state]
+
+    def awaits(self, state: State) -> bool:
+        """Whether `state` is to be saved when it is next reached."""
+        return any(at is state for at, _ in self.later)
+
+    def clear(self) -> None:
+        """Forget everything: nobody waits for an answer."""
+        self.stop, self.halt, self.saves, self.later = None, None, [], []
+
+    def copy(self) -> Requests:
+        """The same requests, to be put back by `take`."""
+        return Requests(self.stop, self.halt, list(self.saves), list(self.later))
+
+    def take(self, other: Requests) -> None:
+        """Be what `other` is."""
+        self.stop, self.halt, self.saves, self.later = other.stop, other.halt, other.saves, other.later
 
     def add_halt(self, request: HaltRequest) -> None:
         """The first reason to halt is the one that counts, but an error outranks a wish."""
@@ -68,7 +93,13 @@ class Requests:
             self.halt = request
 
     def abandon_saves(self, why: str) -> None:
-        """Answer whoever waits for a save that will not come."""
+        """Answer whoever waits for a save of this boundary that will not come."""
         for save in self.saves:
             save.abandoned(why)
         self.saves.clear()
+
+    def abandon_all_saves(self, why: str) -> None:
+        """Answer whoever waits for any save: none will come."""
+        self.saves += [save for _, save in self.later]
+        self.later.clear()
+        self.abandon_saves(why)

@@ -18,15 +18,17 @@ from orchestrator.loop import Loop
 from orchestrator.requests import Requests
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.differences import Comparison
+from orchestrator.snapshot.tensors import replicas
 from orchestrator.work import EvaluationWork, TrainingWork
 from states.table import State
 
 __all__ = ["SAVEABLE", "TrainingState", "callback_names"]
 
 SAVEABLE = frozenset(State) - {State.FORWARD, State.HALTED}
-"""Where a state can be taken. In FORWARD the graph cannot be stored; HALTED is no place to go on from."""
+"""Where a state can always be taken. FORWARD, whose graph cannot be stored, needs a copy from before it; HALTED
+carries the state that the training halted in."""
 
-_WITH_BATCH = (State.BATCH_START, State.BACKWARD, State.STEP)
+_WITH_BATCH = (State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP)
 
 
 def callback_names(callbacks: Sequence[Callback]) -> dict[str, Callback]:
@@ -68,6 +70,11 @@ class TrainingState:
         """The model that is trained."""
         return self._work.model
 
+    @property
+    def phase(self) -> str:
+        """The name of the phase at hand; empty where a batch has one."""
+        return self._work.phases[self._work.phase].name
+
     def capture(self, state: State | None = None) -> dict[str, Any]:
         """The state as a tree of plain values and references to live tensors; nothing is copied.
 
@@ -78,6 +85,7 @@ class TrainingState:
         mid_window = work.window.count > 0 or state is State.BACKWARD
         return {
             "state": state,
+            "forward": work.before_forward if state is State.FORWARD else None,
             "model": capture.capture_module(work.model),
             "loss": None if self._loss is None else capture.capture_module(self._loss),
             "gradients": capture.capture_gradients(work.model, self._optimizers) if mid_window else None,
@@ -111,13 +119,39 @@ class TrainingState:
             "flags": capture.numeric_flags(),
         }
 
-    def restore(self, tree: dict[str, Any]) -> None:
-        """Make everything what it was; live tensors are written in place. The machine is not moved."""
+    def before_forward(self) -> dict[str, Any]:
+        """A copy of all that a forward pass may change: buffers and other state of modules, metrics, generators.
+
+        Parameters of lazy modules that have no shape yet are named in `uninitialized`.
+        """
         work = self._work
+
+        def modules(module: nn.Module) -> dict[str, Any]:
+            tree = capture.capture_module(module)
+            parameters = tree.pop("parameters")
+            return {**tree, "uninitialized": [name for name, value in parameters.items() if value is None]}
+
+        copied: dict[str, Any] = replicas(
+            {
+                "model": modules(work.model),
+                "loss": None if self._loss is None else modules(self._loss),
+                "metrics": work.epoch_metrics.state_dict(),
+                "batch": dict(work.metrics),
+                "random": capture.capture_random(self._devices),
+            }
+        )
+        return copied
+
+    def restore(self, tree: dict[str, Any]) -> float | None:
+        """Make everything what it was; live tensors are written in place. The machine is not moved.
+
+        Forward is done again where the state is FORWARD; the loss it gives is returned, None elsewhere.
+        """
+        work, before = self._work, tree["forward"] or {}
         names = capture.parameter_names(work.model)
-        capture.restore_module(work.model, tree["model"])
+        capture.restore_module(work.model, _as_before(tree["model"], before.get("model")))
         if self._loss is not None:
-            capture.restore_module(self._loss, tree["loss"])
+            capture.restore_module(self._loss, _as_before(tree["loss"], before.get("loss")))
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
             capture.restore_optimizer(optimizer, saved, names)
         for scaler, saved in zip(work.precision.scalers, tree["scalers"], strict=True):
@@ -134,15 +168,32 @@ class TrainingState:
             capture.restore_gradients(work.model, tree["gradients"], self._optimizers)
         if work.guard is not None and tree["guard"] is not None:
             work.guard.load_state_dict(tree["guard"])
-        work.history[:] = tree["history"]
-        work.epoch_metrics.load_state_dict(tree["metrics"])
+        work.history[:] = [dict(values) for values in tree["history"]]
+        work.epoch_metrics.load_state_dict(before.get("metrics", tree["metrics"]))
         self._requests.stop = self._requests.stop or tree["stop"]
         self._restore_validation_data(tree["validation_data"])
+        self._restore_callbacks(tree)
+        self._stand_in_epoch(tree)
+        capture.restore_random(tree["random"])
+        return self._forward_again(tree) if before else None
+
+    def _restore_callbacks(self, tree: dict[str, Any]) -> None:
         for name, callback in self._callbacks.items():
             if name in tree["callbacks"]:
                 callback.load_state_dict(tree["callbacks"][name])
-        self._stand_in_epoch(tree)
+
+    def _forward_again(self, tree: dict[str, Any]) -> float:
+        """Build the graph that could not be stored, from what was there before it; the loss."""
+        work, before = self._work, tree["forward"]
+        work.before_forward = before
+        work.metrics = dict(before["batch"])
+        capture.restore_random(before["random"])
+        work.compute()
+        # Hooks that came after the forward have had their effects on these.
+        work.metrics = dict(tree["batch"]["metrics"])
+        self._restore_callbacks(tree)
         capture.restore_random(tree["random"])
+        return work.loss
 
     def _restore_validation_data(self, saved: Mapping[str, Any]) -> None:
         """Set the generators of validation loaders, which may have changed: validation begins anew each time."""
@@ -229,3 +280,12 @@ class TrainingState:
             tuple(difference for comparison in found for difference in comparison.incompatible),
             tuple(difference for comparison in found for difference in comparison.hyperparameters),
         )
+
+
+def _as_before(tree: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The state of a module with what a forward pass may change as it was before that pass."""
+    if before is None:
+        return tree
+    kept = {key: value for key, value in before.items() if key != "uninitialized"}
+    unshaped = dict.fromkeys(before["uninitialized"])
+    return {**tree, **kept, "parameters": {**tree["parameters"], **unshaped}}

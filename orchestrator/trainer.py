@@ -1,4 +1,4 @@
-"""Trainer: fit, start, advance, save. Where the parts meet, and nothing else."""
+"""Trainer: fit, start, advance, save, seek. Where the parts meet, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator import configuration, recovery
+from orchestrator import configuration, past, recovery
 from orchestrator.attempt import Attempt
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -21,22 +21,26 @@ from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.configuration import UNSET
 from orchestrator.data import BatchStream
+from orchestrator.divergence import Divergence, DivergenceError, Expected
 from orchestrator.errors import ConfigurationError, NonFiniteError, TaintedError
 from orchestrator.evaluation import Evaluation
 from orchestrator.loop import Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
+from orchestrator.past import Past, Replay, Stretch
 from orchestrator.phase import Forward, Phase
 from orchestrator.policy import Situation
 from orchestrator.requests import HaltRequest, Requests, Save
 from orchestrator.result import Result
 from orchestrator.signals import GiveWay, Signals, in_notebook, leave
-from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
+from orchestrator.snapshot.capture import capture_random, restore_random
+from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CUT_SHORT
+from orchestrator.snapshot.tensors import replicas
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
 from orchestrator.work import Limits, Place, TrainingWork
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.delivery import Tracker
-from tracking.rows import Outcome
+from tracking.rows import Outcome, Parent
 from tracking.runs import RESUME_VARIABLE, RunFolder
 
 __all__ = ["Trainer"]
@@ -71,6 +75,8 @@ class Trainer:
         clip_grad_norm: the 2-norm that gradients are scaled down to.
         precision: "fp32", "bf16" or "fp16".
         nonfinite: "halt" or "skip": what to do about NaN and infinity in losses and gradients.
+        on_divergence: "warn" or "halt": what to do when a batch that is done again, after a resume or on the way of
+            a `seek`, has another loss than the recorded one.
         validate_every: validate every so many batches instead of at each epoch's end.
         callbacks: called in this order.
         checkpoint: a `Checkpointing`, or None for no checkpoints.
@@ -104,6 +110,7 @@ class Trainer:
         clip_grad_norm: float | None = None,
         precision: str = "fp32",
         nonfinite: str = "halt",
+        on_divergence: str = "warn",
         validate_every: int | None = None,
         callbacks: Sequence[Callback] = (),
         checkpoint: Checkpointing | None = UNSET,
@@ -124,6 +131,10 @@ class Trainer:
         self.validation_model: nn.Module = model
         self.validating: str | None = None
         self.run: RunFolder | None = None
+        self.replaying = False
+        """Whether the past is being run again, by `seek` or `replay`: nothing is recorded meanwhile."""
+        self.divergence: Divergence | None = None
+        """The first loss of this attempt, or of the last seek, that was not the recorded one."""
         self._settings = settings
         model.to(self.device)
         # A loss function can be a module with state of its own, class weights for instance.
@@ -133,6 +144,11 @@ class Trainer:
         self._requests = Requests()
         self._attempt: Attempt | None = None
         self._found: recovery.Found | None = None
+        self._expected: Expected | None = None
+        self._on_divergence = on_divergence
+        self._past: Past | None = None
+        self._halted_in: State | None = None
+        """The state that a checkpoint of HALTED carries; None where memory is not worth keeping."""
         self._evaluating: Evaluation | None = None
         self._beginning = False
         self._left: HaltRequest | None = None
@@ -303,6 +319,11 @@ class Trainer:
         return self._attempt.number if self._attempt is not None else 0
 
     @property
+    def tainted(self) -> bool:
+        """Whether a transition failed half-way, so that memory holds no state of the training."""
+        return self._tainted
+
+    @property
     def reason(self) -> str:
         """Why the training ended, or will; empty while it goes on."""
         return self._ended or self._requests.stop or ""
@@ -334,7 +355,9 @@ class Trainer:
             raise ConfigurationError(
                 f"log({name!r}, ...): names that begin so are interlock's own; log it by another"
             )
-        if self.state is State.EPOCH_END:
+        if self._work.computing:
+            self._work.log(name, value)
+        elif self.state is State.EPOCH_END:
             self._work.log_epoch(name, value)
         elif self.state in (State.IDLE, State.EPOCH_START, *TERMINAL):
             raise ConfigurationError(
@@ -344,30 +367,60 @@ class Trainer:
         else:
             self._work.log(name, value)
 
-    def save(self) -> Save:
+    def save(self, at: State | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 
-        Between transitions it is taken at once. From a hook it is taken when the transition is over, and
-        in FORWARD, whose graph cannot be stored, one transition later. Raises TaintedError after work or
-        a hook has raised.
+        Between transitions it is taken at once, from a hook when the transition is over. With `at` it is taken
+        when the training next stands in that state (at once where it does already).
+
+        The graph of FORWARD cannot be stored. Where the trainer stands there by `advance` or `seek`, or `at` asks
+        for it, what came before the forward pass is saved instead, and a resume does the pass again; otherwise
+        the save is taken one transition later.
+
+        Raises TaintedError after work or a hook has raised.
         """
         if self._tainted:
             raise TaintedError(
                 "a transition failed half-way, so memory holds no state of the training: "
                 "resume from the newest checkpoint instead"
             )
+        save = Save()
+        if self.replaying:
+            save.abandoned("the past is being run again, of which nothing is kept")
+            return save
+        if self._past is not None:
+            self.start()  # going on from there, as a run of its own
         if self._attempt is None or self._attempt.closed:
+            return self._saved_at_the_end(save)
+        outside = not self._loop.inside and not self._beginning
+        if at is not None and not (outside and self.state is at and self._saveable()):
+            self._requests.later.append((at, save))
+            if at is State.FORWARD:
+                self._work.keep = self._state.before_forward
+            return save
+        self._requests.saves.append(save)
+        if outside:
+            while self._requests.saves and not self._saveable() and self._fire_next():
+                pass
+            self._carry_out_saves()
+        return save
+
+    def _saved_at_the_end(self, save: Save) -> Save:
+        """After the end of an attempt: the checkpoint that was made of it."""
+        last = self._attempt.last_save() if self._attempt is not None else None
+        if last is None:
             raise ConfigurationError(
                 f"there is no attempt under way to save (the training stands in {self.state.value}): "
                 "call start(), advance() or fit() first"
             )
-        save = Save()
-        self._requests.saves.append(save)
-        if not self._loop.inside and not self._beginning:
-            while self._requests.saves and self.state not in SAVEABLE and self._fire_next():
-                pass
-            self._carry_out_saves()
+        save.begun(last)
         return save
+
+    def _saveable(self) -> bool:
+        """Whether a checkpoint can be taken where the training stands."""
+        if self.state is State.FORWARD:
+            return self._work.before_forward is not None
+        return self.state in SAVEABLE
 
     def stop(self, reason: str = "stopped") -> None:
         """Finish the batch, end the epoch and go to DONE. Part of the training state: survives a resume."""
@@ -421,6 +474,14 @@ class Trainer:
             raise ConfigurationError(
                 "this training is done; to extend it, build a Trainer that asks for more"
             )
+        if self._past is not None:
+            if resume:
+                raise ConfigurationError(
+                    f"resume={resume!r} on a trainer that has gone back to {self._past.moment}, from where it goes "
+                    "on as a new run; expected resume=False, or another Trainer"
+                )
+            self._branch(self._past)
+            return
         if self._attempt is not None and not resume:
             resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
         configuration.set_determinism(self._settings)
@@ -433,7 +494,8 @@ class Trainer:
         if plan.finished:
             configuration.restore_determinism(self._settings)
             return
-        self._tainted, self._ended, self._left = False, "", None
+        self._tainted, self._ended, self._left, self._halted_in = False, "", None, None
+        self._expected, self.divergence = plan.expected, None
         self._work.situation.halt = False
         if plan.checkpoint is not None:
             self._work.place.epoch, self._work.place.batch = (
@@ -482,7 +544,7 @@ class Trainer:
         self._attempt.clock.restart()
         if checkpoint is not None:
             self._work.note = f"from {checkpoint.info.name}"
-            self._loop.fire(Trigger.RESUME, checkpoint.info.state)
+            self._loop.fire(Trigger.RESUME, checkpoint.state)
         elif self._settings.checkpoint is not None:
             self._requests.saves.append(Save())
         self._carry_out()
@@ -495,15 +557,103 @@ class Trainer:
         if self.state is not State.DONE and (self._attempt is None or self._attempt.closed):
             self.start()
         last = None
-        while self._fire_next():
-            last = self._loop.last
-            if until is None or self.state is until:
-                break
+        keep, self._work.keep = self._work.keep, self._work.keep
+        if until in (None, State.FORWARD):
+            self._work.keep = self._state.before_forward
+        try:
+            while self._fire_next():
+                last = self._loop.last
+                if until is None or self.state is until:
+                    break
+        finally:
+            self._work.keep = keep
         if self.state in TERMINAL:
             self.close()
             if last is not None and self._left is not None and self._left.error is not None:
                 raise self._left.error
         return last
+
+    def _branch(self, past: Past) -> None:
+        """Go on from the past as a new run, which begins with a checkpoint of this moment."""
+        states = replicas({name: callback.state_dict() for name, callback in self._callbacks.items()})
+        random = capture_random([self.device] if self.device.type == "cuda" else [])
+        parent = Parent(past.run.id, str(past.run.path), past.moment.seq, past.checkpoint, "branch")
+        self._attempt = Attempt.open(recovery.Plan(), self._settings, self._scopes(), parent)
+        self.run, self._past = self._attempt.run, None
+        try:
+            self._beginning = True
+            for hook in self._on_train_begin:
+                hook()
+            self._beginning = False
+            for name, callback in self._callbacks.items():  # what the past left, not what a beginning sets
+                callback.load_state_dict(states[name])
+            restore_random(random)
+            self._attempt.clock.restart()
+            for arc in (
+                Arc(Trigger.HALT, State.IDLE, State.HALTED),
+                Arc(Trigger.RESUME, State.HALTED, self.state),
+            ):
+                self._work.note = f"branched from {past.run.id} at {past.moment}"
+                self._attempt.record(ARCS.index(arc), self._work)
+            if self._settings.checkpoint is not None:
+                self._requests.saves.append(Save())
+            self._carry_out_saves(BRANCH)
+        except BaseException as error:
+            self._fail(error)
+            self.close()
+            raise
+
+    # -- the past --------------------------------------------------------------------------------
+
+    def seek(
+        self,
+        epoch: int | None = None,
+        batch: int | None = None,
+        state: State | None = None,
+        *,
+        phase: str | None = None,
+        run: str | os.PathLike[str] | None = None,
+    ) -> Past:
+        """Stand at a moment of a run again, bit for bit.
+
+        The newest checkpoint from before that moment is restored, and what followed is done again, each loss being
+        compared with the recorded one (`on_divergence`). Nothing is written meanwhile, and the run stays as it
+        is: to go on from there, with `advance`, `fit` or `save`, begins a new run that is linked to it.
+        An attempt under way is closed first.
+
+        Args:
+            epoch, batch: counted from 0; `batch` within the epoch.
+            state: by default BATCH_START, or EPOCH_START where no batch is given. IDLE is the very beginning.
+            phase: the phase whose FORWARD, BACKWARD or STEP is meant; by default the first.
+            run: a run's name or folder; by default the run at hand, or the newest of this trainer's name.
+
+        Raises:
+            SeekError: the run was never there, or the training went another way this time.
+            NoCheckpoint: there is none from before that moment.
+            CheckpointMismatch: this trainer is not the one that the run was made with.
+            DivergenceError: with `on_divergence="halt"`.
+        """
+        self._loop.check_outside()
+        self._past = past.seek(self, epoch, batch, state, phase, run)
+        return self._past
+
+    def replay(
+        self,
+        first: Stretch,
+        last: Stretch,
+        callbacks: Sequence[Callback] = (),
+        *,
+        run: str | os.PathLike[str] | None = None,
+    ) -> Replay:
+        """Run a stretch of the past again with more callbacks: an answer to a question asked afterwards.
+
+        `first` and `last` are epochs, or `(epoch, batch)`, both included. The stretch is reached as by `seek`; the
+        callbacks are attached where it begins, and taken away where it ends. Neither the run nor this trainer
+        is changed: the trainer stands afterwards where it stood. `run` and errors as for `seek`.
+        (Hindsight logging: Garcia et al., arXiv 2006.07357.)
+        """
+        self._loop.check_outside()
+        return past.replay(self, first, last, callbacks, run)
 
     def evaluate(self, loader: Any) -> dict[str, float]:
         """The metrics of `validation_model` over `loader`; changes nothing of the training."""
@@ -528,6 +678,9 @@ class Trainer:
         """End the attempt, in HALTED if it was not done, with what it had saved. Idempotent."""
         self._loop.check_outside()
         if self._attempt is None or self._attempt.closed:
+            if self._past is not None:
+                self._work.stream.close()
+                configuration.restore_determinism(self._settings)
             return
         with contextlib.ExitStack() as ending:
             ending.callback(configuration.restore_determinism, self._settings)
@@ -549,7 +702,7 @@ class Trainer:
         outcome: Outcome = "done" if self.state is State.DONE else "stopped"
         if self._tainted or (error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)):
             outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
-        self._requests.abandon_saves("the attempt has ended")
+        self._requests.abandon_all_saves("the attempt has ended")
         self._requests.halt = None
         if self.state is State.HALTED:
             self._requests.stop = None
@@ -588,8 +741,15 @@ class Trainer:
 
     def _look_up(self) -> None:
         """Between two transitions: carry out what was asked for during the last."""
+        if self._requests.later:
+            self._arrive()
         if self._halting() or self._requests.saves or self.state is State.DONE:
             self._carry_out()
+
+    def _arrive(self) -> None:
+        self._requests.arrive(self.state)
+        if not self._requests.awaits(State.FORWARD):
+            self._work.keep = None
 
     def _excused(self, error: BaseException) -> BaseException:
         """A data worker that dies after a stop was requested is no error of its own: schedulers kill them all."""
@@ -605,31 +765,40 @@ class Trainer:
             if not halt.save:
                 self._requests.abandon_saves(halt.reason)
             elif self._settings.checkpoint is not None:
-                if self.state not in SAVEABLE:
+                if not self._saveable():
                     return  # one transition on, to BACKWARD
                 if not self._requests.saves:
                     self._requests.saves.append(Save())
-        if self.state in SAVEABLE:
+        if self._saveable():
             self._carry_out_saves()
         if halt is not None:
             self._ended = halt.reason
             self._work.note = self._halt_note(halt)
             self._work.situation.halt = True
+            self._halted_in = self.state if halt.save and self._saveable() else None
             self._loop.advance()
-            self._requests.abandon_saves("the training stands in HALTED")
+            self._requests.arrive(State.HALTED)
+            if self._halted_in is not None:
+                self._carry_out_saves()
+            self._requests.abandon_all_saves("the training stands in HALTED")
         elif self.state is State.DONE:
             self._ended = self._requests.stop or "finished"
 
-    def _carry_out_saves(self) -> None:
-        assert self._attempt is not None
+    def _carry_out_saves(self, purpose: str = "") -> None:
         saves, self._requests.saves = self._requests.saves, []
-        if not saves:
+        if not saves or self._attempt is None:
             return
-        work = self._work
-        metrics = work.history[-1] if self.state is State.EPOCH_END and work.history else {}
+        work, state = self._work, self.state
+        stands = self._halted_in if state is State.HALTED and self._halted_in is not None else state
+        metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
         try:
             handle = self._attempt.save(
-                self._state.capture(), self.state, work.place, self._purpose(), metrics, work.stream
+                self._state.capture(stands),
+                state,
+                work.place,
+                self._purpose(stands) or purpose,
+                metrics,
+                work.stream,
             )
         except BaseException as error:
             for save in saves:
@@ -639,12 +808,12 @@ class Trainer:
             save.begun(handle)
         self._attempt.clock.restart()
 
-    def _purpose(self) -> str:
+    def _purpose(self, state: State) -> str:
         """What a checkpoint of this moment is for, should the run be extended after its end."""
         situation = self._work.situation
-        if self.state is State.BATCH_END and situation.has_batch and not situation.batches_left:
+        if state is State.BATCH_END and situation.has_batch and not situation.batches_left:
             return BEFORE_THE_END
-        if self.state is State.EPOCH_END and not (situation.epochs_left and situation.batches_left):
+        if state is State.EPOCH_END and not (situation.epochs_left and situation.batches_left):
             return BEFORE_THE_END if self.epoch_complete else CUT_SHORT
         return ""
 
@@ -663,7 +832,7 @@ class Trainer:
         """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
         self._tainted = True
         attempt, halt = self._attempt, self._requests.halt
-        self._requests.abandon_saves(f"{type(error).__name__}: {error}")
+        self._requests.abandon_all_saves(f"{type(error).__name__}: {error}")
         if attempt is None or attempt.closed:
             return
         self._abandon_validation()
@@ -696,6 +865,24 @@ class Trainer:
     def _journal(self, arc: int) -> None:
         if self._attempt is not None:
             self._attempt.record(arc, self._work)
+        else:
+            self._work.note = ""
+            if ARCS[arc].trigger is Trigger.END_BATCH:
+                self._work.close_batch()
+        if self._expected is not None and ARCS[arc].trigger is Trigger.FORWARD:
+            work = self._work
+            found = self._expected.meet(work.place.epoch, work.place.batch, self.phase, work.loss)
+            if found is not None:
+                self._diverged(found)
+
+    def _diverged(self, divergence: Divergence) -> None:
+        self.divergence = self.divergence or divergence
+        if self._on_divergence == "halt":
+            error = DivergenceError(divergence)
+            self._requests.add_halt(HaltRequest(str(error), save=False, error=error))
+        else:
+            self._report(str(divergence))
+            warnings.warn(str(divergence), stacklevel=2)
 
     def _journal_validation(self, arc: int, work: Any) -> None:
         if self._attempt is not None:
@@ -747,8 +934,10 @@ class Trainer:
 
     def _restore(self) -> None:
         assert self._found is not None
-        recovery.restore(self._found, self._state)
+        divergence = recovery.restore(self._found, self._state)
         self._found = None
+        if divergence is not None:
+            self._diverged(divergence)
 
     def _stand_done(self, run: RunFolder) -> None:
         self.run = run

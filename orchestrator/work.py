@@ -286,6 +286,12 @@ class TrainingWork(BatchWork):
         self._restore = restore
         self._report = report
         self.guard = numerics.BufferGuard(model) if nonfinite == "skip" else None
+        self.keep: Callable[[], dict[str, Any]] | None = None
+        """Copies what forward changes; set where the next FORWARD is to be saved."""
+        self.before_forward: dict[str, Any] | None = None
+        """What it copied, while the training stands in FORWARD."""
+        self.computing = False
+        """Whether a forward is under way."""
         self._result: Tensor | None = None
 
     # -- one method for each trigger -------------------------------------------------------------
@@ -328,11 +334,20 @@ class TrainingWork(BatchWork):
         if self.situation.state.name == "STEP":
             self.phase += 1
             self.situation.another_phase = self.phase + 1 < len(self.phases)
+        self.before_forward = self.keep() if self.keep is not None else None
+        self.compute()
+
+    def compute(self) -> None:
+        """What forward does once the phase is set; done again where a checkpoint of FORWARD is restored."""
         phase = self.phases[self.phase]
         if self.guard is not None and self.window.count == 0:
             self.guard.keep()
-        with self.precision.autocast():
-            result = phase.forward(self.model, self.data)
+        self.computing = True
+        try:
+            with self.precision.autocast():
+                result = phase.forward(self.model, self.data)
+        finally:
+            self.computing = False
         loss, outputs, targets = _read_loss(result, training=True, where=self._named("forward"))
         self._count_loss(loss, outputs, targets, phase.name if len(self.phases) > 1 else "")
         self._result = loss
@@ -341,6 +356,7 @@ class TrainingWork(BatchWork):
         """Zero the gradients at the start of a window, then add this micro-batch's share to them."""
         window, loss = self.window, self._result
         assert loss is not None
+        self.before_forward = None
         if window.count == 0:
             self.phases[self.phase].optimizer.zero_grad(set_to_none=True)
         loss = loss * self._share() if self.accumulate > 1 else loss

@@ -12,6 +12,7 @@ from torch import nn
 
 import trainings
 from orchestrator import Callback, Checkpointing, Logging, MLflow, Trainer
+from orchestrator.divergence import DivergenceError
 from states import State, Trigger
 from tracking.runs import list_runs
 
@@ -150,9 +151,23 @@ def test_root(tmp_path: Path) -> None:
     assert len(list_runs(tmp_path / "here" / "deep")) == 1
 
 
+def test_on_divergence(tmp_path: Path) -> None:
+    factor = 1.0
+
+    def forward(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) * factor
+
+    trainings.make(tmp_path, forward=forward).fit()
+    factor = 1.5
+    with pytest.warns(UserWarning, match="done again"):
+        trainings.make(tmp_path, forward=forward).replay(0, 0)
+    with pytest.raises(DivergenceError):
+        trainings.make(tmp_path, forward=forward, on_divergence="halt").replay(0, 0)
+
+
 def test_every_argument_has_a_case() -> None:
     arguments = set(inspect.signature(Trainer).parameters)
-    assert arguments == {*CASES, "scheduler", "track", "root", "device"}
+    assert arguments == {*CASES, "scheduler", "track", "root", "device", "on_divergence"}
 
 
 def test_torchmetrics_objects_and_functions_agree(tmp_path: Path) -> None:

@@ -245,8 +245,15 @@ def test_a_save_asked_for_in_halted_is_answered(tmp_path: Path) -> None:
     trainer.on(State.HALTED)(lambda: asked.append(trainer.save()))
     trainer.after(Trigger.STEP)(lambda: trainer.halt("now"))
     trainer.fit()
+    assert asked[0].wait(10).name == "000000006-a1-e0-b0-HALTED"
+    batches = list(trainings.loader(shuffle=False))
+    batches[2] = (batches[2][0] * float("nan"), batches[2][1])
+    spoilt = trainings.make(tmp_path, train_loader=batches)
+    spoilt.on(State.HALTED)(lambda: asked.append(spoilt.save()))
+    with pytest.raises(NonFiniteError):
+        spoilt.fit()
     with pytest.raises(TaintedError, match="not made"):
-        asked[0].wait(10)
+        asked[1].wait(10)
 
 
 def test_requests_in_on_train_begin_of_a_resumed_attempt(tmp_path: Path) -> None:

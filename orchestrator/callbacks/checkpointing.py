@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_positive, check_whole
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
-from orchestrator.snapshot.info import BEFORE_THE_END, CheckpointInfo
+from orchestrator.errors import ConfigurationError
+from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CheckpointInfo
 from states.table import State, Trigger
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ class Checkpointing(Callback):
 
     A checkpoint of IDLE is made before the first batch, one before the end and one of DONE always.
     `best` names a metric of epochs (such as "val/loss"); an epoch that improves it is saved.
+    With `at`, batches (or epochs) that are due are saved in those states instead of at their end:
+    `Checkpointing(every_batches=100, at=State.BACKWARD)`. Saving in FORWARD costs a copy of the buffers and random
+    states before that forward pass, on the batches that are due only.
 
     Args:
         every_batches: save after every so many batches, counted from the beginning of the run.
@@ -33,6 +38,11 @@ class Checkpointing(Callback):
         mode: whether "min" or "max" of `best` is the best; by default what its name says: "loss" is smaller,
             "accuracy" is greater.
         keep_every_epochs: the checkpoint at the end of each Kth epoch stays for good.
+        keep_first: whether the checkpoint of IDLE stays, so that `seek` can reach every moment of the run.
+        at: a state, or several, to save in: those of a batch go with `every_batches` and `every_seconds`, those of
+            an epoch with `every_epochs`; HALTED is saved whenever the training halts.
+
+    Raises ConfigurationError for numbers below 1, and a state `at` which nothing says how often to save.
     """
 
     def __init__(
@@ -44,6 +54,8 @@ class Checkpointing(Callback):
         best: str | None = None,
         mode: Direction | None = None,
         keep_every_epochs: int | None = None,
+        keep_first: bool = True,
+        at: State | Collection[State] | None = None,
     ) -> None:
         for name, value in (
             ("every_batches", every_batches),
@@ -59,6 +71,17 @@ class Checkpointing(Callback):
         self.keep_last = keep_last
         self.best = Watched(best, direction_of(best, mode)) if best is not None else None
         self.keep_every_epochs = keep_every_epochs
+        self.keep_first = keep_first
+        self.at = _states(at)
+        if self.at & _OF_A_BATCH and not (every_batches or every_seconds):
+            raise ConfigurationError(
+                f"Checkpointing: at is {_named(self.at)}, with nothing to say how often; expected every_batches= or "
+                "every_seconds= as well"
+            )
+        if self.at & _OF_AN_EPOCH and not every_epochs:
+            raise ConfigurationError(
+                f"Checkpointing: at is {_named(self.at)}, with every_epochs={every_epochs}; expected a number"
+            )
         self.best_value: float | None = None
         self._last_save = 0.0
 
@@ -67,6 +90,12 @@ class Checkpointing(Callback):
         super().attach(trainer)
         if self.every_batches or self.every_seconds or trainer.max_batches is not None:
             trainer.after(Trigger.END_BATCH)(self._after_batch)
+        for state in self.at & _OF_A_BATCH - {State.BATCH_END}:
+            trainer.before(_LEADS_TO[state])(partial(self._before_batch_state, state))
+        if State.EPOCH_START in self.at:
+            trainer.before(Trigger.BEGIN_EPOCH)(self._before_epoch)
+        if State.HALTED in self.at:
+            trainer.on(State.HALTED)(self._on_halted)
         trainer.on(State.DONE)(self._save)
 
     def on_train_begin(self) -> None:
@@ -78,20 +107,35 @@ class Checkpointing(Callback):
         self.trainer.save()
 
     def _after_batch(self) -> None:
-        trainer = self.trainer
         # Where max_batches is reached within an epoch, a longer run would go on from exactly here.
-        if (
-            trainer.ending
-            or (self.every_batches and trainer.batches % self.every_batches == 0)
-            or (self.every_seconds and time.monotonic() - self._last_save >= self.every_seconds)
-        ):
+        elsewhere = self.at & _OF_A_BATCH and State.BATCH_END not in self.at
+        if self.trainer.ending or (not elsewhere and self._batch_is_due(self.trainer.batches)):
+            self._save()
+
+    def _before_batch_state(self, state: State) -> None:
+        if self._batch_is_due(self.trainer.batches + 1):
+            self._last_save = time.monotonic()
+            self.trainer.save(at=state)
+
+    def _batch_is_due(self, batches: int) -> bool:
+        if self.every_batches and batches % self.every_batches == 0:
+            return True
+        return bool(self.every_seconds) and time.monotonic() - self._last_save >= (self.every_seconds or 0)
+
+    def _before_epoch(self) -> None:
+        if self._due(self.trainer.epoch + 1, self.every_epochs):
+            self.trainer.save(at=State.EPOCH_START)
+
+    def _on_halted(self) -> None:
+        if not self.trainer.tainted:
             self._save()
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Save where the epoch is due, is the best, or is the last."""
         better = self._improves(metrics)
-        due = self._due(epoch, self.every_epochs) or self._due(epoch, self.keep_every_epochs)
-        if better or due or self.trainer.ending:
+        elsewhere = self.at & _OF_AN_EPOCH and State.EPOCH_END not in self.at
+        due = not elsewhere and self._due(epoch, self.every_epochs)
+        if better or due or self._due(epoch, self.keep_every_epochs) or self.trainer.ending:
             self._save()
 
     @staticmethod
@@ -121,6 +165,30 @@ class Checkpointing(Callback):
         self.best_value = state["value"] if same else None
 
 
+_OF_A_BATCH = frozenset({State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END})
+_OF_AN_EPOCH = frozenset({State.EPOCH_START, State.EPOCH_END})
+_LEADS_TO = {
+    State.BATCH_START: Trigger.FETCH,
+    State.FORWARD: Trigger.FORWARD,
+    State.BACKWARD: Trigger.BACKWARD,
+    State.STEP: Trigger.STEP,
+}
+
+
+def _states(at: State | Collection[State] | None) -> frozenset[State]:
+    states = [at] if isinstance(at, State) else list(at or ())
+    for state in states:
+        if not isinstance(state, State):
+            raise ConfigurationError(
+                f"Checkpointing: at has {state!r} in it; expected states, such as State.BATCH_END"
+            )
+    return frozenset(states)
+
+
+def _named(states: Collection[State]) -> str:
+    return ", ".join(sorted(state.value for state in states))
+
+
 def best_of(checkpoints: Sequence[CheckpointInfo], watched: Watched | None) -> CheckpointInfo | None:
     """The checkpoint of an epoch's end with the best value of the metric; the earliest of equals, never a NaN."""
     found, best = None, watched.worst if watched is not None else 0.0
@@ -135,12 +203,14 @@ def best_of(checkpoints: Sequence[CheckpointInfo], watched: Watched | None) -> C
 def kept(checkpoints: Sequence[CheckpointInfo], settings: Checkpointing) -> set[str]:
     """The names of the checkpoints that stay; a pure function of what there is.
 
-    The newest of all always stays, and so does the newest one made before the end.
+    The newest of all always stays, and so does the newest one made before the end; the first, of IDLE, by default.
     """
     by_age = sorted(checkpoints, key=lambda info: info.seq, reverse=True)
     keep = {info.name for info in by_age[:1]}
     keep.update(info.name for info in [i for i in by_age if i.state is not State.DONE][: settings.keep_last])
     keep.update(info.name for info in [i for i in by_age if i.purpose == BEFORE_THE_END][:1])
+    if settings.keep_first:
+        keep.update(info.name for info in by_age if info.state is State.IDLE or info.purpose == BRANCH)
     best = best_of(by_age, settings.best)
     if best is not None:
         keep.add(best.name)

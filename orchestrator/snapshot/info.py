@@ -10,13 +10,16 @@ from pathlib import Path
 from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_manifest
 from states.table import State
 
-__all__ = ["BEFORE_THE_END", "CUT_SHORT", "CheckpointInfo", "info_of", "not_superseded", "readable"]
+__all__ = ["BEFORE_THE_END", "BRANCH", "CUT_SHORT", "CheckpointInfo", "info_of", "not_superseded", "readable"]
 
 BEFORE_THE_END = "before the end"
 """The purpose of the checkpoint that a finished run is extended from."""
 
 CUT_SHORT = "cut short"
 """The purpose of a checkpoint at the end of an epoch that `max_batches` cut short: a longer run is not at its end."""
+
+BRANCH = "branch"
+"""The purpose of the checkpoint that a run which branched from another begins with."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "parse_checkpoint_name",
     "read_manifest",
     "sealed",
+    "versions",
 ]
 
 FORMAT_VERSION = 1
@@ -124,15 +125,20 @@ def sealed(document: Mapping[str, Any], files: Mapping[str, FileRecord]) -> byte
         "digest": _NO_DIGEST.decode(),
         "format_version": FORMAT_VERSION,
         **document,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "files": {name: vars(record) for name, record in files.items()},
     }
     text = json.dumps(content, allow_nan=False, indent=1).replace('{\n "', '{"', 1).encode() + b"\n"
     return text.replace(_NO_DIGEST, _digest(text), 1)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
 
 
 def _digest(text: bytes) -> bytes:

@@ -116,7 +116,7 @@ class Logging(Callback):
 
     def on_train_begin(self) -> None:
         """Open what is logged to, and say what begins."""
-        if not self._speaks:
+        if not self._speaks or self.trainer.replaying:
             return
         self.close()
         trainer = self.trainer
