@@ -24,6 +24,7 @@ from orchestrator.data import BatchStream
 from orchestrator.divergence import Divergence, DivergenceError, Expected
 from orchestrator.errors import ConfigurationError, NonFiniteError, TaintedError
 from orchestrator.evaluation import Evaluation
+from orchestrator.exactness import risks
 from orchestrator.loop import Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
@@ -537,6 +538,9 @@ class Trainer:
     def _begin(self, checkpoint: recovery.Found | None) -> None:
         """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""
         assert self._attempt is not None
+        for risk in risks(self.model, self.device):
+            self._report(risk)
+            warnings.warn(risk, stacklevel=4)
         self._beginning = True
         for hook in self._on_train_begin:
             hook()
