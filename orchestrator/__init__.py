@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.callbacks.logs import Logging
     from orchestrator.callbacks.lr_scheduling import LRScheduling
     from orchestrator.callbacks.memory_monitor import MemoryMonitor
+    from orchestrator.callbacks.parameter_digests import ParameterDigests
     from orchestrator.errors import NonFiniteError
     from orchestrator.phase import Phase
     from orchestrator.result import Result
@@ -36,6 +37,7 @@ __all__ = [
     "MLflow",
     "MemoryMonitor",
     "NonFiniteError",
+    "ParameterDigests",
     "Phase",
     "Result",
     "Tracker",
@@ -55,6 +57,7 @@ _HOMES = {
     "MLflow": "tracking.mlflow_delivery",
     "MemoryMonitor": "orchestrator.callbacks.memory_monitor",
     "NonFiniteError": "orchestrator.errors",
+    "ParameterDigests": "orchestrator.callbacks.parameter_digests",
     "Phase": "orchestrator.phase",
     "Result": "orchestrator.result",
     "Tracker": "tracking.delivery",

@@ -368,6 +368,18 @@ class Trainer:
         else:
             self._work.log(name, value)
 
+    def note(self, text: str) -> None:
+        """Add a note to the transition under way, from a hook: the journal keeps it, `interlock log` shows it.
+
+        After what the transition notes itself, separated by "; ". Raises ConfigurationError between two.
+        """
+        if not self._loop.inside:
+            raise ConfigurationError(
+                f"note({text!r}) in {self.state.value}, where no transition is under way to add it to; "
+                "call it from a hook"
+            )
+        self._work.note = f"{self._work.note}; {text}" if self._work.note else text
+
     def save(self, at: State | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 
