@@ -430,6 +430,29 @@ def test_another_scheduler_is_refused_and_other_settings_are_listed() -> None:
     )
 
 
+def test_what_a_users_scheduler_moves_by_itself_is_not_taken_for_what_it_was_given() -> None:
+    class Jagged(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: torch.optim.Optimizer, period: int) -> None:
+            self.period, self.peak = period, 1.0
+            super().__init__(optimizer)
+
+        def get_lr(self) -> list[float]:
+            self.peak *= 0.5
+            return [base * self.peak for base in self.base_lrs]
+
+    def jagged(period: int) -> Jagged:
+        return Jagged(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), period)
+
+    stepped = jagged(3)
+    stepped.optimizer.step()
+    stepped.step()
+    tree = capture.capture_scheduler(stepped)
+    assert capture.compare_scheduler(jagged(3), tree).hyperparameters == ()
+    assert capture.compare_scheduler(jagged(4), tree).hyperparameters == (
+        f"period of {Jagged.__qualname__}: checkpoint has 3, the scheduler was given 4",
+    )
+
+
 def test_a_scaler_keeps_its_scale_and_growth() -> None:
     scaler, fresh = torch.amp.GradScaler("cpu", growth_interval=2), torch.amp.GradScaler("cpu")
     parameter = nn.Parameter(torch.ones(1))

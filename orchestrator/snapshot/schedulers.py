@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -116,7 +117,15 @@ def _mismatches(live: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[s
 def _changed(scheduler: LRScheduler, tree: Mapping[str, Any]) -> Iterator[str]:
     live = capture_scheduler(scheduler)
     if live["class"] == tree["class"]:
-        yield from _changed_values(live["class"], live["state"], tree["state"])
+        kept = {key: value for key, value in tree["state"].items() if _may_be_given(scheduler, key)}
+        yield from _changed_values(live["class"], live["state"], kept)
+
+
+def _may_be_given(scheduler: LRScheduler, key: str) -> bool:
+    """Whether a constructor can have given the attribute; a user's class may move any that it did not take."""
+    constructors = [vars(cls)["__init__"] for cls in type(scheduler).__mro__ if "__init__" in vars(cls)]
+    of_torch = type(scheduler).__module__.startswith("torch.")
+    return of_torch or any(key in inspect.signature(init).parameters for init in constructors)
 
 
 def _changed_values(kind: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
