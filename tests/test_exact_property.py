@@ -1,0 +1,372 @@
+"""The property above all: a random training that is cut at random points equals the unbroken one, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import Trainer
+from orchestrator.commands.proof import ask, questions
+from orchestrator.errors import TaintedError
+from orchestrator.requests import Save
+from orchestrator.snapshot.storage import parse_checkpoint_name
+from random_trainings import Description, build, descriptions
+from states import State, Trigger
+from states.language import first_illegal_row
+from states.table import TERMINAL
+from tracking.journal import Journal
+from tracking.runs import RunFolder, list_runs
+
+EVERY_STATE_IS_SAVED = False
+"""Whether FORWARD and HALTED are saved as such. If not, a save in FORWARD moves on to BACKWARD, and none is
+made in HALTED beyond that of the state it halted in."""
+
+TIMES = ("duration", "batch_time")
+
+
+@dataclass(frozen=True, repr=False)
+class Cut:
+    """Where an attempt ends, and how.
+
+    place "between": after `at` transitions and from there up to state `until`, by `how`:
+        "close": Trainer.close();
+        "crash": save, wait, and what is on disk then is all there is, `lag` transitions later.
+    place "hook", "forward": in the after-hook of the `at`-th transition, or at the model's `at`-th forward
+        (those of validation count), by `how`: "raise", "halt", "SIGTERM" or "SIGINT".
+    """
+
+    at: int = 1
+    until: State | None = None
+    place: str = "between"
+    how: str = "close"
+    lag: int = 0
+    workers: int = 0
+    """Of the attempt that follows, where the description has any."""
+
+    def __repr__(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Cut({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+
+_at = st.integers(1, 45)
+_until = st.none() | st.sampled_from(State)
+_workers = st.sampled_from([0, 2])
+_cuts = st.one_of(
+    st.builds(Cut, at=_at, until=_until, how=st.just("close"), workers=_workers),
+    st.builds(
+        Cut,
+        at=_at,
+        until=_until,
+        how=st.just("crash"),
+        lag=st.sampled_from([0, 0, 1, 3, 9]),
+        workers=_workers,
+    ),
+    st.builds(
+        Cut,
+        at=_at,
+        place=st.sampled_from(["hook", "forward"]),
+        how=st.sampled_from(["halt", "raise", "SIGTERM", "SIGINT"]),
+        workers=_workers,
+    ),
+)
+CUTS = st.lists(_cuts, min_size=1, max_size=3)
+
+
+class Interruption(Exception):
+    """What a hook raises."""
+
+
+# -- ending an attempt -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a training stands, and the next attempt has to."""
+
+    state: State
+    epoch: int
+    batch: int
+    batches: int
+    updates: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Standing:
+        return cls(trainer.state, trainer.epoch, trainer.batch, trainer.batches, trainer.updates)
+
+
+def carry_out(cut: Cut, trainer: Trainer) -> Standing | None:
+    """Train up to the cut; the run's folder is then what the next process would find.
+
+    Returns where the next attempt has to stand, where nothing may be done twice.
+    """
+    if cut.place != "between":
+        _strike(cut, trainer)
+        with contextlib.suppress(Interruption, SystemExit, KeyboardInterrupt):
+            trainer.fit("auto")
+        return None
+    trainer.start("auto")
+    for _ in range(cut.at):
+        if trainer.state not in TERMINAL:
+            trainer.advance()
+    if trainer.state in TERMINAL:
+        return None
+    if cut.until is State.HALTED:
+        return _halt_and_save(trainer)
+    if cut.until is not None:
+        trainer.advance(until=cut.until)
+    if trainer.state in TERMINAL:
+        return None
+    return _crash(cut.lag, trainer) if cut.how == "crash" else _close(trainer)
+
+
+def _saved_as(trainer: Trainer) -> Standing:
+    """Where a save of this moment stands."""
+    there = Standing.of(trainer)
+    moves_on = there.state is State.FORWARD and not EVERY_STATE_IS_SAVED
+    return replace(there, state=State.BACKWARD) if moves_on else there
+
+
+def _close(trainer: Trainer) -> Standing:
+    there = _saved_as(trainer)
+    trainer.close()
+    assert replace(Standing.of(trainer), state=there.state) == there
+    return there
+
+
+def _halt_and_save(trainer: Trainer) -> Standing:
+    there = _saved_as(trainer)
+    saves: list[Save] = []
+    trainer.on(State.HALTED)(lambda: saves.append(trainer.save()))
+    trainer.halt("a cut in HALTED")
+    trainer.advance(until=State.HALTED)
+    (save,) = saves
+    if EVERY_STATE_IS_SAVED:
+        assert save.wait().is_dir()
+    else:
+        with pytest.raises(TaintedError, match="stands in HALTED"):
+            save.wait()
+    return there
+
+
+def _crash(lag: int, trainer: Trainer) -> Standing | None:
+    """Leave of the run what a kill at this moment would, and let the attempt end unseen."""
+    there = _saved_as(trainer)
+    saved = parse_checkpoint_name(trainer.save().wait().name)
+    assert saved is not None
+    assert (saved.state, saved.epoch, saved.batch) == (there.state, there.epoch, there.batch)
+    assert Standing.of(trainer) == there
+    for _ in range(lag):
+        if trainer.state not in TERMINAL:
+            trainer.advance()
+    if trainer.state in TERMINAL:
+        return None
+    run, attempt = trainer.run, trainer._attempt
+    assert run is not None
+    assert attempt is not None
+    # The copy is not made at one moment, as a kill is: what is being written is waited for.
+    attempt.wait_for_save()
+    copy = run.path.parent.with_name("left by a crash")
+    _copy(run, copy)
+    trainer.close()
+    shutil.rmtree(run.path)
+    copy.rename(run.path)
+    return there if lag == 0 else None
+
+
+def _copy(run: RunFolder, copy: Path) -> None:
+    """Copy the run's folder between two transactions of the journal's writer.
+
+    By another process: this one would lose its locks on the files by closing them after reading.
+    """
+    with contextlib.closing(sqlite3.connect(run.journal, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        subprocess.run(["cp", "-a", str(run.path), str(copy)], check=True)
+        connection.execute("ROLLBACK")
+
+
+def _strike(cut: Cut, trainer: Trainer) -> None:
+    """See to it that the attempt is interrupted from inside."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != cut.at:
+            return
+        if cut.how == "raise":
+            raise Interruption
+        if cut.how == "halt":
+            trainer.halt("a cut")
+        else:
+            os.kill(os.getpid(), signal.Signals[cut.how])
+
+    if cut.place == "forward":
+        trainer.model.register_forward_pre_hook(count)
+        return
+    for trigger in Trigger:
+        trainer.after(trigger)(count)
+
+
+# -- comparing ---------------------------------------------------------------------------------------
+
+
+def ending(trainer: Trainer) -> dict[str, Any]:
+    """All that a training leaves in memory, by path; durations left out."""
+    model = trainer.model
+    tree = {
+        "model": model.state_dict(),
+        "buffers": dict(model.named_buffers()),
+        "training": {name: module.training for name, module in model.named_modules()},
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "callbacks": {name: callback.state_dict() for name, callback in trainer._callbacks.items()},
+        "place": Standing.of(trainer),
+        "reason": trainer.reason,
+        "history": [_untimed(values) for values in trainer.history],
+        "metrics": _untimed(trainer.metrics),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=False),
+        "python": random.getstate(),
+        "data": trainer._state.capture()["data"],
+        "validation data": trainer._state.capture()["validation_data"],
+    }
+    return dict(_leaves(tree, ""))
+
+
+def _untimed(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every leaf by its path, in a form whose equality is that of the bits."""
+    if isinstance(tree, Mapping):
+        yield path, list(tree)
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}/{key}")
+    elif isinstance(tree, list | tuple):
+        yield path, len(tree)
+        for number, value in enumerate(tree):
+            yield from _leaves(value, f"{path}/{number}")
+    elif isinstance(tree, torch.Tensor):
+        yield (
+            path,
+            (tree.dtype, tree.shape, tree.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
+        )
+    elif isinstance(tree, np.ndarray):
+        yield path, (tree.dtype, tree.shape, tree.tobytes())
+    else:
+        yield path, float.hex(tree) if isinstance(tree, float) else tree
+
+
+def recorded(run: RunFolder) -> dict[str, list[Any]]:
+    """What the journal says that happened to the training, whoever did it and when."""
+    with Journal.open(run) as journal:
+        rows = [
+            (r.scope, r.epoch, r.batch, r.phase, r.trigger, r.source, r.dest, _bits(r.loss), r.note)
+            for r in journal.transitions()
+            if r.trigger not in (Trigger.HALT, Trigger.RESUME)
+        ]
+        values = [
+            (m.scope, m.epoch, m.batch, m.step, m.key, _bits(m.value))
+            for m in journal.metrics()
+            if m.key not in TIMES
+        ]
+    return {"transitions": rows, "metrics": values}
+
+
+def _bits(value: float | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def assert_sound(run: RunFolder) -> None:
+    """The journal over all attempts is one legal word, and nothing that is asked of it finds anything wrong."""
+    with Journal.open(run) as journal:
+        assert first_illegal_row(journal.transitions()) is None
+        asked = questions(journal.attempts())
+        findings = ask(asked, journal.transitions(include_superseded=True))
+    assert [finding for finding in findings if not finding.good] == []
+
+
+def assert_same(whole: Mapping[str, Any], broken: Mapping[str, Any]) -> None:
+    different = {
+        path: (whole.get(path, "nothing"), broken.get(path, "nothing"))
+        for path in [*whole, *(broken.keys() - whole.keys())]
+        if path not in whole or path not in broken or whole[path] != broken[path]
+    }
+    assert not different, different
+
+
+@contextlib.contextmanager
+def run_folders() -> Iterator[Path]:
+    """A folder for the many runs of one example, in memory where there is room for them."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2**28
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None, prefix="interlock-") as root:
+        yield Path(root)
+
+
+def check(description: Description, cuts: list[Cut]) -> None:
+    """Interrupted at each of the cuts in turn equals unbroken."""
+    with run_folders() as folder, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", r"batch \d+ of epoch \d+ is empty")
+        unbroken = build(description, folder / "unbroken")
+        unbroken.fit()
+        expected = ending(unbroken)
+        assert unbroken.run is not None
+        broken = interrupted(description, cuts, folder / "broken")
+        assert_same(expected, ending(broken))
+        (run,) = list_runs(folder / "broken")
+        assert_sound(unbroken.run)
+        assert_sound(run)
+        assert_same(recorded(unbroken.run), recorded(run))
+
+
+def interrupted(description: Description, cuts: list[Cut], root: Path) -> Trainer:
+    """Each attempt is a trainer of its own, whose global generators and first weights are unlike the others'."""
+    workers, expected = description.workers, None
+    for seed, cut in enumerate([*cuts, None], start=1):
+        trainer = build(description, root, seed=seed, workers=workers)
+        stood: list[Standing] = []
+        trainer.after(Trigger.RESUME)(partial(_stand, trainer, stood))
+        there = carry_out(cut, trainer) if cut is not None else None
+        if cut is None:
+            trainer.fit("auto")
+        assert expected is None or stood == [expected]
+        expected = there
+        workers = cut.workers if cut is not None and description.workers else 0
+    return trainer
+
+
+def _stand(trainer: Trainer, stood: list[Standing]) -> None:
+    stood.append(Standing.of(trainer))
+
+
+@given(descriptions(), CUTS)
+def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut]) -> None:
+    check(description, cuts)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@settings(max_examples=2000)
+@given(descriptions(), CUTS)
+def test_interrupted_equals_unbroken_two_thousand_times(description: Description, cuts: list[Cut]) -> None:
+    check(description, cuts)
