@@ -1,9 +1,12 @@
-"""Random small trainings: a frozen description that prints short, strategies for it, and what it builds."""
+"""Random small trainings: a frozen description that prints short, strategies for it, what it builds, and where."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -39,11 +42,22 @@ from orchestrator import (
 )
 from states import Trigger
 
-__all__ = ["Description", "build", "descriptions"]
+__all__ = ["Description", "Diary", "Short", "build", "descriptions", "run_folders"]
+
+
+class Short:
+    """A dataclass that shows only those of its fields that are not at their defaults."""
+
+    def __repr__(self) -> str:
+        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # or Hypothesis would show all of them
 
 
 @dataclass(frozen=True, repr=False)
-class Description:
+class Description(Short):
     """A training in plain values; the first values of all fields make the simplest."""
 
     # the network
@@ -95,10 +109,6 @@ class Description:
     keep_last: int = 2
     best: bool = False
 
-    def __repr__(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"Description({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
-
     @property
     def samples(self) -> int:
         """The length of the data set; no batch has one sample, of which BatchNorm knows no variance."""
@@ -148,7 +158,7 @@ def descriptions(draw: st.DrawFn) -> Description:
         weighting=of("batches", "samples", "callable"),
         precision=of("fp32", "bf16"),
         clip=of(None, 0.5),
-        batches=of(3, 4, 5, 6),
+        batches=of(3, 3, 4, 5),
         batch_size=batch_size,
         rest=batch_size == 3 and of(False, True),
         drop_last=sampler != "batch sampler" and of(False, True),
@@ -167,8 +177,8 @@ def descriptions(draw: st.DrawFn) -> Description:
         metrics=tuple(sorted(draw(st.sets(st.sampled_from(["accumulating", "function"]))))),
         callbacks=tuple(callbacks),
         stop_after=of(None, None, 2, 4) if "diary" in callbacks else None,
-        saves_after=of(None, *_SAVED_AFTER) if "diary" in callbacks else None,
-        every_batches=of(None, 1, 2),
+        saves_after=of(*[None] * 7, *_SAVED_AFTER) if "diary" in callbacks else None,
+        every_batches=of(None, None, None, None, 2, 1),
         keep_last=of(2, 1, 3),
         best=watched and of(False, True),
     )
@@ -223,6 +233,15 @@ def build(
         _validation_loaders(d),
         **{**given, **options},
     )
+
+
+@contextlib.contextmanager
+def run_folders() -> Iterator[Path]:
+    """A folder for the many runs of one example, in memory where there is room for them."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2**28
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None, prefix="interlock-") as root:
+        yield Path(root)
 
 
 # -- the network and what trains it ------------------------------------------------------------------
@@ -303,7 +322,9 @@ def _scheduler(d: Description, optimizer: Optimizer) -> LRScheduling | None:
         case "MultiStepLR":
             return LRScheduling(schedulers.MultiStepLR(optimizer, [1, 2, 2], 0.5))
         case "OneCycleLR":
-            return LRScheduling(schedulers.OneCycleLR(optimizer, 0.1, total_steps=40), every="batch")
+            has_momentum = not {"momentum", "betas"}.isdisjoint(optimizer.defaults)
+            one_cycle = schedulers.OneCycleLR(optimizer, 0.1, total_steps=40, cycle_momentum=has_momentum)
+            return LRScheduling(one_cycle, every="batch")
         case "warmup then cosine":
             warmup = schedulers.LinearLR(optimizer, 0.1, total_iters=3)
             cosine = schedulers.CosineAnnealingLR(optimizer, T_max=8)

@@ -4,46 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
 import sqlite3
 import subprocess
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exactness import Standing, assert_same, assert_sound, ending, recorded
 from orchestrator import Trainer
-from orchestrator.commands.proof import ask, questions
 from orchestrator.errors import TaintedError
 from orchestrator.requests import Save
 from orchestrator.snapshot.storage import parse_checkpoint_name
-from random_trainings import Description, build, descriptions
+from random_trainings import Description, Short, build, descriptions, run_folders
 from states import State, Trigger
-from states.language import first_illegal_row
 from states.table import TERMINAL
-from tracking.journal import Journal
 from tracking.runs import RunFolder, list_runs
 
 EVERY_STATE_IS_SAVED = False
 """Whether FORWARD and HALTED are saved as such. If not, a save in FORWARD moves on to BACKWARD, and none is
 made in HALTED beyond that of the state it halted in."""
 
-TIMES = ("duration", "batch_time")
-
 
 @dataclass(frozen=True, repr=False)
-class Cut:
+class Cut(Short):
     """Where an attempt ends, and how.
 
     place "between": after `at` transitions and from there up to state `until`, by `how`:
@@ -60,10 +50,6 @@ class Cut:
     lag: int = 0
     workers: int = 0
     """Of the attempt that follows, where the description has any."""
-
-    def __repr__(self) -> str:
-        changed = (f for f in fields(self) if getattr(self, f.name) != f.default)
-        return f"Cut({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
 
 _at = st.integers(1, 45)
@@ -95,21 +81,6 @@ class Interruption(Exception):
 
 
 # -- ending an attempt -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a training stands, and the next attempt has to."""
-
-    state: State
-    epoch: int
-    batch: int
-    batches: int
-    updates: int
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> Standing:
-        return cls(trainer.state, trainer.epoch, trainer.batch, trainer.batches, trainer.updates)
 
 
 def carry_out(cut: Cut, trainer: Trainer) -> Standing | None:
@@ -225,101 +196,7 @@ def _strike(cut: Cut, trainer: Trainer) -> None:
         trainer.after(trigger)(count)
 
 
-# -- comparing ---------------------------------------------------------------------------------------
-
-
-def ending(trainer: Trainer) -> dict[str, Any]:
-    """All that a training leaves in memory, by path; durations left out."""
-    model = trainer.model
-    tree = {
-        "model": model.state_dict(),
-        "buffers": dict(model.named_buffers()),
-        "training": {name: module.training for name, module in model.named_modules()},
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": {name: callback.state_dict() for name, callback in trainer._callbacks.items()},
-        "place": Standing.of(trainer),
-        "reason": trainer.reason,
-        "history": [_untimed(values) for values in trainer.history],
-        "metrics": _untimed(trainer.metrics),
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(legacy=False),
-        "python": random.getstate(),
-        "data": trainer._state.capture()["data"],
-        "validation data": trainer._state.capture()["validation_data"],
-    }
-    return dict(_leaves(tree, ""))
-
-
-def _untimed(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name not in TIMES}
-
-
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every leaf by its path, in a form whose equality is that of the bits."""
-    if isinstance(tree, Mapping):
-        yield path, list(tree)
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}/{key}")
-    elif isinstance(tree, list | tuple):
-        yield path, len(tree)
-        for number, value in enumerate(tree):
-            yield from _leaves(value, f"{path}/{number}")
-    elif isinstance(tree, torch.Tensor):
-        yield (
-            path,
-            (tree.dtype, tree.shape, tree.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
-        )
-    elif isinstance(tree, np.ndarray):
-        yield path, (tree.dtype, tree.shape, tree.tobytes())
-    else:
-        yield path, float.hex(tree) if isinstance(tree, float) else tree
-
-
-def recorded(run: RunFolder) -> dict[str, list[Any]]:
-    """What the journal says that happened to the training, whoever did it and when."""
-    with Journal.open(run) as journal:
-        rows = [
-            (r.scope, r.epoch, r.batch, r.phase, r.trigger, r.source, r.dest, _bits(r.loss), r.note)
-            for r in journal.transitions()
-            if r.trigger not in (Trigger.HALT, Trigger.RESUME)
-        ]
-        values = [
-            (m.scope, m.epoch, m.batch, m.step, m.key, _bits(m.value))
-            for m in journal.metrics()
-            if m.key not in TIMES
-        ]
-    return {"transitions": rows, "metrics": values}
-
-
-def _bits(value: float | None) -> str | None:
-    return None if value is None else value.hex()
-
-
-def assert_sound(run: RunFolder) -> None:
-    """The journal over all attempts is one legal word, and nothing that is asked of it finds anything wrong."""
-    with Journal.open(run) as journal:
-        assert first_illegal_row(journal.transitions()) is None
-        asked = questions(journal.attempts())
-        findings = ask(asked, journal.transitions(include_superseded=True))
-    assert [finding for finding in findings if not finding.good] == []
-
-
-def assert_same(whole: Mapping[str, Any], broken: Mapping[str, Any]) -> None:
-    different = {
-        path: (whole.get(path, "nothing"), broken.get(path, "nothing"))
-        for path in [*whole, *(broken.keys() - whole.keys())]
-        if path not in whole or path not in broken or whole[path] != broken[path]
-    }
-    assert not different, different
-
-
-@contextlib.contextmanager
-def run_folders() -> Iterator[Path]:
-    """A folder for the many runs of one example, in memory where there is room for them."""
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2**28
-    with tempfile.TemporaryDirectory(dir=memory if roomy else None, prefix="interlock-") as root:
-        yield Path(root)
+# -- the property ----------------------------------------------------------------------------------
 
 
 def check(description: Description, cuts: list[Cut]) -> None:
@@ -364,9 +241,20 @@ def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut]) 
     check(description, cuts)
 
 
+@pytest.mark.parametrize(
+    ("description", "cuts"),
+    [
+        # Resuming warned of a learning rate that the scheduler, not the user, had changed.
+        (Description(two_groups=True, optimizer="Adagrad", scheduler="plateau by batch"), [Cut(at=40)]),
+    ],
+)
+def test_what_the_property_found(description: Description, cuts: list[Cut]) -> None:
+    check(description, cuts)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=2000)
+@settings(max_examples=int(os.environ.get("N", "2000")))
 @given(descriptions(), CUTS)
 def test_interrupted_equals_unbroken_two_thousand_times(description: Description, cuts: list[Cut]) -> None:
     check(description, cuts)

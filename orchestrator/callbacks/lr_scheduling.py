@@ -82,6 +82,9 @@ class LRScheduling(Callback):
                 f"the {type(self.scheduler).__name__} schedules a {type(optimizer).__name__} that this trainer "
                 "does not have; make the scheduler for the optimizer that the trainer is given"
             )
+        for group in optimizer.param_groups:
+            # Every scheduler but ReduceLROnPlateau keeps it: what a resumed run's optimizer was given is told by it.
+            group.setdefault("initial_lr", group["lr"])
         if self.every == "batch":
             trainer.after(Trigger.STEP)(self._after_update)
         else:
