@@ -4,6 +4,7 @@ import hashlib
 import struct
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -191,10 +192,21 @@ def _describe_sampler(sampler: Any) -> dict[str, Any]:
         if isinstance(value, int):
             described[name] = value
     if isinstance(sampler, list | tuple):
-        described["indices"] = _digest_or_none(sampler)
+        described["indices"] = _digest_of_indices(sampler)
     if hasattr(sampler, "sampler"):
         described["of"] = _describe_sampler(sampler.sampler)
     return described
+
+
+def _digest_of_indices(indices: list[Any] | tuple[Any, ...]) -> str | None:
+    """A digest of a list of indices or of lists of them; as arrays, since there may be millions."""
+    try:
+        if all(isinstance(index, list | tuple) for index in indices):
+            lengths = np.fromiter(map(len, indices), np.int64, len(indices))
+            return digest([lengths, np.asarray(list(chain.from_iterable(indices)))])
+        return digest(np.asarray(indices))
+    except Exception:  # as for an item
+        return _digest_or_none(indices)
 
 
 def _is_torchs(sampler: Any) -> bool:

@@ -1,7 +1,9 @@
 """The order of an epoch: a sampler's index lists, fixed by the random states at the epoch's start."""
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from orchestrator.data.randomness import (
     take_globals,
 )
 
-__all__ = ["Order", "Task", "index_sampler"]
+__all__ = ["Order", "Task", "draw_base_seed", "index_sampler"]
 
 _DRAW_BEFORE_FIRST = (
     *(SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler),
@@ -48,6 +50,11 @@ def index_sampler(loader: DataLoader[Any]) -> Any:
     """What gives a batch's indices: the batch sampler, or the sampler where there is no automatic
     batching."""
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def draw_base_seed(loader: DataLoader[Any]) -> int:
+    """One seed for an epoch, drawn as the plain loader's iterator draws its own."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item())
 
 
 class Order:
@@ -135,6 +142,14 @@ class Order:
 
     def begin(self, epoch: int) -> None:
         """Fix the order of `epoch` from the random states of this moment, drawing as a plain loader does."""
+        indices = self._draw(epoch)
+        self._indices = indices
+        self._ahead = next(indices, _END)
+        if self._isolated:
+            self._side = SideStream(mixed(self.base_seed, _SAMPLER_STREAM))
+
+    def _draw(self, epoch: int) -> Iterator[Any]:
+        """Draw the epoch's base seed, and take the sampler's iterator."""
         self._epoch = epoch
         self.taken = 0
         self._side = None
@@ -143,15 +158,10 @@ class Order:
             if callable(set_epoch):
                 set_epoch(epoch)
         indices = iter(self._sampler)
-        self.base_seed = int(
-            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator).item()
-        )
+        self.base_seed = draw_base_seed(self._loader)
         for _ in range(self.passes - 1):
             indices = iter(self._sampler)
-        self._indices = indices
-        self._ahead = next(indices, _END)
-        if self._isolated:
-            self._side = SideStream(mixed(self.base_seed, _SAMPLER_STREAM))
+        return indices
 
     def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
         """Stand before task `position` of the epoch that began at `origin`; the global states do not move.
@@ -162,23 +172,45 @@ class Order:
         try:
             restore_globals(origin)
             self.restore(origin)
-            self.begin(epoch)
+            if type(self._sampler) is BatchSampler and not self._isolated:
+                self._begin_at(epoch, position, self._sampler)
+            else:
+                self.begin(epoch)
         finally:
             put_globals(main)
-        side: AbstractContextManager[None] = self._side or nullcontext()
-        with side:
-            self._skip(position)
+        with self._side or nullcontext():
+            self._skip(position - self.taken)
+
+    def _begin_at(self, epoch: int, position: int, batches: BatchSampler) -> None:
+        """Begin `epoch` before task `position`, or at its end where there are fewer.
+
+        Torch's BatchSampler keeps nothing from one list to the next but its sampler's iterator: skipping
+        indices there gives the same lists, and is several times as fast as making lists to throw away.
+        """
+        self._draw(epoch)
+        indices = iter(batches.sampler)
+        skipped = _skipped(indices, position * batches.batch_size)
+        self.taken, rest = divmod(skipped, batches.batch_size)
+        if rest and not batches.drop_last:
+            self.taken += 1
+        self._indices = iter(BatchSampler(_Rest(indices), batches.batch_size, batches.drop_last))
+        self._ahead = next(self._indices, _END)
 
     def _skip(self, count: int) -> None:
-        for taken in range(count):
-            if self._ahead is _END:
-                raise DataError(
-                    f"the saved position is after batch {count - 1} of epoch {self._epoch}, but now the "
-                    "epoch has "
-                    f"{taken} batches; give the data set, sampler and batch size that it was saved with"
-                )
-            self._ahead = next(self._indices, _END)
-        self.taken = count
+        """Pass over `count` tasks, the one ahead included."""
+        if count == 0:
+            return
+        skipped = 0
+        if self._ahead is not _END:
+            skipped = 1 + _skipped(self._indices, count - 1)
+            self._ahead = next(self._indices, _END) if skipped == count else _END
+        self.taken += skipped
+        if skipped < count:
+            raise DataError(
+                f"the saved position is after batch {self.taken - skipped + count - 1} of epoch {self._epoch}, but "
+                f"now the epoch has {self.taken} batches; give the data set, sampler and batch size that it was "
+                "saved with"
+            )
 
     def _find_generators(self) -> dict[str, Generator]:
         roots = {"generator": self._loader.generator, "sampler": self._sampler}
@@ -199,6 +231,22 @@ class Order:
             for name, value in vars(sampler).items()
             if value is None or type(value) in (bool, int, float, str)
         }
+
+
+class _Rest:
+    """A sampler that goes on where its iterator stands."""
+
+    def __init__(self, indices: Iterator[Any]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._indices
+
+
+def _skipped(iterator: Iterator[Any], count: int) -> int:
+    """Take up to `count` items from `iterator`, without a step of Python for each; how many there were."""
+    last = deque(enumerate(islice(iterator, count), 1), maxlen=1)
+    return last[0][0] if last else 0
 
 
 def _draws_before_first(sampler: Any) -> bool:
