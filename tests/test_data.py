@@ -37,7 +37,6 @@ from orchestrator.data import (
     DataError,
     compare_fingerprints,
     count_samples,
-    is_empty,
     to_device,
 )
 from orchestrator.data.fingerprint import digest
@@ -334,7 +333,7 @@ def interrupted(build: Build, cut: int, seed: int = 6, **resumed: Any) -> None:
             batch = stream.fetch()
             fetched += 1
             if state:
-                rest += [digest(batch), str(stream.is_last), between()]
+                rest += [digest(batch), str(stream.has_next), between()]
         if state:
             rest.append(states(loader))
     assert state, "the cut is past the end"
@@ -357,7 +356,7 @@ def interrupted(build: Build, cut: int, seed: int = 6, **resumed: Any) -> None:
             stream.begin_epoch(epoch)
         while stream.has_next:
             batch = stream.fetch()
-            seen += [digest(batch), str(stream.is_last), between()]
+            seen += [digest(batch), str(stream.has_next), between()]
         seen.append(states(loader))
     stream.close()
     assert seen == rest
@@ -417,7 +416,7 @@ def test_order_taken_with_workers_goes_on_without() -> None:
 def test_before_any_epoch() -> None:
     user = generator(1)
     stream = BatchStream(DataLoader(Plain(), batch_size=4, shuffle=True, generator=user))
-    assert (stream.epoch, stream.position, stream.has_next, stream.is_last) == (None, 0, False, False)
+    assert (stream.epoch, stream.position, stream.has_next) == (None, 0, False)
     with pytest.raises(DataError, match="begin_epoch"):
         stream.fetch()
     state = stream.state_dict()
@@ -442,7 +441,7 @@ def test_nothing_is_loaded_ahead_or_while_skipping() -> None:
     assert data.reads == 4
     assert [sample.item() for sample in stream.fetch()[1]] == [20, 21, 22]
     assert data.reads == 7
-    assert stream.is_last
+    assert not stream.has_next
     with pytest.raises(DataError, match="no batch 6 in epoch 0"):
         stream.fetch()
 
@@ -482,13 +481,13 @@ def test_sequence_of_batches_draws_nothing() -> None:
     stream.begin_epoch(0)
     assert stream.fetch() is batches[0]
     state = stream.state_dict()
-    assert [stream.fetch() for _ in range(2)] == batches[1:] or stream.is_last
+    assert [stream.fetch() for _ in range(2)] == batches[1:]
     other = BatchStream(tuple(batches))
     other.load_state_dict(state)
     assert other.fetch() is None
-    assert not other.is_last
+    assert other.has_next
     other.fetch()
-    assert other.is_last
+    assert not other.has_next
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -497,7 +496,6 @@ def test_epoch_without_batches() -> None:
         stream = BatchStream(loader)
         stream.begin_epoch(0)
         assert not stream.has_next
-        assert not stream.is_last
         stream.begin_epoch(1)
         assert stream.epoch == 1
 
@@ -626,7 +624,7 @@ def test_wait_for_a_worker_gives_way_to_a_signal() -> None:
         signal.signal(signal.SIGALRM, before)
     assert stream.position == 1
     assert [stream.fetch() for _ in range(3)] == [1, 2, 3]
-    assert stream.is_last
+    assert not stream.has_next
     stream.close()
 
 
@@ -684,7 +682,6 @@ class Renamed(DataLoader):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (DataLoader(Streamed()), "Streamed, an iterable data set; expected"),
         (DataLoader(Plain(), in_order=False), "in_order=False.*expected in_order=True"),
         (OwnWay(Plain()), "OwnWay, which overrides __iter__; expected"),
         (iter([1, 2]), "list_iterator, an iterator, which can be gone through but once; expected"),
@@ -940,7 +937,6 @@ class Record:
 )
 def test_counts_samples(batch: Any, samples: int) -> None:
     assert count_samples(batch) == samples
-    assert is_empty(batch) == (samples == 0)
 
 
 class Movable:

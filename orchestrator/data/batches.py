@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["count_samples", "is_empty", "pinned", "to_device"]
+__all__ = ["count_samples", "pinned", "to_device"]
 
 
 def count_samples(batch: Any) -> int:
@@ -27,11 +27,6 @@ def count_samples(batch: Any) -> int:
     for size in _lengths(batch):
         return size
     return 1
-
-
-def is_empty(batch: Any) -> bool:
-    """Whether there is nothing to train on: None (as from a collate function), or no samples."""
-    return count_samples(batch) == 0
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,9 +1,10 @@
 """What tells one data set from another: a fingerprint of plain values, and the differences of two."""
 
+import copy
 import hashlib
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,15 +14,19 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Subset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
+from orchestrator.data.generators import find_generators, get_state, seed_generator, set_state
 from orchestrator.data.loading import BatchMaker, rebuilt
 from orchestrator.data.order import Task, index_sampler
+from orchestrator.data.randomness import put_globals, seed_globals, take_globals
 
-__all__ = ["compare_fingerprints", "fingerprint_loader", "fingerprint_sequence"]
+__all__ = ["compare_fingerprints", "fingerprint_iterable", "fingerprint_loader", "fingerprint_sequence"]
 
 _UNSTABLE = "unstable"
 
@@ -71,6 +76,25 @@ def fingerprint_loader(loader: DataLoader[Any], length: int | None, role: str) -
         "number of batches": length,
         "first item": first,
         "last item": last,
+    }
+
+
+def fingerprint_iterable(loader: DataLoader[Any], role: str, *, read: bool) -> dict[str, Any]:
+    """The fingerprint of a loader over an iterable data set; if `read`, with a digest of its first item.
+
+    The item is read twice, each time from an iterator of its own and the same random states: in a worker if the
+    loader has workers.
+    """
+    first = _first_digest(loader) if read else None
+    if first == _UNSTABLE:
+        _warn_of_unstable(role)
+    return {
+        "kind": "iterable",
+        "data set": _describe_dataset(loader.dataset),
+        "batch size": loader.batch_size,
+        "drop_last": loader.drop_last,
+        "number of workers": loader.num_workers,
+        "first item": None if first == _UNSTABLE else first,
     }
 
 
@@ -146,15 +170,74 @@ def _end_digests(loader: DataLoader[Any], size: int | None, role: str) -> tuple[
         _in_worker(loader, digests, ends) if loader.num_workers else [digests[index] for index in ends]
     )
     if _UNSTABLE in (first, last):
-        warnings.warn(
-            f"{role} data: an item of the data set was not the same when read twice with all known "
-            "generators seeded "
-            "alike, so a resumed run will not be exact; let it draw from torch, random, np.random, or "
-            "a generator "
-            "made in its __init__",
-            stacklevel=4,
-        )
+        _warn_of_unstable(role)
     return None if first == _UNSTABLE else first, None if last == _UNSTABLE else last
+
+
+def _warn_of_unstable(role: str) -> None:
+    warnings.warn(
+        f"{role} data: an item of the data set was not the same when read twice with all known generators seeded "
+        "alike, so a resumed run will not be exact; let it draw from torch, random, np.random, or a generator made "
+        "in its __init__",
+        stacklevel=5,
+    )
+
+
+class _FirstItem(IterableDataset[Any]):
+    """A data set of one element: the digest of another's first item, read twice from the same streams."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[str | None]:
+        try:
+            once, again = (self._read() for _ in range(2))
+        except Exception:  # any: it is the user's data set, and training it will show
+            yield None
+        else:
+            yield once if once == again else _UNSTABLE
+
+    def _read(self) -> str | None:
+        apart, info = _apart(self.dataset), get_worker_info()
+        if info is not None:
+            object.__setattr__(info, "dataset", apart)
+        owned = find_generators({"dataset": apart}).seedable
+        main, kept = take_globals(), {path: get_state(generator) for path, generator in owned.items()}
+        try:
+            seed_globals(0, np.random.MT19937(0))
+            for path, generator in owned.items():
+                seed_generator(generator, path, 0)
+            return next((digest(item) for item in apart), None)
+        finally:
+            for path, state in kept.items():
+                set_state(owned[path], state)
+            put_globals(main)
+
+
+def _apart(dataset: Any) -> Any:
+    """A copy of `dataset` to read from: its attributes, and the containers among them, are its own.
+
+    So are those of a data set that it wraps as `dataset`.
+    """
+    apart = copy.copy(dataset)
+    for name, value in list(getattr(apart, "__dict__", {}).items()):
+        if name == "dataset":
+            vars(apart)[name] = _apart(value)
+        elif isinstance(value, list | dict | set):
+            vars(apart)[name] = copy.copy(value)
+    return apart
+
+
+def _first_digest(loader: DataLoader[Any]) -> str | None:
+    first = _FirstItem(loader.dataset)
+    if loader.num_workers == 0:
+        return next(iter(first))
+    try:
+        found: str | None
+        (found,) = rebuilt(loader, first, None, generator=torch.Generator(), num_workers=1)
+    except Exception:  # as for an item
+        return None
+    return found
 
 
 def _in_worker(loader: DataLoader[Any], digests: _ItemDigests, ends: list[int]) -> list[str | None]:

@@ -4,6 +4,7 @@ import functools
 import random
 import sys
 import types
+import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,15 @@ import torch
 
 from orchestrator.data.randomness import mixed
 
-__all__ = ["Found", "find_generators", "get_state", "seed_generator", "set_state"]
+__all__ = [
+    "Found",
+    "find_consumed",
+    "find_generators",
+    "get_state",
+    "seed_generator",
+    "set_state",
+    "warn_of_unseeded",
+]
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
@@ -40,6 +49,7 @@ _NOT_FOLLOWED = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "n
 _BIG = 256
 _SAMPLE = 16
 _BUDGET = 20_000
+_CONSUMED = ("__next__", "popleft", "get_nowait", "recv")
 
 
 @dataclass
@@ -75,6 +85,44 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
             (found.seedable if _can_be_seeded(item) else found.unseedable)[path] = item
         else:
             stack.extend(reversed(list(_parts(path, item))))
+    return found
+
+
+def warn_of_unseeded(found: Found, role: str, stacklevel: int) -> None:
+    """Say what of the data of `role` is not reproducible, if anything."""
+    for path, generator in found.unseedable.items():
+        warnings.warn(
+            f"{role} data: {path}, a {type(generator).__name__}, cannot be seeded, so what it draws is not "
+            "reproducible and a resumed run will not be exact; use random.Random or np.random.default_rng instead",
+            stacklevel=stacklevel + 1,
+        )
+    if not found.complete:
+        warnings.warn(
+            f"{role} data: the data set is too large a graph of objects to be searched for generators to its end; "
+            "one that was not found is not seeded, and a resumed run may then not be exact",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def find_consumed(root: object, path: str) -> dict[str, object]:
+    """What lies in `root`, itself included, that is used up by reading: iterators, open files, queues, sockets.
+
+    Attributes and containers are followed, functions and objects of libraries are not; nothing is called.
+    """
+    found: dict[str, object] = {}
+    seen: set[int] = set()
+    stack = [(path, root)]
+    while stack and len(seen) < _BUDGET:
+        path, item = stack.pop()
+        if isinstance(item, (*_LEAVES, *_GENERATORS)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if any(hasattr(type(item), name) for name in _CONSUMED):
+            found[path] = item
+        if isinstance(item, dict | list | tuple):
+            stack.extend(reversed(list(_elements(path, item))))
+        elif _is_followed(type(item).__module__):
+            stack.extend((f"{path}.{name}", value) for name, value in getattr(item, "__dict__", {}).items())
     return found
 
 
@@ -133,12 +181,8 @@ def _can_be_seeded(generator: Generator) -> bool:
 
 
 def _parts(path: str, item: object) -> Iterator[tuple[str, object]]:
-    if isinstance(item, dict):
-        for key in list(item)[: len(item) if len(item) <= _BIG else _SAMPLE]:
-            yield f"{path}[{key!r}]", item[key]
-    elif isinstance(item, list | tuple):
-        for index in range(len(item) if len(item) <= _BIG else _SAMPLE):
-            yield f"{path}[{index}]", item[index]
+    if isinstance(item, dict | list | tuple):
+        yield from _elements(path, item)
     elif isinstance(item, types.FunctionType):
         yield from _function_parts(path, item)
     elif isinstance(item, types.MethodType):
@@ -149,6 +193,12 @@ def _parts(path: str, item: object) -> Iterator[tuple[str, object]]:
         yield f"{path}.args", item.args
         yield f"{path}.keywords", item.keywords
     yield from _attributes(path, item)
+
+
+def _elements(path: str, item: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, object]]:
+    looked_at = len(item) if len(item) <= _BIG else _SAMPLE
+    for key in list(item)[:looked_at] if isinstance(item, dict) else range(looked_at):
+        yield f"{path}[{key!r}]", item[key]
 
 
 def _attributes(path: str, item: object) -> Iterator[tuple[str, object]]:

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import util as multiprocessing_util
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,17 @@ from orchestrator.data.generators import (
 from orchestrator.data.order import Order, Task
 from orchestrator.data.randomness import put_globals, seed_globals, take_globals
 
-__all__ = ["BatchMaker", "Loading", "WorkerStart", "whole"]
+__all__ = [
+    "BatchMaker",
+    "Loading",
+    "WorkerStart",
+    "can_pin",
+    "close_at_exit",
+    "end_workers",
+    "outlived_sigterm",
+    "rebuilt",
+    "whole",
+]
 
 _GRACE_SECONDS = 120
 
@@ -85,7 +95,7 @@ class BatchMaker(Dataset[Any]):
 
     def __getitem__(self, task: Task) -> Any:
         """The batch of `task`; leaves the generators where its stream ended."""
-        _outlived_sigterm()
+        outlived_sigterm()
         if self._still:
             return self._load(task.indices)
         self._find_owned(task.epoch)
@@ -135,11 +145,12 @@ class WorkerStart:
     does not end a worker that is still given work. One that is not, 120 seconds later, ends.
     """
 
-    def __init__(self, init_fn: Callable[[int], None] | None) -> None:
+    def __init__(self, init_fn: Callable[[int], None] | None, shift: int = 0) -> None:
         self._init_fn = init_fn
+        self._shift = shift
 
     def __call__(self, worker_id: int) -> None:
-        """Prepare this process, which is data worker `worker_id`."""
+        """Prepare this process, which torch started as data worker `worker_id`."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _on_sigterm)
         info = get_worker_info()
@@ -147,7 +158,14 @@ class WorkerStart:
             # Users look here for their own data set, to give each worker its part of it. (The class is
             # frozen.)
             own: Any = info.dataset
-            object.__setattr__(info, "dataset", own.dataset)
+            number = (worker_id + self._shift) % info.num_workers
+            for name, value in (
+                ("dataset", own.dataset),
+                ("id", number),
+                ("seed", info.seed - worker_id + number),
+            ):
+                object.__setattr__(info, name, value)
+            worker_id = number
         if self._init_fn is not None:
             self._init_fn(worker_id)
 
@@ -164,7 +182,8 @@ def _on_sigterm(*_: object) -> None:
     signal.alarm(_GRACE_SECONDS)
 
 
-def _outlived_sigterm() -> None:
+def outlived_sigterm() -> None:
+    """Called in a data worker that is given work: it need not end after all."""
     global _sigterm_pending
     if _sigterm_pending:
         _sigterm_pending = False
@@ -198,12 +217,12 @@ class Loading:
         self._maker = maker
         self._rebuilt: DataLoader[Any] | None = None
         self._batches: Any = None
-        self._pins = loader.num_workers == 0 and loader.pin_memory and _can_pin()
+        self._pins = loader.num_workers == 0 and loader.pin_memory and can_pin()
         self._generator = torch.Generator()
         self._pid = os.getpid()
         self.waiting = False
         if loader.num_workers > 0:
-            _close_at_exit(self)
+            close_at_exit(self)
 
     def next(self) -> Any:
         """The batch of the next task."""
@@ -233,18 +252,7 @@ class Loading:
         # for.)
         iterator = getattr(self._rebuilt, "_iterator", None) if self._batches is None else self._batches
         self._batches = self._rebuilt = None
-        if iterator is None:
-            return
-        workers = list(getattr(iterator, "_workers", ()))
-        shut_down = getattr(iterator, "_shutdown_workers", None)
-        try:
-            if shut_down is not None:
-                shut_down()
-        finally:
-            for worker in workers:
-                if worker.is_alive():  # hung: the shut-down has asked twice, and waited ten seconds
-                    worker.kill()
-                    worker.join()
+        end_workers(iterator)
 
     def _rebuilt_loader(self) -> DataLoader[Any]:
         # Workers show this seed to users (get_worker_info().seed); the global generator is not drawn from.
@@ -254,6 +262,22 @@ class Loading:
         return self._rebuilt
 
 
+def end_workers(iterator: Any) -> None:
+    """End the workers of a loader's iterator, if need be by SIGKILL; None has none."""
+    if iterator is None:
+        return
+    workers = list(getattr(iterator, "_workers", ()))
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    try:
+        if shut_down is not None:
+            shut_down()
+    finally:
+        for worker in workers:
+            if worker.is_alive():  # hung: the shut-down has asked twice, and waited ten seconds
+                worker.kill()
+                worker.join()
+
+
 def rebuilt(
     loader: DataLoader[Any],
     dataset: Any,
@@ -261,9 +285,15 @@ def rebuilt(
     *,
     generator: torch.Generator,
     num_workers: int | None = None,
+    one_pass: bool = False,
+    shift: int = 0,
 ) -> DataLoader[Any]:
     """A loader with the settings of `loader`, over a data set that has the user's as `dataset`, and whose
-    items are whole batches. With a `num_workers` of its own it is for one pass."""
+    items are whole batches.
+
+    For `one_pass`, or with a `num_workers` of its own, its workers do not persist. The first worker has the
+    number `shift`, and the others follow on it in a circle.
+    """
     optional: dict[str, Any] = (
         {"pin_memory_device": loader.pin_memory_device} if loader.pin_memory_device else {}
     )
@@ -275,11 +305,11 @@ def rebuilt(
         collate_fn=whole,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=WorkerStart(loader.worker_init_fn),
+        worker_init_fn=WorkerStart(loader.worker_init_fn, shift),
         multiprocessing_context=loader.multiprocessing_context,
         generator=generator,
         prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers and num_workers is None,
+        persistent_workers=loader.persistent_workers and num_workers is None and not one_pass,
         **optional,
     )
 
@@ -305,7 +335,8 @@ def _is_plain(item: Any) -> bool:
     return type(item) in (torch.Tensor, np.ndarray, int, float, str, bool) or isinstance(item, np.generic)
 
 
-def _can_pin() -> bool:
+def can_pin() -> bool:
+    """Whether there is an accelerator that pinned memory is of use for; a warning says so if not."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type != "mps":
         return True
@@ -315,11 +346,15 @@ def _can_pin() -> bool:
     return False
 
 
-_open_loadings: "weakref.WeakSet[Loading]" = weakref.WeakSet()
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+_open_loadings: "weakref.WeakSet[_Closes]" = weakref.WeakSet()
 _exit_registered_by = 0
 
 
-def _close_at_exit(loading: Loading) -> None:
+def close_at_exit(loading: _Closes) -> None:
     """See to it that no worker outlives this process: they do not take its SIGTERM for an order.
 
     Both ways of ending are covered: an interpreter's exit, before torch stops shutting workers down, and the

@@ -17,6 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from orchestrator.data.counters import Counters, chain
 from orchestrator.data.errors import DataError
 from orchestrator.data.generators import Generator, find_generators, get_state, set_state
 from orchestrator.data.randomness import (
@@ -28,7 +29,7 @@ from orchestrator.data.randomness import (
     take_globals,
 )
 
-__all__ = ["Order", "Task", "draw_base_seed", "index_sampler"]
+__all__ = ["Order", "Task", "draw_base_seed", "index_sampler", "length_of"]
 
 _DRAW_BEFORE_FIRST = (
     *(SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler),
@@ -70,7 +71,13 @@ class Order:
         self._sampler = index_sampler(loader)
         self._isolated = not _draws_before_first(self._sampler)
         self._generators = self._find_generators()
-        self._initial = self._counters()
+        self._counters = Counters(
+            {
+                path: sampler
+                for path, sampler in chain(self._sampler, "sampler").items()
+                if not type(sampler).__module__.startswith("torch.")
+            }
+        )
         # A loader with workers takes its sampler's iterator twice. It shows with samplers that draw, or
         # count, when their iterator is taken, and then belongs to the order, whatever the number of workers
         # later on.
@@ -91,12 +98,12 @@ class Order:
     def length(self) -> int | None:
         """The number of batches that the sampler says an epoch has; None if it does not say."""
         if not self._isolated:
-            return _length(self._sampler)
+            return length_of(self._sampler)
         # A bucketing sampler may go through its own drawing to count its batches.
         origin, main = self.record(), take_globals()
         try:
             restore_globals(origin)
-            return _length(self._sampler)
+            return length_of(self._sampler)
         finally:
             self.restore(origin)
             put_globals(main)
@@ -118,9 +125,7 @@ class Order:
         if not self._isolated:
             recorded = {"torch": recorded["torch"]}
         recorded["generators"] = {path: get_state(owned) for path, owned in self._generators.items()}
-        recorded["counters"] = {
-            path: value for path, value in self._counters().items() if self._initial.get(path, _END) != value
-        }
+        recorded["counters"] = self._counters.changed()
         return recorded
 
     def restore(self, origin: dict[str, Any]) -> None:
@@ -136,9 +141,7 @@ class Order:
             )
         for path, generator in self._generators.items():
             set_state(generator, saved[path])
-        for path, value in {**self._initial, **origin["counters"]}.items():
-            owner, _, name = path.rpartition(".")
-            setattr(self._counting()[owner], name, value)
+        self._counters.restore(origin["counters"])
 
     def begin(self, epoch: int) -> None:
         """Fix the order of `epoch` from the random states of this moment, drawing as a plain loader does."""
@@ -153,11 +156,11 @@ class Order:
         self._epoch = epoch
         self.taken = 0
         self._side = None
-        for sampler in (self._loader.sampler, *_chain(self._sampler).values()):
+        for sampler in (self._loader.sampler, *chain(self._sampler, "sampler").values()):
             set_epoch = getattr(sampler, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
-        indices = iter(self._sampler)
+        indices: Iterator[Any] = iter(self._sampler)
         self.base_seed = draw_base_seed(self._loader)
         for _ in range(self.passes - 1):
             indices = iter(self._sampler)
@@ -216,22 +219,6 @@ class Order:
         roots = {"generator": self._loader.generator, "sampler": self._sampler}
         return find_generators(roots, outside=[self._loader.dataset]).seedable
 
-    def _counting(self) -> dict[str, Any]:
-        """The samplers, of those that are not torch's own, that may count by themselves."""
-        return {
-            path: sampler
-            for path, sampler in _chain(self._sampler).items()
-            if hasattr(sampler, "__dict__") and not type(sampler).__module__.startswith("torch.")
-        }
-
-    def _counters(self) -> dict[str, Any]:
-        return {
-            f"{path}.{name}": value
-            for path, sampler in self._counting().items()
-            for name, value in vars(sampler).items()
-            if value is None or type(value) in (bool, int, float, str)
-        }
-
 
 class _Rest:
     """A sampler that goes on where its iterator stands."""
@@ -259,17 +246,8 @@ def _draws_before_first(sampler: Any) -> bool:
     )
 
 
-def _chain(sampler: Any) -> dict[str, Any]:
-    """`sampler` and those it wraps, as far as they keep the next one where torch's do."""
-    chain: dict[str, Any] = {}
-    path = "sampler"
-    while sampler is not None and len(chain) < 8:
-        chain[path] = sampler
-        path, sampler = f"{path}.sampler", getattr(sampler, "sampler", None)
-    return chain
-
-
-def _length(sampler: Any) -> int | None:
+def length_of(sampler: Any) -> int | None:
+    """The length that a sampler, or a loader, says it has; None if it does not say."""
     try:
         return len(sampler)
     except (TypeError, NotImplementedError):

@@ -1,14 +1,16 @@
 """BatchStream: the batches of one loader, addressed by (epoch, index), the same one every time."""
 
-import warnings
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from orchestrator.data.acceptance import check_loader
 from orchestrator.data.errors import DataError
 from orchestrator.data.fingerprint import fingerprint_loader, fingerprint_sequence
+from orchestrator.data.generators import warn_of_unseeded
+from orchestrator.data.iterable import IterableSource
 from orchestrator.data.loading import BatchMaker, Loading
-from orchestrator.data.order import Order, index_sampler
+from orchestrator.data.order import Order
 
 __all__ = ["BatchStream"]
 
@@ -18,9 +20,9 @@ _VERSION = 1
 class BatchStream:
     """The batches of one loader, one epoch after another, each the same whenever and wherever it is made.
 
-    `loader` is a `torch.utils.data.DataLoader` over a map-style data set, or a list or tuple of batches.
-    `role` names it in messages. Iterable data sets, `in_order=False`, loaders that iterate in a way of their
-    own, and iterators that can be gone through but once are refused (DataError).
+    `loader` is a `torch.utils.data.DataLoader` (torchdata's StatefulDataLoader among them) or a list or tuple of
+    batches. `role` names it in messages. `in_order=False`, loaders that iterate in a way of their own, and
+    iterators that can be gone through but once are refused (DataError).
 
         stream = BatchStream(loader)
         stream.begin_epoch(0)  # fixes the order, from the random states of this moment
@@ -33,6 +35,10 @@ class BatchStream:
     they own, comes from a stream for each batch, so a batch depends neither on the number of workers nor on
     what was drawn meanwhile elsewhere. A generator given to the loader or its sampler is restored with the
     stream: nothing else may draw from it.
+
+    An iterable data set is read one batch ahead. It stands again by its own `state_dict` and `load_state_dict`,
+    or its iterator's; without them by loading and throwing away what came before, which is warned of. Its batches
+    depend on the number of workers, which must stay the same. See `IterableSource` for its random streams.
 
     A failed `fetch` (an exception of the data set, a signal) leaves the stream before the batch that failed.
     """
@@ -62,13 +68,8 @@ class BatchStream:
 
     @property
     def has_next(self) -> bool:
-        """Whether the epoch has another batch; known without loading it. False before any epoch."""
+        """Whether the epoch has another batch; known without waiting. False before any epoch."""
         return self._epoch is not None and self._source.has_next(self._position)
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the batch fetched last is the last one of its epoch."""
-        return self._position > 0 and not self.has_next
 
     @property
     def waiting(self) -> bool:
@@ -82,9 +83,10 @@ class BatchStream:
         """Fix the order of `epoch` from the random states of this moment; drop what is left of the one
         before."""
         self._drop_epoch()
-        self._origin = self._source.record()
+        self._stands = False
+        origin = self._source.record()
         self._source.begin(epoch)
-        self._epoch, self._position, self._stands = epoch, 0, True
+        self._origin, self._epoch, self._position, self._stands = origin, epoch, 0, True
 
     def fetch(self) -> Any:
         """The next batch, as the loader makes it (None if its collate function returns None).
@@ -98,7 +100,7 @@ class BatchStream:
                 else "no epoch was begun; call begin_epoch before fetching"
             )
         if not self._stands:
-            self._stand()
+            self._stand(self._source.place())
         try:
             batch = self._source.next()
         except BaseException:
@@ -114,7 +116,7 @@ class BatchStream:
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: epoch, position, and the random states that fixed the epoch's order.
 
-        Plain values, arrays and tensors, 5 to 20 kB.
+        Plain values, arrays and tensors, 5 to 20 kB, beside what an iterable data set says of itself.
         """
         if self._epoch is None:
             return self.between_epochs()
@@ -124,6 +126,7 @@ class BatchStream:
             "position": self._position,
             "passes": self._source.passes,
             "origin": self._origin,
+            "place": self._source.place(),
         }
 
     def between_epochs(self) -> dict[str, Any]:
@@ -134,11 +137,13 @@ class BatchStream:
             "position": 0,
             "passes": self._source.passes,
             "origin": self._source.record(),
+            "place": {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand after batch `position` - 1 of the saved epoch again, loading nothing: only the sampler is
-        iterated.
+        iterated. (An iterable data set loads the next batch, and those before it if it has no state; it can stand
+        where it was saved, or at `position` - 1 of that.)
 
         The global random states are left alone; generators of the loader and the sampler are set. Raises
         DataError if the epoch turns out shorter than the saved position, or the generators are not those that
@@ -153,12 +158,13 @@ class BatchStream:
         self._drop_epoch()
         self._source.passes = state["passes"]
         self._epoch, self._position, self._origin = state["epoch"], state["position"], state["origin"]
-        self._stand()
+        self._stand(state["place"])
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data from other data, as plain values (see `compare_fingerprints`); taken once.
 
-        Reads the first and the last item of the data set. The number of workers is not part of it.
+        Reads the first and the last item of the data set. The number of workers is part of it only for iterable
+        data sets.
         """
         if self._fingerprint is None:
             self._fingerprint = self._source.fingerprint()
@@ -176,14 +182,14 @@ class BatchStream:
         else:
             self._source.close()
 
-    def _stand(self) -> None:
+    def _stand(self, place: dict[str, Any]) -> None:
         """Bring the source, whatever it was doing, to this stream's epoch and position."""
         if not self._stands:
             self._source.close()
         if self._epoch is None:
             self._source.restore(self._origin)
         else:
-            self._source.replay(self._epoch, self._origin, self._position)
+            self._source.replay(self._epoch, self._origin, self._position, place)
         self._stands = True
 
 
@@ -200,7 +206,8 @@ class _Source(Protocol):
     def record(self) -> dict[str, Any]: ...
     def restore(self, origin: dict[str, Any]) -> None: ...
     def begin(self, epoch: int) -> None: ...
-    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None: ...
+    def replay(self, epoch: int, origin: dict[str, Any], position: int, place: dict[str, Any]) -> None: ...
+    def place(self) -> dict[str, Any]: ...
     def next(self) -> Any: ...
     def end_epoch(self) -> None: ...
     def close(self) -> None: ...
@@ -233,7 +240,7 @@ class _SequenceSource:
     def begin(self, epoch: int) -> None:
         self._next = 0
 
-    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
+    def replay(self, epoch: int, origin: dict[str, Any], position: int, place: dict[str, Any]) -> None:
         if position > len(self._batches):
             raise DataError(
                 f"the saved position is after batch {position - 1}, but the sequence now has "
@@ -241,6 +248,9 @@ class _SequenceSource:
                 "batches; give the batches that it was saved with"
             )
         self._next = position
+
+    def place(self) -> dict[str, Any]:
+        return {}
 
     def next(self) -> Any:
         self._next += 1
@@ -265,7 +275,7 @@ class _LoaderSource:
         self._order = Order(loader)
         self._maker = BatchMaker(loader, role)
         self._loading = Loading(loader, self._order, self._maker)
-        self._warn_of_generators()
+        warn_of_unseeded(self._maker.find_generators(), role, stacklevel=4)
 
     @property
     def passes(self) -> int:
@@ -295,8 +305,11 @@ class _LoaderSource:
     def begin(self, epoch: int) -> None:
         self._order.begin(epoch)
 
-    def replay(self, epoch: int, origin: dict[str, Any], position: int) -> None:
+    def replay(self, epoch: int, origin: dict[str, Any], position: int, place: dict[str, Any]) -> None:
         self._order.replay(epoch, origin, position)
+
+    def place(self) -> dict[str, Any]:
+        return {}
 
     def next(self) -> Any:
         return self._loading.next()
@@ -310,75 +323,9 @@ class _LoaderSource:
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint_loader(self._loader, self.length, self._role)
 
-    def _warn_of_generators(self) -> None:
-        found = self._maker.find_generators()
-        for path, generator in found.unseedable.items():
-            warnings.warn(
-                f"{self._role} data: {path}, a {type(generator).__name__}, cannot be seeded, so what it "
-                "draws is not "
-                "reproducible and a resumed run will not be exact; use random.Random or "
-                "np.random.default_rng instead",
-                stacklevel=5,
-            )
-        if not found.complete:
-            warnings.warn(
-                f"{self._role} data: the data set is too large a graph of objects to be searched for "
-                "generators to its "
-                "end; one that was not found is not seeded, and a resumed run may then not be exact",
-                stacklevel=5,
-            )
-
 
 def _source(loader: Any, role: str) -> _Source:
     if isinstance(loader, list | tuple):
         return _SequenceSource(loader)
-    if not isinstance(loader, DataLoader):
-        found = (
-            "an iterator, which can be gone through but once"
-            if hasattr(loader, "__next__")
-            else "no such thing"
-        )
-        raise DataError(
-            f"the {role} data is a {type(loader).__name__}, {found}; expected a torch DataLoader over a "
-            "map-style data "
-            "set, or a list or tuple of batches"
-        )
-    _refuse(loader, role)
-    return _LoaderSource(loader, role)
-
-
-_ITERATION = ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation", "__len__")
-
-
-def _refuse(loader: DataLoader[Any], role: str) -> None:
-    """Raise DataError for a loader whose batches cannot be addressed."""
-    name = type(loader).__name__
-    if isinstance(loader.dataset, IterableDataset):
-        raise DataError(
-            f"the {role} loader reads a {type(loader.dataset).__name__}, an iterable data set; expected "
-            "one with "
-            "__getitem__ and __len__, since only its items can be read again, or skipped, one by one"
-        )
-    if not getattr(loader, "in_order", True):
-        raise DataError(
-            f"the {role} loader has in_order=False, so the order of its batches is chance; expected "
-            "in_order=True"
-        )
-    overridden = [
-        attribute
-        for attribute in _ITERATION
-        if getattr(type(loader), attribute, None) is not getattr(DataLoader, attribute, None)
-    ]
-    if overridden:
-        raise DataError(
-            f"the {role} loader is a {name}, which overrides {', '.join(overridden)}; expected the "
-            "iteration of "
-            "torch's DataLoader: build a DataLoader, and put the change into its sampler or collate function"
-        )
-    for sampler in (index_sampler(loader), loader.sampler):
-        if hasattr(sampler, "__next__"):
-            raise DataError(
-                f"the sampler of the {role} loader is a {type(sampler).__name__}, an iterator that can "
-                "be gone through "
-                "but once; expected one that starts anew each epoch: a list, or an object with __iter__"
-            )
+    check_loader(loader, role)
+    return (IterableSource if isinstance(loader.dataset, IterableDataset) else _LoaderSource)(loader, role)
