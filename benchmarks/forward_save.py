@@ -16,14 +16,24 @@ from states import State, Trigger
 def times(root: str, at: State | None) -> tuple[float, float]:
     """Median µs from fetch to the end of forward: of the batches that are not saved, and of those that are due."""
     seed_everything(1)
-    layers: list[nn.Module] = [nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10)]
+    layers: list[nn.Module] = [
+        nn.Linear(64, 256),
+        nn.BatchNorm1d(256),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(256, 10),
+    ]
     model = nn.Sequential(*layers)
     batches = [(torch.randn(32, 64), torch.randint(10, (32,))) for _ in range(options.batches)]
     given: dict[str, Any] = {"checkpoint": None}
     if at is not None:
-        given["checkpoint"] = Checkpointing(every_batches=options.every, every_epochs=None, at=at, keep_last=1)
+        given["checkpoint"] = Checkpointing(
+            every_batches=options.every, every_epochs=None, at=at, keep_last=1
+        )
     optimizer = torch.optim.AdamW(model.parameters())
-    run = Trainer(model, optimizer, nn.CrossEntropyLoss(), batches, epochs=1, log=None, track=None, root=root, **given)
+    run = Trainer(
+        model, optimizer, nn.CrossEntropyLoss(), batches, epochs=1, log=None, track=None, root=root, **given
+    )
     began = 0.0
     found: list[float] = []
 

@@ -164,6 +164,17 @@ class Loop:
             for hooks, before in zip(lists, kept, strict=True):
                 hooks[:] = before
 
+    def hooks(self) -> list[object]:
+        """Everything that is called by a transition."""
+        found: list[object] = []
+        for event in self.machine.events.values():
+            for of_source in event.transitions.values():
+                for transition in of_source:
+                    found += [*transition.before, *transition.after]
+        for state in self.machine.states.values():
+            found += state.on_enter
+        return found
+
     def _transitions(self, trigger: Trigger) -> list[Any]:
         found = [
             transition

@@ -220,6 +220,7 @@ def _begin(trainer: Trainer, run: RunFolder, found: recovery.Found, until: Momen
     trainer._found = found
     for hook in trainer._on_train_begin:
         hook()
+    trainer._state.begin(trainer._make_watch(), trainer._data)
     trainer._loop.stand(State.HALTED)
     trainer._loop.fire(Trigger.RESUME, found.state)
     _check_halt(trainer)

@@ -279,18 +279,15 @@ def check(found: Found, state: TrainingState, settings: Settings, stream: BatchS
         warnings.warn(f"results may differ in the last bits: {flag}", stacklevel=4)
 
 
-_VERIFIED = (
-    "model",
-    "gradients",
-    "optimizers",
-    "scalers",
-    "place",
-    "window",
-    "metrics",
-    "random",
-    "data",
-    "callbacks",
-)
+_UNVERIFIED = {
+    "flags": "compared beforehand; they are the process's own",
+    "built": "how the script built its modules, not what became of them",
+    "stop": "asked for in this attempt, it stays",
+    "validation_data": "another loader for validation is warned of, and may be",
+}
+"""Parts of a tree that need not be the same after restoring, and why."""
+
+_CLOCKS = ("batch/elapsed", "epoch/elapsed")
 
 
 def restore(found: Found, state: TrainingState) -> Divergence | None:
@@ -313,17 +310,14 @@ def restore(found: Found, state: TrainingState) -> Divergence | None:
             found.surroundings(),
         )
     again = state.capture(found.state)
-    both = found.tree["callbacks"].keys() & again["callbacks"].keys()
-    for name in sorted(found.tree["callbacks"].keys() ^ both):
+    lacking = found.tree["callbacks"].keys() ^ again["callbacks"].keys()
+    for name in sorted(lacking):
         warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
-
-    def comparable(tree: dict[str, Any]) -> dict[str, Any]:
-        chosen = {key: tree[key] for key in _VERIFIED}
-        chosen["callbacks"] = {name: tree["callbacks"][name] for name in sorted(both)}
-        return chosen
-
     different = capture.first_difference(
-        capture.digests(comparable(found.tree)), capture.digests(comparable(again))
+        *(
+            capture.digests(tree, ignore=_CLOCKS)
+            for tree in (_comparable(found.tree, again), _comparable(again, found.tree))
+        )
     )
     if different is not None:
         raise RestoreError(
@@ -331,6 +325,35 @@ def restore(found: Found, state: TrainingState) -> Divergence | None:
             "to be equal. Does a state_dict of a callback, metric or scheduler leave something out, or change it?"
         )
     return None
+
+
+def _comparable(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `tree` must be in `other` too: not what only this script, or only that one, has."""
+    chosen = {key: value for key, value in tree.items() if key in other and key not in _UNVERIFIED}
+    for key in ("callbacks", "generators"):
+        if key in chosen:
+            chosen[key] = {name: value for name, value in tree[key].items() if name in other[key]}
+    if tree["guard"] is None or other["guard"] is None:  # whether to guard is not binding
+        chosen["guard"] = None
+    for key in ("model", "loss"):
+        if tree[key] is None or other[key] is None:
+            chosen[key] = None
+        else:
+            chosen[key] = _without_new_attributes(tree[key], other[key])
+    return chosen
+
+
+def _without_new_attributes(module: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A script may give its modules attributes that the checkpoint's did not have."""
+    kept = {key: value for key, value in module.items() if key in other}
+    if "attributes" in kept:
+        theirs = other["attributes"]["values"]
+        values = {
+            path: {name: value for name, value in of_part.items() if name in theirs.get(path, ())}
+            for path, of_part in kept["attributes"]["values"].items()
+        }
+        kept["attributes"] = {**kept["attributes"], "values": values}
+    return kept
 
 
 def result(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,9 @@ from orchestrator.loop import Loop
 from orchestrator.requests import Requests
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.differences import Comparison
+from orchestrator.snapshot.owned_generators import OwnedGenerators
 from orchestrator.snapshot.tensors import replicas
+from orchestrator.snapshot.watch import Watch
 from orchestrator.work import EvaluationWork, TrainingWork
 from states.table import State
 
@@ -55,6 +57,7 @@ class TrainingState:
         requests: Requests,
         device: torch.device,
         loss: nn.Module | None,
+        report: Callable[[str], None],
     ) -> None:
         self._work = work
         self._loop = loop
@@ -62,8 +65,13 @@ class TrainingState:
         self._callbacks = callbacks
         self._requests = requests
         self._loss = loss
+        self._report = report
         self._devices = [device] if device.type == "cuda" else []
         self._optimizers = [phase.optimizer for phase in work.phases]
+        self._modules = {"model": work.model} if loss is None else {"model": work.model, "loss": loss}
+        self._built: dict[str, capture.Built] | None = None
+        self._watch: Watch | None = None
+        self._generators = OwnedGenerators((), ())
 
     @property
     def model(self) -> nn.Module:
@@ -75,19 +83,52 @@ class TrainingState:
         """The name of the phase at hand; empty where a batch has one."""
         return self._work.phases[self._work.phase].name
 
+    def begin(self, watch: Watch, data: Collection[object]) -> None:
+        """Remember how the script has built everything; called once an attempt, before anything is restored.
+
+        `watch` finds what changes and is not captured; the generators of `data` are the data's own affair.
+        """
+        if self._built is None:  # in a second attempt of this process, training has changed it already
+            self._built = self._as_built()
+        watch.begin()
+        self._watch = watch
+        self._generators = OwnedGenerators(data, watch.outside)
+        self._generators.find(watch.roots())
+        for unseen in self._generators.unseen:
+            self._tell(
+                f"random generators cannot be kept in checkpoints: {unseen}; what they draw will differ"
+            )
+
+    def _as_built(self) -> dict[str, capture.Built]:
+        return self._built or {name: capture.Built.of(module) for name, module in self._modules.items()}
+
+    def _look(self) -> None:
+        """See to what user's code has changed or made since."""
+        if self._watch is not None:
+            for message in self._watch.look():
+                self._tell(message)
+            self._generators.find(self._watch.roots())
+
+    def _tell(self, message: str) -> None:
+        self._report(message)
+        warnings.warn(message, stacklevel=2)
+
     def capture(self, state: State | None = None) -> dict[str, Any]:
         """The state as a tree of plain values and references to live tensors; nothing is copied.
 
         `state` is where the training stands; by default where the machine does.
         """
+        self._look()
         work, state = self._work, state or self._loop.state
+        built = self._as_built()
         names = capture.parameter_names(work.model)
         mid_window = work.window.count > 0 or state is State.BACKWARD
         return {
             "state": state,
             "forward": work.before_forward if state is State.FORWARD else None,
-            "model": capture.capture_module(work.model),
-            "loss": None if self._loss is None else capture.capture_module(self._loss),
+            "model": capture.capture_module(work.model, built["model"]),
+            "loss": None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
+            "built": {name: of_module.scalars for name, of_module in built.items()},
             "gradients": capture.capture_gradients(work.model, self._optimizers) if mid_window else None,
             "optimizers": [capture.capture_optimizer(o, names) for o in self._optimizers],
             "scalers": [None if s is None else capture.capture_scaler(s) for s in work.precision.scalers],
@@ -116,6 +157,7 @@ class TrainingState:
             "stop": self._requests.stop,
             "callbacks": {name: callback.state_dict() for name, callback in self._callbacks.items()},
             "random": capture.capture_random(self._devices),
+            "generators": self._generators.capture(),
             "flags": capture.numeric_flags(),
         }
 
@@ -124,19 +166,19 @@ class TrainingState:
 
         Parameters of lazy modules that have no shape yet are named in `uninitialized`.
         """
-        work = self._work
+        work, built = self._work, self._as_built()
 
-        def modules(module: nn.Module) -> dict[str, Any]:
-            tree = capture.capture_module(module)
+        def modules(name: str) -> dict[str, Any]:
+            tree = capture.capture_module(self._modules[name], built[name])
             parameters = tree.pop("parameters")
             return {**tree, "uninitialized": [name for name, value in parameters.items() if value is None]}
 
         copied: dict[str, Any] = replicas(
             {
-                "model": modules(work.model),
-                "loss": None if self._loss is None else modules(self._loss),
+                **{name: modules(name) for name in self._modules},
                 "metrics": work.epoch_metrics.state_dict(),
                 "batch": dict(work.metrics),
+                "generators": self._generators.capture(),
                 "random": capture.capture_random(self._devices),
             }
         )
@@ -149,9 +191,7 @@ class TrainingState:
         """
         work, before = self._work, tree["forward"] or {}
         names = capture.parameter_names(work.model)
-        capture.restore_module(work.model, _as_before(tree["model"], before.get("model")))
-        if self._loss is not None:
-            capture.restore_module(self._loss, _as_before(tree["loss"], before.get("loss")))
+        self._restore_modules(tree, before)
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
             capture.restore_optimizer(optimizer, saved, names)
         for scaler, saved in zip(work.precision.scalers, tree["scalers"], strict=True):
@@ -174,6 +214,7 @@ class TrainingState:
         self._restore_validation_data(tree["validation_data"])
         self._restore_callbacks(tree)
         self._stand_in_epoch(tree)
+        self._generators.restore(tree.get("generators", {}))
         capture.restore_random(tree["random"])
         return self._forward_again(tree) if before else None
 
@@ -187,13 +228,24 @@ class TrainingState:
         work, before = self._work, tree["forward"]
         work.before_forward = before
         work.metrics = dict(before["batch"])
+        self._generators.restore(before["generators"])
         capture.restore_random(before["random"])
         work.compute()
         # Hooks that came after the forward have had their effects on these.
         work.metrics = dict(tree["batch"]["metrics"])
         self._restore_callbacks(tree)
+        self._generators.restore(tree.get("generators", {}))
         capture.restore_random(tree["random"])
         return work.loss
+
+    def _restore_modules(self, tree: dict[str, Any], before: dict[str, Any]) -> None:
+        self._built = built = self._as_built()
+        for name, saved in tree.get("built", {}).items():
+            if name in built:
+                built[name].adopt(saved)
+        for name, module in self._modules.items():
+            if tree[name] is not None:
+                capture.restore_module(module, _as_before(tree[name], before.get(name)), built[name])
 
     def _restore_validation_data(self, saved: Mapping[str, Any]) -> None:
         """Set the generators of validation loaders, which may have changed: validation begins anew each time."""
@@ -233,12 +285,7 @@ class TrainingState:
         """What of the checkpoint does not fit the model and optimizers at hand; empty if all does."""
         work = self._work
         found = capture.compare_module(work.model, tree["model"])
-        if (self._loss is None) != (tree["loss"] is None):
-            found.append("loss_fn: only one of checkpoint and trainer has a module as its loss function")
-        elif self._loss is not None:
-            found += [
-                f"loss_fn: {difference}" for difference in capture.compare_module(self._loss, tree["loss"])
-            ]
+        found += self._loss_differences(tree["loss"])
         saved_metrics, metrics = set(tree["metrics"]["metrics"]), set(work.epoch_metrics.accumulating)
         if saved_metrics != metrics:
             found.append(
@@ -255,6 +302,20 @@ class TrainingState:
             found += capture.compare_optimizer(optimizer, saved, names).incompatible
         return found
 
+    def _loss_differences(self, saved: dict[str, Any] | None) -> list[str]:
+        if self._loss is not None and saved is not None:
+            found = capture.compare_module(self._loss, saved)
+            return [f"loss_fn: {difference}" for difference in found]
+        here = self._loss is not None and bool(self._loss.state_dict())
+        there = saved is not None and any(
+            tensor is not None for tensor in (*saved["parameters"].values(), *saved["buffers"].values())
+        )
+        if here or there:
+            return [
+                "loss_fn: only one of checkpoint and trainer has a module with tensors as its loss function"
+            ]
+        return []
+
     def changed_settings(self, tree: dict[str, Any]) -> list[str]:
         """Hyper-parameters whose values in the constructor differ from the checkpoint's, which wins."""
         names = capture.parameter_names(self._work.model)
@@ -262,6 +323,11 @@ class TrainingState:
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
             found += capture.compare_optimizer(optimizer, saved, names).hyperparameters
         found += self._scheduler_differences(tree).hyperparameters
+        built = self._as_built()
+        for name, saved_scalars in tree.get("built", {}).items():
+            if name in built and tree[name] is not None:
+                attributes = tree[name]["attributes"]
+                found += capture.other_constants(built[name], saved_scalars, attributes)
         return found
 
     def _scheduler_differences(self, tree: dict[str, Any]) -> Comparison:

@@ -37,6 +37,7 @@ from orchestrator.signals import GiveWay, Signals, in_notebook, leave
 from orchestrator.snapshot.capture import capture_random, restore_random
 from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CUT_SHORT
 from orchestrator.snapshot.tensors import replicas
+from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
 from orchestrator.work import Limits, Place, TrainingWork
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
@@ -138,10 +139,13 @@ class Trainer:
         """The first loss of this attempt, or of the last seek, that was not the recorded one."""
         self._settings = settings
         model.to(self.device)
-        # A loss function can be a module with state of its own, class weights for instance.
-        self._loss = loss_fn if isinstance(loss_fn, nn.Module) and loss_fn.state_dict() else None
+        # A loss function can be a module with state of its own: class weights, or a counter.
+        self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
         if self._loss is not None:
             self._loss.to(self.device)
+        self._functions = [loss_fn, forward, accumulate_weighting, *(metrics or {}).values()]
+        self._functions += [phase.forward for phase in self.phases]
+        self._data = [train_loader, *settings.validation_loaders.values()]
         self._requests = Requests()
         self._attempt: Attempt | None = None
         self._found: recovery.Found | None = None
@@ -221,6 +225,20 @@ class Trainer:
             requests=self._requests,
             device=self.device,
             loss=self._loss,
+            report=self._report,
+        )
+
+    def _make_watch(self) -> Watch:
+        """What looks for state that the checkpoints have not."""
+        schedulings = [c for c in self._callbacks.values() if isinstance(c, LRScheduling)]
+        return Watch(
+            functions=[*self._functions, *self._loop.hooks()],
+            modules={"model": self.model}
+            if self._loss is None
+            else {"model": self.model, "loss": self._loss},
+            hooked=self.optimizers,
+            callbacks=self._callbacks,
+            outside=[self, *parts_of(self._data), *parts_of([s.scheduler for s in schedulings])],
         )
 
     def _add_hooks(self, callback: Callback) -> None:
@@ -557,6 +575,7 @@ class Trainer:
         for hook in self._on_train_begin:
             hook()
         self._beginning = False
+        self._state.begin(self._make_watch(), self._data)
         self._attempt.clock.restart()
         if checkpoint is not None:
             self._work.note = f"from {checkpoint.info.name}"

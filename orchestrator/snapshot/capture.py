@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from orchestrator.snapshot.attributes import (
+    Built,
+    capture_attributes,
+    other_constants,
+    restore_attributes,
+)
 from orchestrator.snapshot.differences import Comparison, IncompatibleStateError, UnsupportedStateError
 from orchestrator.snapshot.digests import digests, first_difference
 from orchestrator.snapshot.flags import compare_flags, numeric_flags
@@ -20,9 +26,11 @@ from orchestrator.snapshot.schedulers import (
 )
 
 __all__ = [
+    "Built",
     "Comparison",
     "IncompatibleStateError",
     "UnsupportedStateError",
+    "capture_attributes",
     "capture_gradients",
     "capture_metric",
     "capture_module",
@@ -37,7 +45,9 @@ __all__ = [
     "digests",
     "first_difference",
     "numeric_flags",
+    "other_constants",
     "parameter_names",
+    "restore_attributes",
     "restore_gradients",
     "restore_metric",
     "restore_module",

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.snapshot.attributes import (
+    Built,
+    attribute_differences,
+    capture_attributes,
+    restore_attributes,
+)
 from orchestrator.snapshot.differences import describe, refuse
 from orchestrator.snapshot.metric_states import capture_states, has_states, restore_states
-from orchestrator.snapshot.names import Slot, aliases, buffer_slots, parameter_slots, submodules, unwrapped
+from orchestrator.snapshot.names import (
+    Slot,
+    aliases,
+    buffer_slots,
+    parameter_slots,
+    submodules,
+    unique_submodules,
+    unwrapped,
+)
 from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replica, replicas
 
 __all__ = ["capture_module", "compare_module", "restore_module", "restore_weights"]
@@ -18,17 +32,20 @@ __all__ = ["capture_module", "compare_module", "restore_module", "restore_weight
 Tree = dict[str, Any]
 
 
-def capture_module(module: nn.Module) -> Tree:
+def capture_module(module: nn.Module, built: Built | None = None) -> Tree:
     """The state of `module` under plain names; tensors are references to the live ones.
+
+    `built` says how its attributes were before training.
 
     Keys: `parameters`, `buffers` (None, or a parameter of a lazy module that has no shape yet, is None),
     `aliases` (tied name: the name under which the tensor is), `non_persistent` (names of buffers),
     `requires_grad`, and by module: `modes` (train or eval), `types` (class names), `extra` (what
-    `get_extra_state` gives), `metrics` (states of torchmetrics objects inside the model).
+    `get_extra_state` gives), `metrics` (states of torchmetrics objects inside the model); and `attributes`,
+    see `capture_attributes`.
     """
     parameters, buffers = list(parameter_slots(module)), list(buffer_slots(module))
     tied = aliases([*parameters, *buffers])
-    modules = _first_paths(module)
+    modules = unique_submodules(module)
     return {
         "parameters": {slot.name: _reference(slot) for slot in parameters if slot.name not in tied},
         "buffers": {slot.name: _reference(slot) for slot in buffers if slot.name not in tied},
@@ -39,6 +56,7 @@ def capture_module(module: nn.Module) -> Tree:
         "types": {path: _type_name(part) for path, part in modules.items()},
         "extra": {path: part.get_extra_state() for path, part in modules.items() if _has_extra(part)},
         "metrics": {path: capture_states(part) for path, part in modules.items() if has_states(part)},
+        "attributes": capture_attributes(module, built),
     }
 
 
@@ -52,16 +70,6 @@ def _live(slot: Slot) -> Tensor:
     return slot.tensor
 
 
-def _first_paths(root: nn.Module) -> dict[str, nn.Module]:
-    """Each module once, by the first of its paths."""
-    first: dict[int, str] = {}
-    found = {}
-    for path, module in submodules(root):
-        if first.setdefault(id(module), path) == path:
-            found[path] = module
-    return found
-
-
 def _type_name(module: nn.Module) -> str:
     # A lazy module turns into this class when it sees its first batch.
     kind = getattr(type(module), "cls_to_become", None) or type(module)
@@ -72,8 +80,10 @@ def _has_extra(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def restore_module(module: nn.Module, tree: Mapping[str, Any]) -> None:
+def restore_module(module: nn.Module, tree: Mapping[str, Any], built: Built | None = None) -> None:
     """Make `module` what it was when `tree` was captured; live tensors are written in place.
+
+    `built` says how its attributes were before training: those that came later and are not in `tree` go.
 
     A buffer that cannot be (it was None, or had another shape) is replaced in its module; a parameter with
     other strides gets them and stays the same object.
@@ -85,13 +95,15 @@ def restore_module(module: nn.Module, tree: Mapping[str, Any]) -> None:
     for slot in parameter_slots(module):
         if not is_uninitialized(_live(slot)):
             _live(slot).requires_grad_(tree["requires_grad"][slot.name])
-    modules = _first_paths(module)
+    modules = unique_submodules(module)
     for path, part in modules.items():
         part.training = tree["modes"][path]
     for part in module.modules():
         part.training = unwrapped(part).training
     for path, state in tree["metrics"].items():
         restore_states(modules[path], state)
+    if "attributes" in tree:
+        restore_attributes(module, tree["attributes"], built)
     for path, state in tree["extra"].items():
         modules[path].set_extra_state(replicas(state))
 
@@ -115,6 +127,7 @@ def compare_module(module: nn.Module, tree: Mapping[str, Any]) -> list[str]:
         *_parameter_differences(module, tree),
         *_buffer_differences(module, tree),
         *_module_differences(module, tree),
+        *(attribute_differences(module, tree["attributes"]) if "attributes" in tree else ()),
     ]
 
 
@@ -198,7 +211,7 @@ def _makes_buffers(module: nn.Module) -> bool:
 
 
 def _module_differences(module: nn.Module, tree: Mapping[str, Any]) -> Iterator[str]:
-    parts = _first_paths(module)
+    parts = unique_submodules(module)
     live = {path: _type_name(part) for path, part in parts.items()}
     saved: dict[str, str] = tree["types"]
     for path in [*live, *(p for p in saved if p not in live)]:

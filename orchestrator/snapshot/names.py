@@ -11,7 +11,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from orchestrator.snapshot.tensors import is_uninitialized
 
-__all__ = ["Slot", "aliases", "buffer_slots", "parameter_names", "parameter_slots", "submodules", "unwrapped"]
+__all__ = [
+    "Slot",
+    "aliases",
+    "buffer_slots",
+    "parameter_names",
+    "parameter_slots",
+    "submodules",
+    "unique_submodules",
+    "unwrapped",
+]
 
 # What these hold is the wrapped module and nothing else; the names are torch's own.
 _WRAPPED_AS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -49,6 +58,16 @@ def _submodules(path: str, module: nn.Module, above: frozenset[int]) -> Iterator
     for key, child in module._modules.items():
         if child is not None:
             yield from _submodules(f"{path}.{key}" if path else key, child, above | {id(module)})
+
+
+def unique_submodules(root: nn.Module) -> dict[str, nn.Module]:
+    """Each module once, by the first of its paths."""
+    first: dict[int, str] = {}
+    found = {}
+    for path, module in submodules(root):
+        if first.setdefault(id(module), path) == path:
+            found[path] = module
+    return found
 
 
 class Slot(NamedTuple):

@@ -1,0 +1,238 @@
+"""What the user's functions, modules and callbacks refer to beside what is captured: the owners of such values."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from orchestrator.snapshot.attributes import attributes
+from orchestrator.snapshot.names import unique_submodules
+from orchestrator.snapshot.users_code import (
+    functions_of,
+    global_names,
+    is_users,
+    stored_attributes,
+    used_attributes,
+    variables,
+)
+
+__all__ = ["Owner", "Reach"]
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+)
+_FIRST = 64
+_OWNERS = 2_000
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose values are looked at: the global variables of a file, the attributes of an object, and so on.
+
+    `label` begins the names of the values, `kind` says what they are: `a global variable of train`.
+    """
+
+    label: str
+    kind: str
+    read: Callable[[], Mapping[str, Any]]
+
+
+class Reach:
+    """Everything that user's code names: by closures, globals, defaults, attributes; libraries are not entered.
+
+    `outside`: objects that are dealt with elsewhere, neither entered nor owners.
+    """
+
+    def __init__(self, outside: Iterable[object]) -> None:
+        self.owners: list[Owner] = []
+        self.codes: list[types.CodeType] = []
+        self._seen: dict[int, object] = {id(item): item for item in outside}
+        self._globals: dict[int, set[str]] = {}
+
+    @property
+    def known(self) -> frozenset[int]:
+        """The ids of what is outside, or an owner."""
+        return frozenset(self._seen)
+
+    def add_function(self, function: object) -> None:
+        """A function of the user's, or anything that can be called."""
+        self._follow(function, getattr(function, "__qualname__", type(function).__name__))
+
+    def add_module(self, path: str, module: nn.Module, captured: Callable[[], Mapping[str, Any]]) -> None:
+        """A model that is captured: what its attributes hold that is not among `captured`; its code, its hooks."""
+        for name, part in unique_submodules(module).items():
+            label = f"{path}.{name}" if name else path
+
+            def left(part: nn.Module = part, name: str = name) -> dict[str, Any]:
+                tree = captured()
+                values, shared = tree["values"].get(name, {}), tree["shared"]
+                full = f"{name}." if name else ""
+                return {k: v for k, v in attributes(part) if k not in values and full + k not in shared}
+
+            self._own(Owner(f"{label}.", "an attribute of a module", left))
+            self._follow_class(type(part))
+            self.add_hooks(part)
+
+    def add_hooks(self, item: object) -> None:
+        """The functions that are registered as hooks of a module or an optimizer."""
+        for name in _HOOKS:
+            for hook in getattr(item, name, {}).values():
+                self.add_function(hook)
+
+    def add_callback(self, name: str, callback: object) -> None:
+        """A callback of the user's: its code and, where the user gave it no state_dict, its attributes."""
+        if not is_users(type(callback)):
+            return
+        self._follow_class(type(callback))
+        if is_users(_defining(type(callback), "state_dict")):
+            for value in variables(callback).values():
+                self._follow(value, name)
+            return
+        kept = {"trainer"}
+        for cls in type(callback).__mro__:
+            if not is_users(cls):  # what a built-in one sets, it saves
+                kept |= stored_attributes(cls)
+
+        def attributes_of() -> dict[str, Any]:
+            return {key: value for key, value in variables(callback).items() if key not in kept}
+
+        self._own(Owner(f"{name}.", "an attribute of a callback that has no state_dict", attributes_of))
+
+    def _own(self, owner: Owner) -> None:
+        if len(self.owners) < _OWNERS:
+            self.owners.append(owner)
+            for name, value in owner.read().items():
+                self._follow(value, f"{owner.label}{name}")
+
+    def _follow(self, item: Any, label: str) -> None:
+        if id(item) in self._seen or isinstance(item, types.ModuleType):
+            return
+        if isinstance(item, dict | list | tuple | deque | set | frozenset):
+            self._seen[id(item)] = item  # it may contain itself
+            self._follow_all(item.values() if isinstance(item, dict) else item, label)
+            del self._seen[id(item)]  # its fingerprint is part of its holder's
+        elif isinstance(item, types.MethodType):
+            self._follow(item.__func__, label)
+            self._follow(item.__self__, label)
+        elif isinstance(item, functools.partial):
+            self._follow_all([item.func, *item.args, *item.keywords.values()], label)
+        elif isinstance(item, types.FunctionType):
+            self._follow_function(item)
+        elif isinstance(inner := getattr(item, "__wrapped__", None), types.FunctionType):
+            self._follow_function(inner)
+        elif isinstance(item, type):
+            self._follow_class(item)
+        elif is_users(type(item)):
+            self._follow_class(type(item))
+            if not isinstance(item, nn.Module):  # whose fingerprint is its holder's
+                self._seen[id(item)] = item
+                kind = f"an attribute of a {type(item).__name__}"
+                self._own(Owner(f"{label}.", kind, functools.partial(variables, item)))
+
+    def _follow_all(self, items: Iterable[Any], label: str) -> None:
+        for item in islice(items, _FIRST):
+            self._follow(item, label)
+
+    def _follow_function(self, function: types.FunctionType) -> None:
+        if not is_users(function) or id(function) in self._seen:
+            return
+        self._seen[id(function)] = function
+        code, name = function.__code__, function.__qualname__
+        self.codes.append(code)
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if id(cell) not in self._seen:
+                self._seen[id(cell)] = cell
+                self._own(
+                    Owner("", f"a variable that {name} encloses", functools.partial(_content, variable, cell))
+                )
+        if function.__defaults__ or function.__kwdefaults__:
+            self._own(Owner("", f"a default argument of {name}", functools.partial(_defaults, function)))
+        self._own(Owner(f"{name}.", "an attribute of a function", lambda: vars(function)))
+        self._follow_globals(function)
+        if isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
+            self._follow_function(inner)
+
+    def _follow_globals(self, function: types.FunctionType) -> None:
+        namespace, used = function.__globals__, global_names(function.__code__)
+        self._add_names(namespace, used)
+        for name in used:  # what it uses of another file of the user's, as `file.name`
+            module = namespace.get(name)
+            if isinstance(module, types.ModuleType) and is_users(_In(module.__name__)):
+                self._add_names(vars(module), used_attributes(function.__code__) & vars(module).keys())
+
+    def _add_names(self, namespace: dict[str, Any], used: set[str]) -> None:
+        names = self._globals.get(id(namespace))
+        builtins = namespace.get("__builtins__", {})
+        known = builtins if isinstance(builtins, dict) else vars(builtins)
+        used = {name for name in used if name in namespace or name not in known}
+        if names is None:
+            names = self._globals[id(namespace)] = set()
+            file = namespace.get("__name__", "?")
+            self.owners.append(
+                Owner(
+                    "",
+                    f"a global variable of {file}",
+                    lambda: {name: namespace[name] for name in sorted(names) if name in namespace},
+                )
+            )
+        new = sorted(used - names)
+        names.update(new)
+        for name in new:
+            if name in namespace:
+                self._follow(namespace[name], name)
+
+    def _follow_class(self, cls: type) -> None:
+        for kind in cls.__mro__:
+            if not is_users(kind) or id(kind) in self._seen:
+                continue
+            self._seen[id(kind)] = kind
+            for function in functions_of(kind):
+                self._follow_function(function)
+            self._own(
+                Owner(f"{kind.__qualname__}.", "an attribute of a class", functools.partial(_of_class, kind))
+            )
+
+
+@dataclass(frozen=True)
+class _In:
+    """Something that stands in the module of this name."""
+
+    __module__: str
+
+
+def _content(name: str, cell: types.CellType) -> dict[str, Any]:
+    try:
+        return {name: cell.cell_contents}
+    except ValueError:  # not assigned yet
+        return {}
+
+
+def _defaults(function: types.FunctionType) -> dict[str, Any]:
+    values = function.__defaults__ or ()
+    code = function.__code__
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
+
+
+def _of_class(cls: type) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(cls).items()
+        if not (name.startswith("__") or callable(value) or hasattr(value, "__get__"))
+    }
+
+
+def _defining(cls: type, name: str) -> Any:
+    return next((kind for kind in cls.__mro__ if name in vars(kind)), None)

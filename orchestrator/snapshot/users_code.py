@@ -1,0 +1,131 @@
+"""What the user's code is, as opposed to libraries', and which names it uses in which way."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+__all__ = [
+    "functions_of",
+    "global_names",
+    "is_users",
+    "only_written",
+    "stored_attributes",
+    "used_attributes",
+    "variables",
+]
+
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "torchvision", "torchmetrics", "mlflow", "orchestrator", "states", "tracking"}
+)
+_FOLDERS = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
+_INSTALLED = ("site-packages", "dist-packages")
+
+_READS = frozenset(
+    {
+        *("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_ATTR", "LOAD_METHOD"),
+        *("LOAD_FROM_DICT_OR_DEREF", "LOAD_FROM_DICT_OR_GLOBALS"),
+    }
+)
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
+_ADDS = frozenset({"append", "appendleft", "extend", "add", "write", "writerow"})
+_NOISE = frozenset({"CACHE", "PRECALL", "EXTENDED_ARG", "NOP"})
+
+
+def is_users(item: Any) -> bool:
+    """Whether a class or function is the user's own, by the file of its module."""
+    module = getattr(item, "__module__", None)
+    return isinstance(module, str) and _is_users_module(module)
+
+
+@lru_cache(4096)
+def _is_users_module(name: str) -> bool:
+    if name == "__main__":
+        return True
+    top = name.partition(".")[0]
+    if top in _LIBRARIES or top in sys.stdlib_module_names:
+        return False
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if file is None:  # made by exec, or in a notebook; or built in
+        return name not in sys.builtin_module_names
+    installed = any(folder in file for folder in _INSTALLED)
+    return not installed and not file.startswith(_FOLDERS)
+
+
+def variables(item: object) -> dict[str, Any]:
+    """The attributes of an object, those in slots too."""
+    found = dict(getattr(item, "__dict__", {}))
+    for cls in type(item).__mro__:
+        for name, value in vars(cls).items():
+            if isinstance(value, types.MemberDescriptorType) and cls.__module__ != "builtins":
+                try:
+                    found[name] = value.__get__(item)
+                except AttributeError:
+                    continue
+    return found
+
+
+def functions_of(cls: type) -> Iterator[types.FunctionType]:
+    """The functions that a class itself defines, those of properties and class methods too."""
+    for value in vars(cls).values():
+        for found in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+            if isinstance(found, types.FunctionType):
+                yield found
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    for part in _codes(code):
+        yield from (i for i in dis.get_instructions(part) if i.opname not in _NOISE)
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    """The global variables that `code`, and functions within it, read or write."""
+    return {i.argval for i in _instructions(code) if i.opname in _GLOBALS}
+
+
+def used_attributes(code: types.CodeType) -> set[str]:
+    """The attributes, of whatever, that `code` reads."""
+    return {i.argval for i in _instructions(code) if i.opname in _ATTRIBUTES}
+
+
+def stored_attributes(cls: type) -> set[str]:
+    """The attributes that the functions of `cls` set."""
+    return {
+        i.argval
+        for function in functions_of(cls)
+        for i in _instructions(function.__code__)
+        if i.opname == "STORE_ATTR"
+    }
+
+
+def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
+    """Whether all that `codes` do with the variable or attribute `name` is to add to it, as to a log."""
+    return not any(_reads(name, code) for code in codes)
+
+
+def _reads(name: str, code: types.CodeType) -> bool:
+    if any(name in part.co_consts for part in _codes(code)):  # by getattr
+        return True
+    found = list(_instructions(code))
+    for here, instruction in enumerate(found):
+        if instruction.opname in _READS and instruction.argval == name:
+            after = found[here + 1 : here + 3]
+            adds = bool(after) and after[0].opname in _ATTRIBUTES and after[0].argval in _ADDS
+            sets = len(after) == 2 and after[1].opname == "STORE_SUBSCR"
+            if not (adds or sets):
+                return True
+    return False

@@ -1,0 +1,172 @@
+"""Watch: finds state that changes while training and is in no checkpoint, and says so once by name."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from orchestrator.snapshot.attributes import capture_attributes
+from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, memory_of
+from orchestrator.snapshot.names import buffer_slots, parameter_slots
+from orchestrator.snapshot.reach import Owner, Reach
+from orchestrator.snapshot.users_code import is_users, only_written, variables
+
+__all__ = ["Watch", "parts_of"]
+
+_MANY = 1_000
+_CLOCKS = (time.time, time.perf_counter, time.monotonic)
+
+
+class Watch:
+    """Looks at what the user's code refers to and no checkpoint has.
+
+    `functions`: the user's, such as forward and hooks. `modules` (model and loss) and `hooked` (optimizers): what is
+    captured, whose code and remaining attributes are looked at. `callbacks` by name. `outside`: objects that
+    are taken care of elsewhere: loaders, data sets, schedulers, the trainer.
+
+    Nothing is done between `begin` and `look`. A change is not told where the code only ever adds to the value,
+    as to a log, or where it is the reading of a clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        functions: Collection[object],
+        modules: Mapping[str, nn.Module],
+        hooked: Collection[object],
+        callbacks: Mapping[str, object],
+        outside: Collection[object],
+    ) -> None:
+        self._modules = modules
+        self.outside = [*outside, *callbacks.values(), *hooked]
+        for module in modules.values():
+            self.outside += module.modules()
+        self._functions = functions
+        self._hooked = hooked
+        self._callbacks = callbacks
+        self._told: set[tuple[str, str]] = set()
+        self._taken: dict[str, dict[str, Any]] = {}
+        self._before: list[dict[str, Hashable]] = []
+        self._reach = Reach(())
+        self._began: list[float] = []
+
+    @property
+    def owners(self) -> list[Owner]:
+        """Whose values are looked at."""
+        return self._reach.owners
+
+    def roots(self) -> dict[str, object]:
+        """By name, every value that generators may be reached from; those of all the user's callbacks too."""
+        found: dict[str, object] = {}
+        for owner in self.owners:
+            for name, value in owner.read().items():
+                found.setdefault(owner.label + name, value)
+        for key, callback in self._callbacks.items():
+            if is_users(type(callback)):
+                found.update({f"{key}.{name}": value for name, value in variables(callback).items()})
+        return found
+
+    def begin(self) -> None:
+        """Find what the code refers to, and remember how it is now."""
+        self._reach = reach = Reach(self.outside)
+        self._take()
+        for path, module in self._modules.items():
+            reach.add_module(path, module, self._captured_of(path))
+        for name, callback in self._callbacks.items():
+            reach.add_callback(name, callback)
+        for item in self._hooked:
+            reach.add_hooks(item)
+        for function in self._functions:
+            reach.add_function(function)
+        self._before = self._fingerprints()
+        self._began = [clock() for clock in _CLOCKS]
+
+    def look(self) -> list[str]:
+        """What has changed since `begin` and was not told yet: a message for each."""
+        self._take()
+        messages = []
+        for owner, before, now in zip(self.owners, self._before, self._fingerprints(), strict=True):
+            values = owner.read()
+            for name in values:
+                place = owner.kind, owner.label + name
+                if place in self._told:
+                    continue
+                if _is_blind(values[name]):
+                    self._told.add(place)
+                    messages.append(
+                        _BLIND.format(name=place[1], kind=owner.kind, type=type(values[name]).__name__)
+                    )
+                elif self._matters(name, values[name], before.get(name, NOTHING), now.get(name, NOTHING)):
+                    self._told.add(place)
+                    messages.append(_CHANGED.format(name=place[1], kind=owner.kind))
+        return messages
+
+    def _matters(self, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
+        if now is NOTHING or now == before or self._is_time(value):
+            return False
+        return not only_written(name, self._reach.codes)
+
+    def _is_time(self, value: Any) -> bool:
+        if not isinstance(value, float):
+            return False
+        return any(began <= value <= clock() for began, clock in zip(self._began, _CLOCKS, strict=True))
+
+    def _captured_of(self, path: str) -> Callable[[], dict[str, Any]]:
+        return lambda: self._taken[path]
+
+    def _take(self) -> None:
+        self._taken = {path: capture_attributes(module) for path, module in self._modules.items()}
+
+    def _fingerprints(self) -> list[dict[str, Hashable]]:
+        fingerprints = Fingerprints(set(self._memories()), self._reach.known)
+        return [
+            {name: fingerprints.of(value) for name, value in owner.read().items()} for owner in self.owners
+        ]
+
+    def _memories(self) -> Iterator[Hashable]:
+        for module in self._modules.values():
+            for slot in (*parameter_slots(module), *buffer_slots(module)):
+                if slot.tensor is not None:
+                    yield memory_of(slot.tensor)
+        for optimizer in self._hooked:
+            for group in getattr(optimizer, "param_groups", ()):
+                yield from map(memory_of, group["params"])
+
+
+_INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
+
+
+def parts_of(items: Iterable[object]) -> list[object]:
+    """Loaders and schedulers with the data sets, samplers and schedulers inside them."""
+    found: dict[int, object] = {}
+    left = list(items)
+    while left:
+        item = left.pop()
+        if id(item) in found or item is None:
+            continue
+        found[id(item)] = item
+        if isinstance(item, list | tuple):
+            left += item if len(item) <= _MANY else ()
+        elif not isinstance(item, Tensor):
+            left += [getattr(item, name, None) for name in _INSIDE]
+    return list(found.values())
+
+
+def _is_blind(value: object) -> bool:
+    """Whether it has a position that cannot be seen."""
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and not is_users(type(value))
+
+
+_ADVICE = "Keep it in a buffer or a plain attribute of the model, or in a Callback with state_dict and load_state_dict."
+_CHANGED = (
+    "{name}, {kind}, has changed since the training began and is in no checkpoint: a resumed run begins with its "
+    f"first value, so it will not be exact. {_ADVICE}"
+)
+_BLIND = (
+    "{name}, {kind}, is a {type}, whose position is in no checkpoint: a resumed run begins it anew, so it will not be "
+    "exact. Make it from numbers that are kept, such as trainer.batches, or give the data by train_loader."
+)
