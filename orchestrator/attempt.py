@@ -90,12 +90,10 @@ class Attempt:
         self._settings = settings
         self._validation_scopes = {scope: number for number, scope in enumerate(scopes)}
         self._deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
-        position = None if plan.checkpoint is None else plan.checkpoint.info.seq
+        overridden = plan.checkpoint.overridden if plan.checkpoint is not None else ()
         phases = [*(phase.name for phase in settings.phases), ""]
         self._no_phase = len(phases) - 1
-        self._recorder, self._journal = open_attempt(
-            run, lease, _start(settings, position), list(scopes), phases
-        )
+        self._recorder, self._journal = open_attempt(run, lease, _start(settings, plan), list(scopes), phases)
         self._last_seq = self._recorder.next_seq - 1
         self.number: int = self._journal.attempt
         try:
@@ -103,6 +101,8 @@ class Attempt:
                 self._positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
             if self._journal.notice:
                 warnings.warn(self._journal.notice, stacklevel=4)
+            for line in overridden:
+                self.say(f"overridden: {line}")
             clean_leftovers(run.checkpoints)
             self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
             self._saved: tuple[int, SaveHandle] | None = None
@@ -317,6 +317,10 @@ class Attempt:
         """Keep a warning in the journal."""
         self._journal.log("WARNING", message)
 
+    def say(self, message: str) -> None:
+        """Keep a message in the journal."""
+        self._journal.log("INFO", message)
+
     def close(self, outcome: Outcome, reason: str, error: BaseException | None) -> None:
         """Wait for what is being written, write the attempt's end, and let go of the run."""
         if self.closed:
@@ -338,16 +342,18 @@ class Attempt:
             self._lease.release()
 
 
-def _start(settings: Settings, position: int | None) -> AttemptStart:
+def _start(settings: Settings, plan: Plan) -> AttemptStart:
     process = psutil.Process()
+    checkpoint = plan.checkpoint
+    overridden = () if checkpoint is None else checkpoint.overridden
     return AttemptStart(
-        position=position,
+        position=None if checkpoint is None else checkpoint.info.seq,
         started_ns=time.time_ns(),
         pid=process.pid,
         host=socket.gethostname(),
         process_started=process.create_time(),
         command=_command(),
-        params=dict(settings.params),
+        params={**settings.params, **({"override": "; ".join(overridden)} if overridden else {})},
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -96,9 +96,9 @@ class EpochMetrics:
         return bool(self._accumulating or self._functions)
 
     @property
-    def accumulating(self) -> frozenset[str]:
-        """The names of the metrics that accumulate by themselves, which are part of a checkpoint."""
-        return frozenset(self._accumulating)
+    def accumulating(self) -> Mapping[str, AccumulatingMetric]:
+        """The metrics that accumulate by themselves, which are part of a checkpoint."""
+        return self._accumulating
 
     @property
     def names(self) -> frozenset[str]:

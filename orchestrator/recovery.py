@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.callbacks.checkpointing import Checkpointing, best_of
+from orchestrator.compatibility import CheckpointMismatch, agree
 from orchestrator.configuration import Settings
-from orchestrator.data import BatchStream, compare_fingerprints
+from orchestrator.data import BatchStream
 from orchestrator.divergence import Divergence, Expected, same_bits
 from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
@@ -55,10 +56,6 @@ class NoCheckpoint(InterlockError):
     """The run has no checkpoint that could be continued from."""
 
 
-class CheckpointMismatch(InterlockError):
-    """The checkpoint is of another model, optimizer, data or configuration; nothing was changed."""
-
-
 class RestoreError(InterlockError):
     """What was restored is not what was saved."""
 
@@ -70,6 +67,8 @@ class Found:
     info: CheckpointInfo
     manifest: Mapping[str, Any]
     tree: dict[str, Any]
+    overridden: tuple[str, ...] = ()
+    """What of it is not what was saved, a line each: `override` says so."""
 
     @property
     def state(self) -> State:
@@ -251,32 +250,23 @@ def _read(path: Path) -> Found:
     return Found(info_of(path), manifest, tree)
 
 
-def check(found: Found, state: TrainingState, settings: Settings, stream: BatchStream) -> None:
-    """Raise CheckpointMismatch, listing everything, if the checkpoint does not fit; nothing is changed.
+def check(
+    found: Found,
+    state: TrainingState,
+    settings: Settings,
+    stream: BatchStream,
+    override: frozenset[str] = frozenset(),
+) -> Found:
+    """The checkpoint as it is to be restored: as it is, but for what is overridden. Nothing is changed.
 
-    Differences that do not stand in the way are warned of: hyper-parameters, where the checkpoint wins, and
-    numeric settings, under which results may differ in the last bits.
+    Raises CheckpointMismatch, listing everything, if it does not fit. Differences that do not stand in the way are
+    warned of: hyper-parameters, where the checkpoint wins, and numeric settings and versions, under which results
+    may differ in the last bits.
     """
-    differences = state.differences(found.tree)
-    saved = found.manifest["binding"]
-    differences += [
-        f"{key}: the checkpoint has {saved.get(key)!r}, this trainer {value!r}"
-        for key, value in settings.binding.items()
-        if saved.get(key) != value
-    ]
-    differences += compare_fingerprints(found.manifest["data"], stream.fingerprint())
-    if differences:
-        raise CheckpointMismatch(
-            f"checkpoint {found.info.path} does not fit this trainer; expected the same model, optimizer, data and "
-            "configuration as it was saved with:\n  "
-            + "\n  ".join(differences)
-            + "\nMake them equal, or start a new "
-            "run with resume=False"
-        )
-    for changed in state.changed_settings(found.tree):
-        warnings.warn(f"the checkpoint's value is used: {changed}", stacklevel=4)
-    for flag in capture.compare_flags(found.tree["flags"]):
-        warnings.warn(f"results may differ in the last bits: {flag}", stacklevel=4)
+    agreed = agree(found.info.path, found.manifest, found.tree, state, stream, settings.binding, override)
+    for text in (*(f"overridden: {text}" for text in agreed.overridden), *agreed.warnings):
+        warnings.warn(text, stacklevel=4)
+    return replace(found, tree=agreed.tree, overridden=agreed.overridden)
 
 
 _UNVERIFIED = {

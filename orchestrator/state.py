@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from orchestrator.callbacks.base import Callback
+from orchestrator.callbacks.ema import EMA
 from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.data import DataError
 from orchestrator.loop import Loop
 from orchestrator.requests import Requests
 from orchestrator.snapshot import capture
-from orchestrator.snapshot.differences import Comparison
 from orchestrator.snapshot.owned_generators import OwnedGenerators
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch
@@ -272,7 +272,11 @@ class TrainingState:
             work.stream.load_state_dict(data)
         work.metrics = dict(batch["metrics"])
         work.phase, work.loss = batch["phase"], batch["loss"]
-        work.samples, work.skipped = batch["samples"], batch["skipped"]
+        if (
+            state is not State.BATCH_START
+        ):  # taking the batch has counted it, and it may be another one than then
+            work.samples = batch["samples"]
+        work.skipped = batch["skipped"]
         work.started = time.perf_counter() - batch["elapsed"]
         situation = work.situation
         situation.has_batch = work.stream.has_next
@@ -281,71 +285,60 @@ class TrainingState:
         if state in _WITH_BATCH:
             work.place_in_window(counted=state is State.BACKWARD)
 
-    def differences(self, tree: dict[str, Any]) -> list[str]:
-        """What of the checkpoint does not fit the model and optimizers at hand; empty if all does."""
-        work = self._work
-        found = capture.compare_module(work.model, tree["model"])
-        found += self._loss_differences(tree["loss"])
-        saved_metrics, metrics = set(tree["metrics"]["metrics"]), set(work.epoch_metrics.accumulating)
-        if saved_metrics != metrics:
-            found.append(
-                f"metrics: the checkpoint has {sorted(saved_metrics)}, this trainer {sorted(metrics)}"
-            )
-        found += self._scheduler_differences(tree).incompatible
-        if len(tree["optimizers"]) != len(self._optimizers):
-            found.append(
-                f"the checkpoint has {len(tree['optimizers'])} phases, this trainer {len(self._optimizers)}"
-            )
-            return found
-        names = capture.parameter_names(work.model)
-        for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
-            found += capture.compare_optimizer(optimizer, saved, names).incompatible
-        return found
-
-    def _loss_differences(self, saved: dict[str, Any] | None) -> list[str]:
-        if self._loss is not None and saved is not None:
-            found = capture.compare_module(self._loss, saved)
-            return [f"loss_fn: {difference}" for difference in found]
-        here = self._loss is not None and bool(self._loss.state_dict())
-        there = saved is not None and any(
-            tensor is not None for tensor in (*saved["parameters"].values(), *saved["buffers"].values())
-        )
-        if here or there:
-            return [
-                "loss_fn: only one of checkpoint and trainer has a module with tensors as its loss function"
-            ]
-        return []
-
-    def changed_settings(self, tree: dict[str, Any]) -> list[str]:
-        """Hyper-parameters whose values in the constructor differ from the checkpoint's, which wins."""
-        names = capture.parameter_names(self._work.model)
-        found: list[str] = []
-        for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):
-            found += capture.compare_optimizer(optimizer, saved, names).hyperparameters
-        found += self._scheduler_differences(tree).hyperparameters
+    def constructed(self) -> dict[str, Any]:
+        """The parts of the tree that an override takes from this trainer instead of from the checkpoint."""
+        work, names = self._work, capture.parameter_names(self._work.model)
         built = self._as_built()
-        for name, saved_scalars in tree.get("built", {}).items():
-            if name in built and tree[name] is not None:
-                attributes = tree[name]["attributes"]
-                found += capture.other_constants(built[name], saved_scalars, attributes)
-        return found
+        return {
+            "model": capture.capture_module(work.model, built["model"]),
+            "loss": None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
+            "optimizers": [capture.capture_optimizer(o, names) for o in self._optimizers],
+            "scalers": [None if s is None else capture.capture_scaler(s) for s in work.precision.scalers],
+            "data": work.stream.state_dict(),
+            "metrics": work.epoch_metrics.state_dict(),
+            "callbacks": {
+                name: callback.state_dict()
+                for name, callback in self._callbacks.items()
+                if isinstance(callback, LRScheduling | EMA)
+            },
+        }
 
-    def _scheduler_differences(self, tree: dict[str, Any]) -> Comparison:
-        schedulings = {name: c for name, c in self._callbacks.items() if isinstance(c, LRScheduling)}
-        saved = {name: state for name, state in tree["callbacks"].items() if name.startswith("LRScheduling/")}
-        if schedulings.keys() != saved.keys():
-            described = [
-                ", ".join(sorted(n.split("/")[1] for n in names)) or "none" for names in (saved, schedulings)
-            ]
-            return Comparison((f"scheduler: the checkpoint has {described[0]}, this trainer {described[1]}",))
-        found = [
-            capture.compare_scheduler(scheduling.scheduler, saved[name]["scheduler"])
-            for name, scheduling in schedulings.items()
+    @property
+    def loss(self) -> nn.Module | None:
+        """The loss function, where it is a module with state."""
+        return self._loss
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizer of each phase."""
+        return self._optimizers
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The metrics that have state of their own."""
+        return self._work.epoch_metrics.accumulating
+
+    @property
+    def schedulings(self) -> dict[str, tuple[LRScheduling, int]]:
+        """The schedulers by their names in a checkpoint, each with the number of its optimizer."""
+        return {
+            name: (
+                callback,
+                next(i for i, o in enumerate(self._optimizers) if o is callback.scheduler.optimizer),
+            )
+            for name, callback in self._callbacks.items()
+            if isinstance(callback, LRScheduling)
+        }
+
+    def other_constants(self, tree: Mapping[str, Any]) -> list[str]:
+        """Plain attributes that the script now gives its modules otherwise than the checkpoint's, which win."""
+        built = self._as_built()
+        return [
+            line
+            for name, scalars in tree.get("built", {}).items()
+            if name in built and tree[name] is not None
+            for line in capture.other_constants(built[name], scalars, tree[name]["attributes"])
         ]
-        return Comparison(
-            tuple(difference for comparison in found for difference in comparison.incompatible),
-            tuple(difference for comparison in found for difference in comparison.hyperparameters),
-        )
 
 
 def _as_before(tree: dict[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
+from orchestrator.compatibility import check_names
 from orchestrator.configuration import UNSET
 from orchestrator.data import BatchStream
 from orchestrator.divergence import Divergence, DivergenceError, Expected
@@ -464,13 +466,16 @@ class Trainer:
 
     # -- running ---------------------------------------------------------------------------------
 
-    def fit(self, resume: bool | str | os.PathLike[str] = False) -> Result:
+    def fit(self, resume: bool | str | os.PathLike[str] = False, override: Collection[str] = ()) -> Result:
         """Train until DONE or HALTED.
 
         Args:
             resume: False starts a new run. "auto" starts the run of this name, continues it where it is
                 unfinished, returns the result where it is done, or extends it where more is asked for. A
                 run's name or folder, or a checkpoint's path, continues from there.
+            override: names of what may differ from the checkpoint, and is then this trainer's: "model",
+                "optimizer", "scheduler", "metrics", "data", "accumulate", "accumulate_weighting",
+                "clip_grad_norm", "precision", "validate_every", and hyper-parameters such as "lr".
 
         Returns:
             The result. After SIGTERM and Ctrl-C, `fit` saves, halts and leaves by SystemExit(143) or
@@ -484,8 +489,8 @@ class Trainer:
         with Signals(self._request_signal_halt, self._waits):
             if self._attempt is None or self._attempt.closed:
                 if self.state is not State.DONE:
-                    self.start(resume)
-            elif resume:
+                    self.start(resume, override)
+            elif resume or override:
                 raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
             try:
                 while self._fire_next():
@@ -494,10 +499,10 @@ class Trainer:
                 self.close()
         return self._leave()
 
-    def start(self, resume: bool | str | os.PathLike[str] = False) -> None:
+    def start(self, resume: bool | str | os.PathLike[str] = False, override: Collection[str] = ()) -> None:
         """Open the run and stand at its first state: IDLE, or the state of the checkpoint.
 
-        `fit` and `advance` do it themselves if need be; `resume` as for `fit`.
+        `fit` and `advance` do it themselves if need be; `resume` and `override` as for `fit`.
         """
         if self._attempt is not None and not self._attempt.closed:
             raise ConfigurationError("this training has started already")
@@ -515,10 +520,12 @@ class Trainer:
             return
         if self._attempt is not None and not resume:
             resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
+        resume = self._asked_from_outside() or resume
+        names = check_names(override, resume, self._state)
         configuration.set_determinism(self._settings)
         try:
-            plan = recovery.plan(self._asked_from_outside() or resume, self._settings, self._work.limits)
-            self._open(plan)
+            plan = recovery.plan(resume, self._settings, self._work.limits)
+            self._open(plan, names)
         except BaseException:
             configuration.restore_determinism(self._settings)
             raise
@@ -535,18 +542,20 @@ class Trainer:
             )
             self._loop.stand(State.HALTED)
         try:
-            self._begin(plan.checkpoint)
+            self._begin(self._found)
         except BaseException as error:
             self._fail(error)
             self.close()
             raise
 
-    def _open(self, plan: recovery.Plan) -> None:
+    def _open(self, plan: recovery.Plan, override: frozenset[str]) -> None:
         """See that the checkpoint fits, then open the attempt; or stand at the end of a run that is done."""
         self._found = plan.checkpoint
         try:
-            if plan.checkpoint is not None:
-                recovery.check(plan.checkpoint, self._state, self._settings, self._work.stream)
+            if self._found is not None:
+                self._found = recovery.check(
+                    self._found, self._state, self._settings, self._work.stream, override
+                )
         except BaseException:
             plan.release()
             raise
@@ -555,7 +564,7 @@ class Trainer:
             self._restore()
             self._stand_done(plan.run)
             return
-        self._attempt = Attempt.open(plan, self._settings, self._scopes())
+        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), self._settings, self._scopes())
         self.run = self._attempt.run
 
     def _asked_from_outside(self) -> str | None:
@@ -578,7 +587,9 @@ class Trainer:
         self._state.begin(self._make_watch(), self._data)
         self._attempt.clock.restart()
         if checkpoint is not None:
-            self._work.note = f"from {checkpoint.info.name}"
+            names = dict.fromkeys(line.split(":")[0] for line in checkpoint.overridden)
+            said = f", overridden: {', '.join(names)}" if names else ""
+            self._work.note = f"from {checkpoint.info.name}{said}"
             self._loop.fire(Trigger.RESUME, checkpoint.state)
         elif self._settings.checkpoint is not None:
             self._requests.saves.append(Save())

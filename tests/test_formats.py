@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from formats.make import HERE, STORED, make
 from orchestrator.cli import main
-from orchestrator.snapshot.manifest import FORMAT_VERSION
+from orchestrator.snapshot.info import info_of
+from orchestrator.snapshot.manifest import FORMAT_VERSION, manifest_as_written
+from orchestrator.snapshot.migrations import MIGRATIONS, migrate, with_what_was_not_kept
 from orchestrator.snapshot.storage import list_checkpoints, read_checkpoint, read_manifest
 from states import State
 from tracking.journal import Journal
@@ -102,3 +104,44 @@ def test_a_run_of_the_present_format_can_be_stored(name: str, tmp_path: Path) ->
     assert {path.name for path in (tmp_path / name).iterdir()} == {"journal.sqlite", "checkpoints"}
     for path in list_checkpoints(tmp_path / name / "checkpoints"):
         assert read_checkpoint(path)[0]["format_version"] == FORMAT_VERSION
+
+
+def test_there_is_a_way_from_every_older_format() -> None:
+    assert list(MIGRATIONS) == list(range(1, FORMAT_VERSION))
+
+
+def test_from_1_to_2() -> None:
+    """The keys that came, with what means none; those that are there stay, and nothing given is changed."""
+    module = {"parameters": {"weight": 1.0}}
+    tree = {"model": dict(module), "loss": None, "stop": "enough"}
+    manifest = {"format_version": 1, "seq": 7}
+    added = {"attributes": {}, "generators": {}}
+    assert migrate(manifest, tree) == (
+        manifest,
+        {"model": {**module, **added}, "loss": None, "stop": "enough", "forward": None},
+    )
+    assert tree == {"model": module, "loss": None, "stop": "enough"}
+    _, other = migrate(manifest, {**tree, "loss": module, "forward": {"kept": 1}})
+    assert other is not None
+    assert (other["loss"], other["forward"]) == ({**module, **added}, {"kept": 1})
+    assert migrate(manifest, None) == (manifest, None)
+
+
+def test_what_a_format_did_not_keep_stays_as_it_is() -> None:
+    _, tree = migrate({"format_version": 1}, {"model": {"parameters": {"weight": 1.0}}, "loss": None})
+    live = {"model": {"parameters": {"weight": 2.0}, "attributes": {"": {"steps": 3}}}, "loss": {}}
+    assert tree is not None
+    found = with_what_was_not_kept(tree, live, 1)
+    assert found["model"] == {"parameters": {"weight": 1.0}, "attributes": {"": {"steps": 3}}}
+    assert found["loss"] is None
+    assert with_what_was_not_kept(tree, live, FORMAT_VERSION) == tree
+
+
+def test_readers_see_the_newest_format_only() -> None:
+    (path, *_) = list_checkpoints(HERE / "1" / "window" / "checkpoints")
+    assert manifest_as_written(path)["format_version"] == 1
+    manifest, tree = read_checkpoint(path)
+    assert manifest == read_manifest(path)
+    assert tree["forward"] is None
+    assert tree["model"]["attributes"] == tree["model"]["generators"] == tree["loss"]["attributes"] == {}
+    assert (info_of(path).state, info_of(path).epoch) == (State.DONE, 1)

@@ -12,7 +12,7 @@ from orchestrator.snapshot.differences import Comparison, IncompatibleStateError
 from orchestrator.snapshot.digests import digests, first_difference
 from orchestrator.snapshot.flags import compare_flags, numeric_flags
 from orchestrator.snapshot.gradients import capture_gradients, restore_gradients
-from orchestrator.snapshot.metric_states import capture_metric, restore_metric
+from orchestrator.snapshot.metric_states import capture_metric, compare_metric, restore_metric
 from orchestrator.snapshot.modules import capture_module, compare_module, restore_module, restore_weights
 from orchestrator.snapshot.names import parameter_names, unwrapped
 from orchestrator.snapshot.optimizers import capture_optimizer, compare_optimizer, restore_optimizer
@@ -21,6 +21,7 @@ from orchestrator.snapshot.schedulers import (
     capture_scaler,
     capture_scheduler,
     compare_scheduler,
+    given_settings,
     restore_scaler,
     restore_scheduler,
 )
@@ -39,11 +40,13 @@ __all__ = [
     "capture_scaler",
     "capture_scheduler",
     "compare_flags",
+    "compare_metric",
     "compare_module",
     "compare_optimizer",
     "compare_scheduler",
     "digests",
     "first_difference",
+    "given_settings",
     "numeric_flags",
     "other_constants",
     "parameter_names",

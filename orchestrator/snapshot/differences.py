@@ -30,7 +30,10 @@ class UnsupportedStateError(InterlockError, TypeError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What differs: what rules restoring out, and hyper-parameters, of which the checkpoint's win."""
+    """What differs: what rules restoring out, and hyper-parameters, of which the checkpoint's win.
+
+    Each begins with what it is about; that of a hyper-parameter with its name.
+    """
 
     incompatible: tuple[str, ...] = ()
     hyperparameters: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from orchestrator.snapshot.encoding import DecodingError, EncodingError, decode, encode
+from orchestrator.snapshot.migrations import migrate
 from states.errors import InterlockError
 from states.table import State
 
@@ -27,13 +28,15 @@ __all__ = [
     "FileRecord",
     "check_manifest",
     "checkpoint_name",
+    "manifest_as_written",
     "parse_checkpoint_name",
     "read_manifest",
     "sealed",
     "versions",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The format that is written. Older ones are read too: `orchestrator.snapshot.migrations` knows the way."""
 MANIFEST = "manifest.json"
 
 _RESERVED = frozenset({"digest", "format_version", "versions", "files"})
@@ -133,7 +136,7 @@ def sealed(document: Mapping[str, Any], files: Mapping[str, FileRecord]) -> byte
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes."""
+    """The versions that the last bits of a result may depend on."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -147,6 +150,16 @@ def _digest(text: bytes) -> bytes:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint in folder `path`, `files` included; cheap: no other file is looked at.
+
+    That of an older format is given as in the newest; its `format_version` says which it was. Raises what
+    `manifest_as_written` raises.
+    """
+    manifest, _ = migrate(manifest_as_written(path), None)
+    return manifest
+
+
+def manifest_as_written(path: Path) -> dict[str, Any]:
+    """The manifest in the format that it has.
 
     Raises CheckpointDamaged where it is missing or not what was written, CheckpointFormatError where it
     was written by a newer interlock.
@@ -166,10 +179,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     document = json.loads(text)
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise CheckpointFormatError(
-            f"checkpoint {path}: found format version {version!r}, expected {FORMAT_VERSION}, the newest that this "
-            "interlock reads. Upgrade interlock to read it."
+            f"checkpoint {path}: found format version {version!r}, expected 1 to {FORMAT_VERSION}, the newest that "
+            "this interlock reads. Upgrade interlock to read it."
         )
     try:
         manifest: dict[str, Any] = decode(document, {})

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from orchestrator.snapshot.differences import UnsupportedStateError, refuse
 from orchestrator.snapshot.tensors import copied, replicas
 
-__all__ = ["capture_metric", "capture_states", "has_states", "restore_metric", "restore_states"]
+__all__ = [
+    "capture_metric",
+    "capture_states",
+    "compare_metric",
+    "has_states",
+    "restore_metric",
+    "restore_states",
+]
 
 Tree = dict[str, Any]
 
@@ -133,6 +140,11 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_data, value.keys())) and all(map(_is_data, value.values()))
     return isinstance(value, _DATA) or type(value).__module__ in ("numpy", "torch")
+
+
+def compare_metric(metric: object, tree: Mapping[str, Any]) -> list[str]:
+    """What of `tree` does not fit `metric`: other metrics or states in it; empty if all does."""
+    return list(_differences(metric, dict(_parts(metric)), tree))
 
 
 def restore_metric(metric: object, tree: Mapping[str, Any]) -> None:

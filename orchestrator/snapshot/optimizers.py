@@ -12,7 +12,13 @@ from torch.optim import ASGD, LBFGS, Optimizer
 from orchestrator.snapshot.differences import Comparison, UnsupportedStateError, describe, refuse
 from orchestrator.snapshot.tensors import copied, overwrite, replica, replicas
 
-__all__ = ["capture_optimizer", "compare_optimizer", "outside_parameters", "restore_optimizer"]
+__all__ = [
+    "SCHEDULERS_OWN",
+    "capture_optimizer",
+    "compare_optimizer",
+    "outside_parameters",
+    "restore_optimizer",
+]
 
 Tree = dict[str, Any]
 Names = Mapping[Tensor, str]
@@ -24,8 +30,9 @@ _NOT_SETTINGS = frozenset({"params", "param_names"})
 _SCALARS = frozenset({"step", "mu_product"})
 _HOST = torch.device("cpu")
 
-# Entries that schedulers add to the groups; where one cycles momentum, that is no longer as constructed.
-_SCHEDULERS_OWN = frozenset({"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"})
+SCHEDULERS_OWN = frozenset({"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"})
+"""Entries that schedulers add to the groups; where one cycles momentum, that is no longer as constructed."""
+
 _CYCLED = frozenset({"momentum", "betas"})
 
 
@@ -204,7 +211,7 @@ def _changed(optimizer: Optimizer, tree: Mapping[str, Any]) -> Iterator[str]:
 def _constructed(key: str, live: Tree, saved: Tree) -> bool:
     """Whether the optimizer's constructor gave the value, and no scheduler hides which it was."""
     cycled = key in _CYCLED and "max_momentum" in live and "max_momentum" in saved
-    return key not in _SCHEDULERS_OWN and not cycled
+    return key not in SCHEDULERS_OWN and not cycled
 
 
 def _as_constructed(key: str, live: Tree, saved: Tree) -> tuple[Any, Any]:

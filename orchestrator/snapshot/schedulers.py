@@ -16,7 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from orchestrator.snapshot.differences import Comparison, refuse
 from orchestrator.snapshot.tensors import copied, replicas
 
-__all__ = ["capture_scaler", "capture_scheduler", "compare_scheduler", "restore_scaler", "restore_scheduler"]
+__all__ = [
+    "capture_scaler",
+    "capture_scheduler",
+    "compare_scheduler",
+    "given_settings",
+    "restore_scaler",
+    "restore_scheduler",
+]
 
 Tree = dict[str, Any]
 
@@ -135,6 +142,12 @@ def _changed_values(kind: str, live: Mapping[str, Any], saved: Mapping[str, Any]
                 yield from _changed_values(f"{kind}, scheduler {number}", one, other)
         elif key in live and _is_given(key) and not _equal(live[key], value):
             yield f"{key} of {kind}: checkpoint has {value!r}, the scheduler was given {live[key]!r}"
+
+
+def given_settings(state: Mapping[str, Any]) -> list[str]:
+    """The names of what the constructor of a captured scheduler was given, and of those inside it."""
+    inner = [name for part in state.get("_schedulers", ()) for name in given_settings(part)]
+    return [key.lstrip("_") for key in state if _is_given(key)] + inner
 
 
 def _is_given(key: str) -> bool:

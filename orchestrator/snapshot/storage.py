@@ -23,10 +23,12 @@ from orchestrator.snapshot.manifest import (
     FileRecord,
     check_manifest,
     checkpoint_name,
+    manifest_as_written,
     parse_checkpoint_name,
     read_manifest,
     sealed,
 )
+from orchestrator.snapshot.migrations import migrate
 from orchestrator.snapshot.tensor_file import (
     METADATA,
     HeaderError,
@@ -203,15 +205,16 @@ def _write_files(
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
     """The manifest and the tree of the checkpoint in folder `path`, every byte verified.
 
-    Tensors are on the CPU, each with memory of its own.
+    Tensors are on the CPU, each with memory of its own. Those of an older format are given as in
+    the newest; `format_version` says which it was.
     Raises CheckpointDamaged, naming file, byte range and digests, or CheckpointFormatError.
     """
-    manifest = read_manifest(path)
+    manifest = manifest_as_written(path)
     document, model, state = (VerifiedFile(path, name, manifest) for name in (_DOCUMENT, _MODEL, _STATE))
     try:
         found = json.loads(document.content())
         tensors = _by_path(model.tensors(), state.tensors(), found["weights"])
-        return manifest, decode(found["tree"], tensors)
+        return migrate(manifest, decode(found["tree"], tensors))
     except (DecodingError, HeaderError, KeyError, ValueError) as error:
         # The hashes hold, so this is what was written.
         raise CheckpointFormatError(f"checkpoint {path} cannot be read by this interlock: {error}") from error
