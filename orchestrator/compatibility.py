@@ -400,7 +400,7 @@ class _Fitting:
     def changed(self) -> list[Difference]:
         """The hyper-parameters for which the trainer was given other values than the tree has."""
         found = [line for number in range(len(self._state.optimizers)) for line in self._changed_of(number)]
-        return [Difference(_name(line), line) for line in found]
+        return [Difference(_name(line), line.lstrip("_")) for line in found]
 
     def _changed_of(self, number: int) -> list[str]:
         """Those of one optimizer and its schedulers."""
