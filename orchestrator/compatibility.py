@@ -139,7 +139,7 @@ def agree(
     for name in sorted({d.key for d in changed if d.key in override}, key=lambda name: (name != "lr", name)):
         overridden += [d for d in changed if d.key == name]
         fitting.override(str(name))
-    kept = [str(d) for d in fitting.changed()]
+    kept = [*map(str, fitting.changed()), *state.other_constants(fitting.tree)]
     used = {d.key for d in overridden}
     said = [f"the checkpoint's value is used: {text}" for text in kept]
     if override - used:

@@ -93,7 +93,7 @@ def seek(
     folder = _run(trainer, run)
     moment = _moment(folder, epoch, batch, state, phase)
     found = recovery.nearest(folder, moment.seq)
-    recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
+    found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
     trainer.close()
     with _replaying(trainer):
         began = _begin(trainer, folder, found, until=moment)
@@ -114,7 +114,7 @@ def replay(
     if end.seq <= start.seq:
         raise SeekError(f"replay from {first} to {last}: expected the first not to come after the last")
     found = recovery.nearest(folder, start.seq)
-    recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
+    found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
     with _set_aside(trainer), _replaying(trainer), trainer._loop.hooks_kept():
         _begin(trainer, folder, found, until=end)
         _go_on(trainer, start)
