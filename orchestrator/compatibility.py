@@ -37,7 +37,7 @@ PARTS = (
 """What can be overridden besides single hyper-parameters."""
 
 _SCHEDULING = "LRScheduling/"
-_WITH_BATCH = (State.BATCH_START, State.BACKWARD, State.STEP)
+_WITH_BATCH = (State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP)
 _AFTER_AN_EPOCH = (State.EPOCH_END, State.DONE)
 
 
@@ -363,6 +363,12 @@ class _Fitting:
             found.append(
                 f"data: the epoch at hand cannot be continued ({problem}); resume from a checkpoint of an EPOCH_END"
             )
+        again = sorted(differing & {"model", "metrics", "data", "precision"})
+        if again and self.tree["state"] is State.FORWARD:
+            found.append(
+                f"{', '.join(again)}: the checkpoint stands in FORWARD, and its forward pass would be done again with "
+                "something else; resume from a checkpoint of another state"
+            )
         window = self.tree["window"]["count"]
         if window:
             names = sorted(differing & {"model", "accumulate", "accumulate_weighting"})
@@ -455,12 +461,17 @@ class _Fitting:
 
 
 def _module_lines(part: str, module: nn.Module | None, saved: Mapping[str, Any] | None) -> list[str]:
-    if (module is None) != (saved is None):
-        return ["loss_fn: only one of checkpoint and trainer has a module as its loss function"]
-    if module is None or saved is None:
-        return []
-    lines = capture.compare_module(module, saved)
-    return lines if part == "model" else [f"loss_fn: {line}" for line in lines]
+    if module is not None and saved is not None:
+        lines = capture.compare_module(module, saved)
+        return lines if part == "model" else [f"loss_fn: {line}" for line in lines]
+    here = module is not None and bool(module.state_dict())
+    if here or (saved is not None and any(t is not None for t in _tensors(saved))):
+        return ["loss_fn: only one of checkpoint and trainer has a module with tensors as its loss function"]
+    return []
+
+
+def _tensors(module: Mapping[str, Any]) -> list[Any]:
+    return [*module["parameters"].values(), *module["buffers"].values()]
 
 
 def _scheduled(live: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 import trainings
 from orchestrator import EMA, Callback, Checkpointing, LRScheduling, Phase, Trainer
 from orchestrator.cli import main
-from orchestrator.compatibility import PARTS, CheckpointMismatch
+from orchestrator.compatibility import PARTS, CheckpointMismatch, agree
 from orchestrator.errors import ConfigurationError
 from orchestrator.recovery import RestoreError
 from orchestrator.snapshot import manifest
-from orchestrator.snapshot.storage import list_checkpoints
+from orchestrator.snapshot.storage import list_checkpoints, read_checkpoint
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -831,6 +831,23 @@ def test_gradients_that_wait_are_neither_lost_nor_mixed(name: str, tmp_path: Pat
     trainings.assert_equal(trainings.weights(trainer), before)
     assert closed is not None
     assert trainer.fit(closed, {name}).state is State.DONE
+
+
+@pytest.mark.parametrize("name", ["model", "metrics", "data", "precision"])
+def test_a_forward_pass_is_done_again_with_the_same_or_not_at_all(name: str, tmp_path: Path) -> None:
+    stopped = stop_at(trainings.make(tmp_path), state=State.BATCH_START)
+    assert stopped.run is not None
+    path = list_checkpoints(stopped.run.checkpoints)[0]
+    found, tree = read_checkpoint(path)
+    trainer = trainings.make(tmp_path, **CHANGES[name][0]())
+    work, settings = trainer._work, trainer._settings
+    for state in (State.BATCH_START, State.FORWARD):
+        given = (path, found, {**tree, "state": state}, trainer._state, work.stream, settings.binding)
+        if state is State.BATCH_START:
+            agree(*given, frozenset({name}))
+            continue
+        with pytest.raises(CheckpointMismatch, match=f"{name}: the checkpoint stands in FORWARD"):
+            agree(*given, frozenset({name}))
 
 
 def test_what_accumulates_from_a_windows_end_on(tmp_path: Path) -> None:

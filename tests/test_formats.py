@@ -1,5 +1,6 @@
 """Stored runs of every format are read, checked, restored and continued by the code of today."""
 
+import copy
 import math
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}
 """For other versions of torch and other processors, where the last bits of a sum differ, and grow in training."""
 
 
-def copy(stored: Path, root: Path) -> RunFolder:
+def copied(stored: Path, root: Path) -> RunFolder:
     """The stored run in a folder of runs, where it can be written to."""
     run = RunFolder(root / read_manifest(list_checkpoints(stored / "checkpoints")[0])["run"])
     shutil.copytree(stored, run.path)
@@ -63,7 +64,7 @@ def test_every_stored_checkpoint_leads_to_the_same_end(
     checkpoints = [path.name for path in list_checkpoints(stored / "checkpoints")]
     assert len(checkpoints) >= 5
     for name in checkpoints:
-        run = copy(stored, tmp_path / name)
+        run = copied(stored, tmp_path / name)
         trainer = STORED[stored.name][0](tmp_path / name)
         result = trainer.fit(resume=run.checkpoints / name)
         assert (result.state, result.run, len(result.history)) == (State.DONE, run.path, 2)
@@ -76,7 +77,7 @@ def test_every_stored_checkpoint_leads_to_the_same_end(
 
 @pytest.mark.parametrize("stored", RUNS, ids=NAMES)
 def test_the_journal_is_understood(stored: Path, tmp_path: Path) -> None:
-    run = copy(stored, tmp_path)
+    run = copied(stored, tmp_path)
     with Journal.open(run) as journal:
         assert journal.run_info().id == run.id
         assert [attempt.outcome for attempt in journal.attempts()] == ["stopped", "done"]
@@ -110,30 +111,53 @@ def test_there_is_a_way_from_every_older_format() -> None:
     assert list(MIGRATIONS) == list(range(1, FORMAT_VERSION))
 
 
+NONE = {"values": {}, "shared": {}, "marks": {}}
+
+
 def test_from_1_to_2() -> None:
     """The keys that came, with what means none; those that are there stay, and nothing given is changed."""
-    module = {"parameters": {"weight": 1.0}}
-    tree = {"model": dict(module), "loss": None, "stop": "enough"}
+    tree = {
+        "model": {"parameters": {"weight": 1.0}},
+        "loss": None,
+        "stop": "enough",
+        "data": {"position": 3},
+        "validation_data": {"val": {"position": 0}, "other": {"position": 1}},
+    }
+    before = copy.deepcopy(tree)
     manifest = {"format_version": 1, "seq": 7}
-    added = {"attributes": {}, "generators": {}}
-    assert migrate(manifest, tree) == (
-        manifest,
-        {"model": {**module, **added}, "loss": None, "stop": "enough", "forward": None},
-    )
-    assert tree == {"model": module, "loss": None, "stop": "enough"}
-    _, other = migrate(manifest, {**tree, "loss": module, "forward": {"kept": 1}})
-    assert other is not None
-    assert (other["loss"], other["forward"]) == ({**module, **added}, {"kept": 1})
+    expected = {
+        "model": {"parameters": {"weight": 1.0}, "attributes": NONE},
+        "loss": None,
+        "stop": "enough",
+        "data": {"position": 3, "place": {}},
+        "validation_data": {
+            "val": {"position": 0, "place": {}},
+            "other": {"position": 1, "place": {}},
+        },
+        "forward": None,
+        "built": {},
+        "generators": {},
+    }
+    assert migrate(manifest, tree) == (manifest, expected)
+    assert tree == before
+    _, other = migrate(manifest, {**tree, "loss": {}, "forward": {"kept": 1}})
+    assert other == {**expected, "loss": {"attributes": NONE}, "forward": {"kept": 1}}
     assert migrate(manifest, None) == (manifest, None)
 
 
 def test_what_a_format_did_not_keep_stays_as_it_is() -> None:
-    _, tree = migrate({"format_version": 1}, {"model": {"parameters": {"weight": 1.0}}, "loss": None})
-    live = {"model": {"parameters": {"weight": 2.0}, "attributes": {"": {"steps": 3}}}, "loss": {}}
+    saved = {"model": {"parameters": {"weight": 1.0}}, "loss": None, "data": {"position": 3}}
+    _, tree = migrate({"format_version": 1}, saved)
+    live = {
+        "model": {"parameters": {"weight": 2.0}, "attributes": {**NONE, "values": {"": {"steps": 3}}}},
+        "loss": {},
+        "data": {"position": 0},
+    }
     assert tree is not None
     found = with_what_was_not_kept(tree, live, 1)
-    assert found["model"] == {"parameters": {"weight": 1.0}, "attributes": {"": {"steps": 3}}}
+    assert found["model"] == {"parameters": {"weight": 1.0}, "attributes": live["model"]["attributes"]}
     assert found["loss"] is None
+    assert found["data"] == {"position": 3}
     assert with_what_was_not_kept(tree, live, FORMAT_VERSION) == tree
 
 
@@ -143,5 +167,5 @@ def test_readers_see_the_newest_format_only() -> None:
     manifest, tree = read_checkpoint(path)
     assert manifest == read_manifest(path)
     assert tree["forward"] is None
-    assert tree["model"]["attributes"] == tree["model"]["generators"] == tree["loss"]["attributes"] == {}
+    assert tree["model"]["attributes"] == tree["loss"]["attributes"] == NONE
     assert (info_of(path).state, info_of(path).epoch) == (State.DONE, 1)

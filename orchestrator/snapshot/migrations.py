@@ -12,31 +12,46 @@ Migration = Callable[[Tree, Tree | None], tuple[Tree, Tree | None]]
 
 
 def _to_2(manifest: Tree, tree: Tree | None) -> tuple[Tree, Tree | None]:
-    """Format 2 keeps more of a training; what an older checkpoint has none of was not kept, and was not there.
+    """Format 2 keeps more of a training; of what an older checkpoint has not kept, there is none in it.
 
-    - `forward`: what forward changes as it was before it, in a checkpoint of FORWARD; None in any other.
-    - `model` and `loss`: `attributes` of modules that are plain values, and `generators` that they own.
+    - `forward`: in a checkpoint of FORWARD, what a forward pass changes as it was before it; None in any other.
+    - `attributes` of the modules in `model` and `loss` that are plain values, and in `built` what the script
+      made them; `generators` that the script's objects own.
+    - `place` of the training's and of each validation's data, for data sets that have a state of their own.
     """
-    return manifest, None if tree is None else _with_defaults(tree, _ADDED_IN_2)
+    if tree is not None:
+        for path, entries in _ADDED_IN_2.items():
+            tree = _with_entries(tree, path, entries)
+    return manifest, tree
 
 
-_OF_A_MODULE: Tree = {"attributes": {}, "generators": {}}
-_ADDED_IN_2: Mapping[str, Tree] = {"": {"forward": None}, "model": _OF_A_MODULE, "loss": _OF_A_MODULE}
+_NO_ATTRIBUTES: Tree = {"attributes": {"values": {}, "shared": {}, "marks": {}}}
+_ADDED_IN_2: Mapping[str, Tree] = {
+    "": {"forward": None, "built": {}, "generators": {}},
+    "model": _NO_ATTRIBUTES,
+    "loss": _NO_ATTRIBUTES,
+    "data": {"place": {}},
+    "validation_data/*": {"place": {}},
+}
 
 
-def _with_defaults(tree: Tree, defaults: Mapping[str, Tree]) -> Tree:
-    """`tree` with what it lacks: at its top for the key "", else in its entry of that key, unless that is None."""
-    filled = {**defaults.get("", {}), **tree}
-    for part, added in defaults.items():
-        if filled.get(part) is not None:
-            filled[part] = {**added, **filled[part]}
-    return filled
+def _with_entries(tree: Tree, path: str, entries: Tree) -> Tree:
+    """`tree` with the `entries` that the part at `path` lacks ("*": every part there), unless that is None."""
+    if not path:
+        return {**entries, **tree}
+    first, _, rest = path.partition("/")
+    parts = [*tree] if first == "*" else [first]
+    return tree | {
+        part: _with_entries(tree[part], rest, entries) for part in parts if tree.get(part) is not None
+    }
 
 
 MIGRATIONS: Mapping[int, Migration] = {1: _to_2}
 """For each format but the newest, what makes (manifest, tree) of it into those of the next."""
 
-_NOT_KEPT: Mapping[int, Mapping[str, Tree]] = {1: {"model": _OF_A_MODULE, "loss": _OF_A_MODULE}}
+_NOT_KEPT: Mapping[int, Mapping[str, Tree]] = {
+    1: {part: _ADDED_IN_2[part] for part in ("model", "loss", "data")},
+}
 
 
 def migrate(manifest: Tree, tree: Tree | None) -> tuple[Tree, Tree | None]:
