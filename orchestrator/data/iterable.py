@@ -265,6 +265,8 @@ class IterableSource:
         """A Pulled, the exception that came in its place, or _END."""
         self._stands = {0: self._beginning()}
         self._position = 0
+        self._end: tuple[int, dict[str, Any]] | None = None
+        """Where the epoch at hand ended when it was saved, and what the data set counted then."""
         self._begun = False
         self._batches: Any = None
         self._owned: dict[str, Generator] = {}
@@ -325,7 +327,7 @@ class IterableSource:
             self._set(origin)
             torch.set_rng_state(origin["torch"])
             raise
-        self._stands, self._position = {0: beginning}, 0
+        self._stands, self._position, self._end = {0: beginning}, 0, None
 
     def replay(self, epoch: int, origin: dict[str, Any], position: int, place: dict[str, Any]) -> None:
         """Stand before batch `position` of the epoch that began at `origin`; the global states do not move."""
@@ -350,14 +352,13 @@ class IterableSource:
             base_seed = draw_base_seed(self._loader)
         finally:
             torch.set_rng_state(main)
-        over = place["ended"] and position == max(stands)
-        if over and not self._goes_on_from(stand):
+        if place["ended"] and position == max(stands) and not self._goes_on_from(stand):
             self._ahead = _END
         else:
             self._open_again(epoch, base_seed, stand if any(stand.given) else self._beginning())
-        if over:
-            self._counters.restore(place["counters"])
         self._stands, self._position = stands, position
+        self._end = (max(stands), place["counters"]) if place["ended"] else None
+        self._count_as_at_end()
 
     def place(self) -> dict[str, Any]:
         """What, beside `origin`, says where this stands: before the next batch, or before the last one given."""
@@ -380,7 +381,12 @@ class IterableSource:
         self._stands = {self._position: stand, self._position + 1: stand.after(pulled)}
         self._position += 1
         self._ahead = ahead
+        self._count_as_at_end()
         return pinned(pulled.batch) if self._pins else pulled.batch
+
+    def _count_as_at_end(self) -> None:
+        if self._ahead is _END and self._end is not None and self._end[0] == self._position:
+            self._counters.restore(self._end[1])
 
     def end_epoch(self) -> None:
         """End the workers."""
