@@ -66,7 +66,7 @@ class Trainer:
         optimizer: a torch optimizer over parameters of `model`, or a list of `Phase`.
         loss_fn: `(outputs, targets) -> loss`, a scalar floating-point tensor; None where `forward` or
             phases compute it.
-        train_loader: a `DataLoader` over a map-style dataset, or a sequence of batches.
+        train_loader: a `DataLoader`, or a sequence of batches.
         val_loader: the same, or `{name: loader}`; evaluated at each epoch's end.
         epochs, max_batches: where the training ends, whichever comes first; at least one is given.
         max_time: seconds of this attempt; then it halts and exits with status 75.

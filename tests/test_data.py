@@ -841,6 +841,12 @@ def test_fingerprint_tells_data_apart() -> None:
     assert "batch size: 3 when saved, 4 now" in compare_fingerprints(same, expected["batch size"])
 
 
+def test_digests_are_those_of_earlier_versions() -> None:
+    """Checkpoints are compared by them."""
+    assert digest([[1, -2], (3,), []]) == "dd69ad08510b01979b62c9d87dd07bc6"
+    assert digest([1, 2.5, "a", True, None]) == "1fdbe34d4647cc09e55bfba8a1be3f61"
+
+
 def test_fingerprint_of_what_cannot_be_hashed_or_read() -> None:
     class Odd(Plain):
         def __getitem__(self, index: int) -> Any:
