@@ -18,6 +18,7 @@ _COMMANDS = {
     "show": "orchestrator.commands.show",
     "log": "orchestrator.commands.log",
     "check": "orchestrator.commands.check",
+    "diff": "orchestrator.commands.diff",
     "diagram": "orchestrator.commands.diagram",
     "resume": "orchestrator.commands.resume",
     "sync": "orchestrator.commands.sync",

@@ -28,7 +28,7 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = ["runs", "show", "log", "check", "diagram", "resume", "sync"]
+COMMANDS = ["runs", "show", "log", "check", "diff", "diagram", "resume", "sync"]
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:
@@ -217,16 +217,16 @@ def test_colours_only_where_they_are_seen(tmp_path: Path) -> None:
 
 
 def test_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
-    run = done(tmp_path)
+    run, other = done(tmp_path), done(tmp_path)
     script = """
 import sys
 from orchestrator.cli import main
-root, run = sys.argv[1:]
-for command in (["runs"], ["show", run], ["log", run], ["diagram", run]):
+root, run, other = sys.argv[1:]
+for command in (["runs"], ["show", run], ["log", run], ["diagram", run], ["diff", run, other]):
     main(["--root", root, *command], standalone_mode=False)
     assert not {"torch", "mlflow", "numpy"} & sys.modules.keys(), command
 """
-    with process("-c", script, tmp_path, run.path) as child:
+    with process("-c", script, tmp_path, run.path, other.path) as child:
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 0, errors
 
@@ -309,6 +309,18 @@ def test_where_a_run_comes_from(tmp_path: Path) -> None:
     assert f"warm start from {mother.id}\n" in interlock("show", warm.id, root=tmp_path).output
     begun = create_run(tmp_path, "begun", Parent(mother.id, str(mother.path), 9, "x", "branch"))
     assert f"branched from {mother.id}\n" in interlock("show", begun.id, root=tmp_path).output
+
+
+def test_what_failed_on_a_nan_is_to_be_blamed(tmp_path: Path) -> None:
+    run, position = stopped(tmp_path)
+    assert "interlock blame" not in interlock("show", "digits", root=tmp_path).output
+    with Lease.acquire(run) as lease:
+        recorder, writer = begin(run, lease, position)
+        with writer:
+            Walk(recorder, State.HALTED).go(Trigger.RESUME, State.EPOCH_END)
+            writer.end("failed", "non-finite loss", "NonFiniteError: non-finite loss in epoch 1, batch 0")
+    text = " ".join(interlock("show", "digits", root=tmp_path).output.split())
+    assert f"interlock blame {tmp_path / run.id} name the module" in text
 
 
 def test_show_for_programs(tmp_path: Path) -> None:

@@ -46,12 +46,12 @@ def _find(ctx: click.Context, _: click.Parameter, value: str | None) -> RunFolde
     return None if value is None else find_run(value, root_of(ctx))
 
 
-def run_argument(*, required: bool = True) -> Callable[[Decorated], Decorated]:
-    """RUN, handed over as `run: RunFolder` (None where it is not required and not given).
+def run_argument(name: str = "run", *, required: bool = True) -> Callable[[Decorated], Decorated]:
+    """RUN, handed over as `run: RunFolder` or by another `name` (None where it is not required and not given).
 
     Raises RunNotFound, which lists what comes nearest.
     """
-    return click.argument("run", metavar="RUN" if required else "[RUN]", callback=_find, required=required)
+    return click.argument(name, metavar="RUN" if required else "[RUN]", callback=_find, required=required)
 
 
 def json_option(command: Decorated) -> Decorated:

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from orchestrator.commands.standing import (
     standing_of,
 )
 from orchestrator.commands.sync import in_words, without_passwords
+from orchestrator.errors import NonFiniteError
 from states.errors import InterlockError
 from states.table import State, Trigger
 from tracking.journal import TRAIN, Attempt, Checkpoint, Journal, RunInfo
@@ -258,6 +259,8 @@ class _Page:
             yield f"interlock log {self.reference} --follow", "read along"
         else:
             yield f"interlock log {self.reference}", "read its transitions"
+        if _met_nonfinite(self.attempts):
+            yield f"interlock blame {self.reference}", "name the module that the NaN or infinity came from"
         if state.kind in ("died", "ended") and state.state is not State.DONE and _can_resume(self.run):
             yield f"interlock resume {self.reference}", "go on from its newest checkpoint"
         yield f"interlock check {self.reference}", "prove that journal and checkpoints are sound"
@@ -319,6 +322,11 @@ def _some_metrics(checkpoint: Checkpoint) -> str:
     """Those of validation, if there are any; there is room for a few."""
     chosen = [key for key in checkpoint.metrics if "/" in key] or list(checkpoint.metrics)
     return ", ".join(f"{key} {number(checkpoint.metrics[key])}" for key in chosen[:2])
+
+
+def _met_nonfinite(attempts: Sequence[Attempt]) -> bool:
+    """Did the newest attempt fail because a loss or gradient was NaN or infinite?"""
+    return bool(attempts) and attempts[-1].exception.startswith(NonFiniteError.__name__)
 
 
 def _can_resume(run: RunFolder) -> bool:
