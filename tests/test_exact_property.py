@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from exactness import Standing, assert_same, assert_sound, ending, recorded
 from orchestrator import Trainer
@@ -39,8 +41,8 @@ class Cut(Short):
     place "between": after `at` transitions and from there up to state `until`, by `how`:
         "close": Trainer.close();
         "crash": save, wait, and what is on disk then is all there is, `lag` transitions later.
-    place "hook", "forward": in the after-hook of the `at`-th transition, or at the model's `at`-th forward
-        (those of validation count), by `how`: "raise", "halt", "SIGTERM" or "SIGINT".
+    place "hook", "forward": in the after-hook of the `at`-th transition, or at the `at`-th forward of
+        the model (that of validation counts too), by `how`: "raise", "halt", "SIGTERM" or "SIGINT".
     """
 
     at: int = 1
@@ -52,26 +54,21 @@ class Cut(Short):
     """Of the attempt that follows, where the description has any."""
 
 
-_at = st.integers(1, 45)
 _until = st.none() | st.sampled_from(State)
 _workers = st.sampled_from([0, 2])
+_inside = {"how": st.sampled_from(["halt", "raise", "SIGTERM", "SIGINT"]), "workers": _workers}
 _cuts = st.one_of(
-    st.builds(Cut, at=_at, until=_until, how=st.just("close"), workers=_workers),
+    st.builds(Cut, at=st.integers(1, 30), until=_until, workers=_workers),
     st.builds(
         Cut,
-        at=_at,
+        at=st.integers(1, 30),
         until=_until,
         how=st.just("crash"),
         lag=st.sampled_from([0, 0, 1, 3, 9]),
         workers=_workers,
     ),
-    st.builds(
-        Cut,
-        at=_at,
-        place=st.sampled_from(["hook", "forward"]),
-        how=st.sampled_from(["halt", "raise", "SIGTERM", "SIGINT"]),
-        workers=_workers,
-    ),
+    st.builds(Cut, at=st.integers(1, 30), place=st.just("hook"), **_inside),
+    st.builds(Cut, at=st.integers(1, 10), place=st.just("forward"), **_inside),
 )
 CUTS = st.lists(_cuts, min_size=1, max_size=3)
 
@@ -89,8 +86,7 @@ def carry_out(cut: Cut, trainer: Trainer) -> Standing | None:
     Returns where the next attempt has to stand, where nothing may be done twice.
     """
     if cut.place != "between":
-        _strike(cut, trainer)
-        with contextlib.suppress(Interruption, SystemExit, KeyboardInterrupt):
+        with _struck(cut, trainer), contextlib.suppress(Interruption, SystemExit, KeyboardInterrupt):
             trainer.fit("auto")
         return None
     trainer.start("auto")
@@ -173,11 +169,12 @@ def _copy(run: RunFolder, copy: Path) -> None:
         connection.execute("ROLLBACK")
 
 
-def _strike(cut: Cut, trainer: Trainer) -> None:
+@contextlib.contextmanager
+def _struck(cut: Cut, trainer: Trainer) -> Iterator[None]:
     """See to it that the attempt is interrupted from inside."""
     calls = 0
 
-    def count(*_: object) -> None:
+    def count() -> None:
         nonlocal calls
         calls += 1
         if calls != cut.at:
@@ -189,11 +186,19 @@ def _strike(cut: Cut, trainer: Trainer) -> None:
         else:
             os.kill(os.getpid(), signal.Signals[cut.how])
 
-    if cut.place == "forward":
-        trainer.model.register_forward_pre_hook(count)
+    if cut.place == "hook":
+        for trigger in Trigger:
+            trainer.after(trigger)(count)
+        yield
         return
-    for trigger in Trigger:
-        trainer.after(trigger)(count)
+    # Of all modules, as the one that is validated may be another than the one that is trained.
+    handle = register_module_forward_pre_hook(
+        lambda module, _: count() if module in (trainer.model, trainer.validation_model) else None
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # -- the property ----------------------------------------------------------------------------------
@@ -254,7 +259,7 @@ def test_what_the_property_found(description: Description, cuts: list[Cut]) -> N
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@settings(max_examples=int(os.environ.get("N", "2000")))
+@settings(max_examples=2000)
 @given(descriptions(), CUTS)
 def test_interrupted_equals_unbroken_two_thousand_times(description: Description, cuts: list[Cut]) -> None:
     check(description, cuts)
