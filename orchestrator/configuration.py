@@ -55,6 +55,7 @@ class Settings:
     max_time: float | None
     nonfinite: str
     deterministic: bool
+    init_from: str | os.PathLike[str] | None
     binding: Mapping[str, Any]
     """What a checkpoint must agree with."""
     params: Mapping[str, Any]
@@ -124,6 +125,7 @@ def check(given: Mapping[str, Any]) -> Settings:
         max_time=given["max_time"],
         nonfinite=given["nonfinite"],
         deterministic=given["deterministic"],
+        init_from=given["init_from"],
         binding=_binding(given, phases),
         params=_params(given, phases, device),
     )
@@ -179,6 +181,11 @@ def _check_choices(given: Mapping[str, Any]) -> None:
         )
     if not isinstance(given["deterministic"], bool):
         raise ConfigurationError(f"deterministic is {given['deterministic']!r}; expected True or False")
+    if given["init_from"] is not None and not isinstance(given["init_from"], str | os.PathLike):
+        raise ConfigurationError(
+            f"init_from is {given['init_from']!r}; expected the name or folder of a run, or the path of a "
+            "checkpoint or of a file of weights"
+        )
     if not isinstance(given["root"], str | os.PathLike):
         raise ConfigurationError(f"root is {given['root']!r}; expected the path of the folder of runs")
 
@@ -384,6 +391,8 @@ def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.d
         for key, value in phase.optimizer.defaults.items():
             if isinstance(value, bool | int | float | str | tuple) and value is not None:
                 params[f"{prefix}.{key}"] = value
+    if given["init_from"] is not None:
+        params["init_from"] = os.fspath(given["init_from"])
     scheduler = given["scheduler"]
     if scheduler is not None:
         inner = scheduler.scheduler if isinstance(scheduler, LRScheduling) else scheduler

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator import configuration, past, recovery
+from orchestrator import configuration, past, recovery, warm_start
 from orchestrator.attempt import Attempt
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -41,6 +41,7 @@ from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CUT_SHORT
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
+from orchestrator.warm_start import WarmStart
 from orchestrator.work import Limits, Place, TrainingWork
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.delivery import Tracker
@@ -90,6 +91,8 @@ class Trainer:
         root: the folder of runs.
         device: "auto" takes an accelerator where there is one.
         deterministic: use torch's deterministic algorithms during this training.
+        init_from: where a new run takes its weights from, and nothing else: a run's name or folder, a
+            checkpoint, a `.safetensors` file or a saved `state_dict()`. A run that is resumed has its own.
 
     Raises:
         ConfigurationError: an argument that cannot be honoured; nothing has been written.
@@ -124,6 +127,7 @@ class Trainer:
         root: str | Path = "runs",
         device: str | torch.device = "auto",
         deterministic: bool = False,
+        init_from: str | os.PathLike[str] | None = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         settings = configuration.check(given)
@@ -139,6 +143,8 @@ class Trainer:
         """Whether the past is being run again, by `seek` or `replay`: nothing is recorded meanwhile."""
         self.divergence: Divergence | None = None
         """The first loss of this attempt, or of the last seek, that was not the recorded one."""
+        self.warm_start: WarmStart | None = None
+        """What a new run took of the weights that `init_from` names."""
         self._settings = settings
         model.to(self.device)
         # A loss function can be a module with state of its own: class weights, or a counter.
@@ -518,6 +524,11 @@ class Trainer:
                 )
             self._branch(self._past)
             return
+        if self._settings.init_from is not None and resume not in (False, "auto"):
+            raise ConfigurationError(
+                f"resume is {str(resume)!r} and init_from {str(self._settings.init_from)!r}; expected one: "
+                "a run that is resumed goes on with its own weights, a new one may begin with those of another"
+            )
         if self._attempt is not None and not resume:
             resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
         resume = self._asked_from_outside() or resume
@@ -564,8 +575,15 @@ class Trainer:
             self._restore()
             self._stand_done(plan.run)
             return
-        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), self._settings, self._scopes())
+        settings = self._settings
+        self.warm_start, weights = None, {}
+        if plan.run is None and settings.init_from is not None:
+            self.warm_start, weights = warm_start.read(settings.init_from, settings.root, self.model)
+        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes())
         self.run = self._attempt.run
+        if self.warm_start is not None:
+            warm_start.apply(weights, self.model)
+            self._attempt.say(str(self.warm_start))
 
     def _asked_from_outside(self) -> str | None:
         """The folder that `interlock resume` names in the environment, if it is a run of this name; once."""

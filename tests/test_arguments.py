@@ -165,9 +165,16 @@ def test_on_divergence(tmp_path: Path) -> None:
         trainings.make(tmp_path, forward=forward, on_divergence="halt").replay(0, 0)
 
 
+def test_init_from(tmp_path: Path) -> None:
+    torch.save(trainings.network().state_dict(), tmp_path / "weights.pt")
+    one = outcome(tmp_path / "one")
+    two = outcome(tmp_path / "two", init_from=tmp_path / "weights.pt")
+    assert one["losses"] != two["losses"]
+
+
 def test_every_argument_has_a_case() -> None:
     arguments = set(inspect.signature(Trainer).parameters)
-    assert arguments == {*CASES, "scheduler", "track", "root", "device", "on_divergence"}
+    assert arguments == {*CASES, "scheduler", "track", "root", "device", "on_divergence", "init_from"}
 
 
 def test_torchmetrics_objects_and_functions_agree(tmp_path: Path) -> None:

@@ -10,12 +10,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "METADATA", "Entry", "HeaderError", "buffers", "header_length", "memory", "read_header"]
+__all__ = [
+    "DTYPES",
+    "METADATA",
+    "Entry",
+    "HeaderError",
+    "buffers",
+    "header_length",
+    "memory",
+    "read_header",
+    "read_tensors",
+]
 
 METADATA = "__metadata__"
 """The one name that no tensor in a file can have."""
@@ -111,6 +122,23 @@ def read_header(header: bytes, size: int) -> list[Entry]:
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     _check_gapless(entries, size - len(header))
     return entries
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file at `path`, whoever wrote it, on the CPU; nothing vouches for their bytes.
+
+    Raises HeaderError where it is not a whole file of this format.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH)
+        header = start + file.read(header_length(start, size) - _LENGTH)
+        made = {}
+        for entry in read_header(header, size):
+            tensor = made[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+            if tensor.numel():
+                file.readinto(memory(tensor))
+    return made
 
 
 def _entry(name: str, found: dict[str, Any]) -> Entry:

@@ -127,6 +127,8 @@ class Logging(Callback):
         run = "" if trainer.run is None else f"run {trainer.run.path}, "
         attempt = "" if trainer.attempt < 2 else f"attempt {trainer.attempt}, "
         self._say("start", f"{run}{attempt}{_device(trainer.device)}: {self._extent()}")
+        if trainer.warm_start is not None:
+            self._say("start", str(trainer.warm_start))
 
     def _after_resume(self) -> None:
         trainer = self.trainer
