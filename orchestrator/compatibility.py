@@ -423,8 +423,10 @@ class _Fitting:
 
     def restart_changed_schedules(self) -> None:
         """Let schedulers that were constructed with other values start as they were constructed."""
-        for number, optimizer in enumerate(self._state.optimizers):
-            scheduled = _scheduled(optimizer.param_groups, self.tree["optimizers"][number]["groups"])
+        for number, (optimizer, tree) in enumerate(
+            zip(self._state.optimizers, self.tree["optimizers"], strict=False)
+        ):
+            scheduled = _scheduled(optimizer.param_groups, tree["groups"])
             for name, schedule in self._schedules_of(number).items():
                 lines = [
                     *scheduled,

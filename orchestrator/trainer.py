@@ -576,7 +576,8 @@ class Trainer:
             self._stand_done(plan.run)
             return
         settings = self._settings
-        self.warm_start, weights = None, {}
+        self.warm_start = None
+        weights: dict[str, torch.Tensor] = {}
         if plan.run is None and settings.init_from is not None:
             self.warm_start, weights = warm_start.read(settings.init_from, settings.root, self.model)
         self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes())

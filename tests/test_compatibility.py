@@ -213,7 +213,7 @@ def test_phases_cannot_be_overridden(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointMismatch, match=r"phases: the checkpoint has \['one', 'two'\]"
         ) as caught:
-            trainer.fit("auto", {"model"})
+            trainer.fit("auto", {"model", "scheduler"})
         assert "override=" not in str(caught.value)
         with pytest.raises(ConfigurationError, match=r"phases.*cannot be overridden"):
             trainer.fit("auto", {"phases"})
