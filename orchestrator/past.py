@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,21 @@ from tracking.runs import Lease, LeaseHeldError, RunFolder, find_run
 if TYPE_CHECKING:
     from orchestrator.trainer import Trainer
 
-__all__ = ["Moment", "Past", "Replay", "SeekError", "Stretch", "replay", "seek"]
+__all__ = [
+    "Moment",
+    "Past",
+    "Replay",
+    "SeekError",
+    "Stretch",
+    "attach",
+    "fire",
+    "last_epoch",
+    "moment_at",
+    "replay",
+    "replaying",
+    "run_of",
+    "seek",
+]
 
 Stretch = int | tuple[int, int]
 """An epoch, or (epoch, batch)."""
@@ -90,12 +104,12 @@ def seek(
     run: str | os.PathLike[str] | None,
 ) -> Past:
     """Stand at a moment of the run again; see `Trainer.seek`."""
-    folder = _run(trainer, run)
+    folder = run_of(trainer, run)
     moment = _moment(folder, epoch, batch, state, phase)
     found = recovery.nearest(folder, moment.seq)
     found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
     trainer.close()
-    with _replaying(trainer):
+    with replaying(trainer):
         began = _begin(trainer, folder, found, until=moment)
         _go_on(trainer, moment)
     return Past(folder, moment, found.info.name, trainer.batches - began)
@@ -107,32 +121,39 @@ def replay(
     last: Stretch,
     callbacks: Sequence[Callback],
     run: str | os.PathLike[str] | None,
+    during: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Replay:
-    """Run a stretch of the run again; see `Trainer.replay`."""
-    folder = _run(trainer, run)
+    """Run a stretch of the run again; see `Trainer.replay`. `during` is entered where it begins, left where it ends."""
+    folder = run_of(trainer, run)
     start, end = _before(folder, first), _end(folder, last)
     if end.seq <= start.seq:
         raise SeekError(f"replay from {first} to {last}: expected the first not to come after the last")
     found = recovery.nearest(folder, start.seq)
     found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
-    with _set_aside(trainer), _replaying(trainer), trainer._loop.hooks_kept():
+    with _set_aside(trainer), replaying(trainer), trainer._loop.hooks_kept():
         _begin(trainer, folder, found, until=end)
         _go_on(trainer, start)
         began = trainer.batches
-        for callback in callbacks:
-            callback.attach(trainer)
-            trainer._add_hooks(callback)
-            if overrides(callback, "on_train_begin"):
-                callback.on_train_begin()
-        _go_on(trainer, end)
+        attach(trainer, callbacks)
+        with during(trainer):
+            _go_on(trainer, end)
         return Replay(folder.path, found.info.name, start, end, trainer.batches - began, trainer.divergence)
+
+
+def attach(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
+    """Add callbacks to a trainer that is replaying."""
+    for callback in callbacks:
+        callback.attach(trainer)
+        trainer._add_hooks(callback)
+        if overrides(callback, "on_train_begin"):
+            callback.on_train_begin()
 
 
 # -- which run, and which moment of it ---------------------------------------------------------------
 
 
-def _run(trainer: Trainer, named: str | os.PathLike[str] | None) -> RunFolder:
-    """The run that is meant, with what is in its journal up to date."""
+def run_of(trainer: Trainer, named: str | os.PathLike[str] | None) -> RunFolder:
+    """The run that is meant, with what is in its journal up to date; raises SeekError if there is none."""
     attempt, settings = trainer._attempt, trainer._settings
     if attempt is not None and not attempt.closed:
         attempt.sync()
@@ -167,10 +188,13 @@ def _moment(
             f"seek to state={state.value}, epoch={epoch}: expected an epoch, and a state that training goes on "
             "from; for instance seek(epoch=2, batch=113, state=State.FORWARD)"
         )
-    return _found(run, epoch, batch, state, phase)
+    return moment_at(run, epoch, batch, state, phase)
 
 
-def _found(run: RunFolder, epoch: int, batch: int | None, state: State, phase: str | None = None) -> Moment:
+def moment_at(
+    run: RunFolder, epoch: int, batch: int | None, state: State, phase: str | None = None
+) -> Moment:
+    """The first moment at which a run stood there; None means any. Raises SeekError if it never did."""
     with Journal.open(run) as journal:
         row = journal.find(epoch, batch, state, phase)
         last = None if row is not None else journal.last_transition()
@@ -192,17 +216,31 @@ def _of(row: Transition) -> Moment:
 def _before(run: RunFolder, first: Stretch) -> Moment:
     """The moment before a stretch."""
     if isinstance(first, int):
-        return _found(run, first - 1, None, State.EPOCH_END) if first > 0 else BEGINNING
+        return moment_at(run, first - 1, None, State.EPOCH_END) if first > 0 else BEGINNING
     epoch, batch = first
     if batch > 0:
-        return _found(run, epoch, batch - 1, State.BATCH_END)
-    return _found(run, epoch, None, State.EPOCH_START)
+        return moment_at(run, epoch, batch - 1, State.BATCH_END)
+    return moment_at(run, epoch, None, State.EPOCH_START)
 
 
 def _end(run: RunFolder, last: Stretch) -> Moment:
     if isinstance(last, int):
-        return _found(run, last, None, State.EPOCH_END)
-    return _found(run, *last, State.BATCH_END)
+        return moment_at(run, last, None, State.EPOCH_END)
+    return moment_at(run, *last, State.BATCH_END)
+
+
+def last_epoch(run: RunFolder) -> int:
+    """The last epoch that is complete. Raises SeekError if none is."""
+    with Journal.open(run) as journal:
+        last = journal.last_transition()
+        epochs = () if last is None else (last.epoch, last.epoch - 1)
+        for epoch in epochs:
+            if epoch >= 0 and journal.find(epoch, None, State.EPOCH_END):
+                return epoch
+    raise SeekError(
+        f"{run.id} has no complete epoch (it goes up to {'nothing' if last is None else _of(last)}); expected one, or "
+        "where to begin and to end, as epoch and batch"
+    )
 
 
 # -- getting there -----------------------------------------------------------------------------------
@@ -240,6 +278,12 @@ def _go_on(trainer: Trainer, moment: Moment) -> None:
         _check_halt(trainer)
 
 
+def fire(trainer: Trainer) -> None:
+    """The next transition of a trainer that is replaying; raises what it would halt on."""
+    trainer._fire_next()
+    _check_halt(trainer)
+
+
 def _check_halt(trainer: Trainer) -> None:
     """A halt that was asked for while the past is done again is an error of its own, or nobody's business."""
     halt, trainer._requests.halt = trainer._requests.halt, None
@@ -256,7 +300,8 @@ def _stands_at(trainer: Trainer, moment: Moment) -> bool:
 
 
 @contextlib.contextmanager
-def _replaying(trainer: Trainer) -> Iterator[None]:
+def replaying(trainer: Trainer) -> Iterator[None]:
+    """What the trainer does meanwhile is the past, done again: nothing is recorded, and callbacks can tell."""
     trainer.replaying = True
     try:
         yield

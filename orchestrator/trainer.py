@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from orchestrator import configuration, past, recovery, warm_start
 from orchestrator.attempt import Attempt
+from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging
@@ -719,6 +720,20 @@ class Trainer:
         """
         self._loop.check_outside()
         return past.replay(self, first, last, callbacks, run)
+
+    def blame(self, *, run: str | os.PathLike[str] | None = None) -> Blame:
+        """Name what made a loss or a gradient NaN or infinite: a module, its function, the line that called it.
+
+        The guilty batch is done again with every module and function watched, the trace of backward being that of
+        torch's anomaly mode. A trainer that has gone back by `seek` looks at the batch it stands in; another one, after
+        a NonFiniteError for instance, goes back to where its run met the newest such value. It then stands in
+        FORWARD or BACKWARD of the guilty batch, of which nothing is recorded. `run` and errors as for `seek`.
+
+        Raises BlameError where nothing is found.
+        """
+        self._loop.check_outside()
+        stand_before(self, run)
+        return find_nonfinite(self)
 
     def evaluate(self, loader: Any) -> dict[str, float]:
         """The metrics of `validation_model` over `loader`; changes nothing of the training."""
