@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orchestrator.errors import ConfigurationError
+from orchestrator.snapshot.tensors import is_uninitialized
 
 __all__ = [
     "PRECISIONS",
@@ -143,7 +144,11 @@ class BufferGuard:
                     buffer.copy_(self._kept[name])
 
     def _floating(self) -> Iterator[tuple[str, Tensor]]:
-        return ((n, b) for n, b in self._model.named_buffers() if b.is_floating_point())
+        return (
+            (n, b)
+            for n, b in self._model.named_buffers()
+            if b.is_floating_point() and not is_uninitialized(b)
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The kept buffers, for a checkpoint within a window."""

@@ -325,6 +325,8 @@ def _comparable(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
             chosen[key] = {name: value for name, value in tree[key].items() if name in other[key]}
     if tree["guard"] is None or other["guard"] is None:  # whether to guard is not binding
         chosen["guard"] = None
+    if tree["batch"].get("data") is None or other["batch"].get("data") is None:  # hooks may come and go
+        chosen["batch"] = {key: value for key, value in tree["batch"].items() if key != "data"}
     for key in ("model", "loss"):
         if tree[key] is None or other[key] is None:
             chosen[key] = None

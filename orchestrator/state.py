@@ -18,11 +18,12 @@ from orchestrator.data import DataError
 from orchestrator.loop import Loop
 from orchestrator.requests import Requests
 from orchestrator.snapshot import capture
+from orchestrator.snapshot.encoding import EncodingError, encode
 from orchestrator.snapshot.owned_generators import OwnedGenerators
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch
 from orchestrator.work import EvaluationWork, TrainingWork
-from states.table import State
+from states.table import State, Trigger
 
 __all__ = ["SAVEABLE", "TrainingState", "callback_names"]
 
@@ -66,9 +67,11 @@ class TrainingState:
         self._requests = requests
         self._loss = loss
         self._report = report
+        self._device = device
         self._devices = [device] if device.type == "cuda" else []
         self._optimizers = [phase.optimizer for phase in work.phases]
         self._modules = {"model": work.model} if loss is None else {"model": work.model, "loss": loss}
+        self._told: set[str] = set()
         self._built: dict[str, capture.Built] | None = None
         self._watch: Watch | None = None
         self._generators = OwnedGenerators((), ())
@@ -109,6 +112,11 @@ class TrainingState:
                 self._tell(message)
             self._generators.find(self._watch.roots())
 
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self._tell(message)
+
     def _tell(self, message: str) -> None:
         self._report(message)
         warnings.warn(message, stacklevel=2)
@@ -142,6 +150,7 @@ class TrainingState:
                 "samples": work.samples,
                 "skipped": work.skipped,
                 "elapsed": time.perf_counter() - work.started,
+                "data": self._changed_batch(state),
             },
             "epoch": {
                 "elapsed": time.perf_counter() - work.epoch_started,
@@ -160,6 +169,20 @@ class TrainingState:
             "generators": self._generators.capture(),
             "flags": capture.numeric_flags(),
         }
+
+    def _changed_batch(self, state: State) -> Any:
+        """The batch at hand where hooks may have changed it; None where it need only be fetched again."""
+        if state not in _WITH_BATCH or not self._loop.is_hooked(Trigger.FETCH, State.BATCH_START):
+            return None
+        try:
+            encode({"batch": self._work.data})
+        except EncodingError as error:
+            self._tell_once(
+                f"the batch is not in checkpoints, but fetched again ({error}); a hook after fetch that changes it "
+                "would make a resumed run differ: let the data set, collate_fn or forward do it"
+            )
+            return None
+        return self._work.data
 
     def before_forward(self) -> dict[str, Any]:
         """A copy of all that a forward pass may change: buffers and other state of modules, metrics, generators.
@@ -196,7 +219,7 @@ class TrainingState:
             capture.restore_optimizer(optimizer, saved, names)
         for scaler, saved in zip(work.precision.scalers, tree["scalers"], strict=True):
             if scaler is not None and saved is not None:
-                capture.restore_scaler(scaler, saved)
+                capture.restore_scaler(scaler, saved, self._device)
         for name, value in tree["place"].items():
             setattr(work.place, name, value)
         for name, value in tree["window"].items():
@@ -267,7 +290,9 @@ class TrainingState:
         data = dict(tree["data"])
         if state in _WITH_BATCH:
             work.stream.load_state_dict({**data, "position": data["position"] - 1})
-            work.take(work.stream.fetch())
+            fetched = work.stream.fetch()
+            changed = batch.get("data")
+            work.take(fetched if changed is None else replicas(changed))
         else:
             work.stream.load_state_dict(data)
         work.metrics = dict(batch["metrics"])

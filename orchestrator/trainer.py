@@ -39,6 +39,7 @@ from orchestrator.result import Result
 from orchestrator.signals import GiveWay, Signals, in_notebook, leave
 from orchestrator.snapshot.capture import capture_random, restore_random
 from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CUT_SHORT
+from orchestrator.snapshot.kept import Kept
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
@@ -972,8 +973,11 @@ class Trainer:
         return ("train", *(f"validation/{name}" for name in self._evaluations))
 
     def _validate(self) -> dict[str, float]:
-        """All validation loaders in turn; where a halt breaks it off, their generators are as before."""
+        """All validation loaders in turn; where a halt breaks it off, generators and the model are as before."""
+        if not self._evaluations:
+            return {}
         values: dict[str, float] = {}
+        kept = Kept(self.validation_model)
         before = {name: evaluation.stream.between_epochs() for name, evaluation in self._evaluations.items()}
         for name, evaluation in self._evaluations.items():
             self.validating, self._evaluating = name, evaluation
@@ -984,6 +988,7 @@ class Trainer:
             except GiveWay:
                 for begun, state in before.items():
                     self._evaluations[begun].stream.load_state_dict(state)
+                kept.put_back()
                 raise
             values.update({f"{name}/{key}": value for key, value in found.items()})
         self.validating = self._evaluating = None

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_whole
 from orchestrator.errors import ConfigurationError
-from orchestrator.snapshot.capture import unwrapped
+from orchestrator.snapshot.capture import Built, capture_attributes, restore_attributes, unwrapped
 from states.table import Trigger
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class EMA(Callback):
         super().attach(trainer)
         self._trained = unwrapped(trainer.model)
         self.averaged = AveragedModel(self._trained, multi_avg_fn=self._blend, use_buffers=self.use_buffers)
+        self._built = Built.of(self.model)
         names = [phase.name for phase in trainer.phases]
         self._after_phase = names[-1] if self.phase is None else self.phase
         if self._after_phase not in names:
@@ -121,12 +122,13 @@ class EMA(Callback):
             self.trainer.validation_model = self.model if self.n_averaged else self.trainer.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and the averaged parameters and buffers (non-persistent ones too) by name."""
+        """Counters, and all that the averaged module has: parameters, buffers, plain attributes."""
         return {
             "updates": self.updates,
             "n_averaged": self.n_averaged,
             "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
             "buffers": {name: b.detach() for name, b in self.model.named_buffers()},
+            "attributes": capture_attributes(self.model, self._built),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -135,6 +137,8 @@ class EMA(Callback):
         self.averaged.n_averaged.fill_(state["n_averaged"])
         _copy_into(dict(self.model.named_parameters()), state["parameters"])
         _copy_into(dict(self.model.named_buffers()), state["buffers"])
+        if "attributes" in state:
+            restore_attributes(self.model, state["attributes"], self._built)
         self._choose_validated()
 
 

@@ -107,14 +107,17 @@ def capture_attributes(module: nn.Module, built: Built | None = None) -> Tree:
     tree: Tree = {"values": {}, "shared": {}, "marks": {}}
     first: dict[int, str] = {}
     for (path, name), value in found.values.items():
+        if type(value) in _SCALARS:  # nearly all there is
+            tree["values"].setdefault(path, {})[name] = value
+            continue
         if (path, name) in overlapping:
             continue
         full = _joined(path, name)
-        if not isinstance(value, (*_SCALARS, tuple)) and first.setdefault(id(value), full) != full:
+        if not isinstance(value, tuple) and first.setdefault(id(value), full) != full:
             tree["shared"][full] = first[id(value)]
             continue
         tree["values"].setdefault(path, {})[name] = _mapped(value, Tensor.detach)
-        marks = _marks(value, found.homes[path])
+        marks = _marks(value, found.parts[path], module)
         if marks:
             tree["marks"][full] = marks
     return tree
@@ -124,14 +127,13 @@ class _Search:
     """The attributes of all parts of a module that can be captured, each looked at by itself."""
 
     def __init__(self, module: nn.Module, built: Built | None) -> None:
-        parts = unique_submodules(module)
+        self.parts = parts = unique_submodules(module)
         self._registered = {
             _memory(tensor)
             for part in parts.values()
             for tensor in (*part._parameters.values(), *part._buffers.values())
             if tensor is not None
         } - {None}
-        self.homes = {path: _home(part, module) for path, part in parts.items()}
         self.values = {
             (path, name): value
             for path, part in parts.items()
@@ -204,8 +206,11 @@ def _home(part: nn.Module, root: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _marks(value: Any, home: torch.device) -> dict[str, list[int]]:
+def _marks(value: Any, part: nn.Module, root: nn.Module) -> dict[str, list[int]]:
     tensors = list(_tensors(value))
+    if not tensors:
+        return {}
+    home = _home(part, root)
     host = [i for i, t in enumerate(tensors) if t.device.type == "cpu" != home.type]
     grad = [i for i, t in enumerate(tensors) if t.is_leaf and t.requires_grad]
     return {name: found for name, found in (("host", host), ("grad", grad)) if found}
@@ -230,7 +235,7 @@ def _mapped(value: Any, made: Callable[[Tensor], Tensor]) -> Any:
             return items
         empty = copy.copy(value)  # keeps a defaultdict's factory
         empty.clear()
-        dict.update(empty, items)
+        empty.update(items)
         return empty
     if isinstance(value, deque):
         return deque((_mapped(item, made) for item in value), value.maxlen)

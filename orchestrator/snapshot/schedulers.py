@@ -167,8 +167,10 @@ def capture_scaler(scaler: torch.amp.GradScaler) -> Tree:
     return dict(copied(scaler.state_dict()))
 
 
-def restore_scaler(scaler: torch.amp.GradScaler, tree: Mapping[str, Any]) -> None:
-    """Give `scaler` the captured scale and growth.
+def restore_scaler(
+    scaler: torch.amp.GradScaler, tree: Mapping[str, Any], device: torch.device | None = None
+) -> None:
+    """Give `scaler` the captured scale and growth, on `device` (default: the CPU).
 
     Raises IncompatibleStateError where only one of both is enabled.
     """
@@ -180,3 +182,5 @@ def restore_scaler(scaler: torch.amp.GradScaler, tree: Mapping[str, Any]) -> Non
         )
     if tree:
         scaler.load_state_dict(dict(tree))
+        # Its tensors are made by the first scale(), which a training that goes on from BACKWARD would not call.
+        scaler.scale(torch.zeros((), device=device))

@@ -121,11 +121,25 @@ def _reads(name: str, code: types.CodeType) -> bool:
     if any(name in part.co_consts for part in _codes(code)):  # by getattr
         return True
     found = list(_instructions(code))
-    for here, instruction in enumerate(found):
-        if instruction.opname in _READS and instruction.argval == name:
-            after = found[here + 1 : here + 3]
-            adds = bool(after) and after[0].opname in _ATTRIBUTES and after[0].argval in _ADDS
-            sets = len(after) == 2 and after[1].opname == "STORE_SUBSCR"
-            if not (adds or sets):
-                return True
+    return any(
+        instruction.opname in _READS
+        and instruction.argval == name
+        and not (_adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40]))
+        for here, instruction in enumerate(found)
+    )
+
+
+def _adds(after: dis.Instruction) -> bool:
+    return after.opname in _ATTRIBUTES and after.argval in _ADDS
+
+
+def _sets_an_item(following: Iterable[dis.Instruction]) -> bool:
+    """Whether what was just loaded is the container of `container[key] = value`."""
+    above = 0  # what lies on the stack above it
+    for instruction in following:
+        if instruction.opname == "STORE_SUBSCR":
+            return above == 1
+        if "JUMP" in instruction.opname or above < 0:
+            return False
+        above += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
     return False

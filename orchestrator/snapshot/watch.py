@@ -82,15 +82,14 @@ class Watch:
             reach.add_hooks(item)
         for function in self._functions:
             reach.add_function(function)
-        self._before = self._fingerprints()
+        self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
     def look(self) -> list[str]:
         """What has changed since `begin` and was not told yet: a message for each."""
         self._take()
         messages = []
-        for owner, before, now in zip(self.owners, self._before, self._fingerprints(), strict=True):
-            values = owner.read()
+        for owner, before, (values, now) in zip(self.owners, self._before, self._fingerprints(), strict=True):
             for name in values:
                 place = owner.kind, owner.label + name
                 if place in self._told:
@@ -121,11 +120,11 @@ class Watch:
     def _take(self) -> None:
         self._taken = {path: capture_attributes(module) for path, module in self._modules.items()}
 
-    def _fingerprints(self) -> list[dict[str, Hashable]]:
+    def _fingerprints(self) -> list[tuple[Mapping[str, Any], dict[str, Hashable]]]:
+        """The values of each owner, and their fingerprints."""
         fingerprints = Fingerprints(set(self._memories()), self._reach.known)
-        return [
-            {name: fingerprints.of(value) for name, value in owner.read().items()} for owner in self.owners
-        ]
+        read = (owner.read() for owner in self.owners)
+        return [(values, {name: fingerprints.of(v) for name, v in values.items()}) for values in read]
 
     def _memories(self) -> Iterator[Hashable]:
         for module in self._modules.values():

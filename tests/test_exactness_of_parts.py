@@ -1,0 +1,487 @@
+"""Everything that has state, part by part: a training cut in mid-epoch and mid-window goes on bit for bit."""
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import trainings
+from orchestrator import (
+    EMA,
+    Callback,
+    Checkpointing,
+    EarlyStopping,
+    LRScheduling,
+    Phase,
+    Trainer,
+    seed_everything,
+)
+from orchestrator.snapshot.capture import digests, first_difference
+from states import State, Trigger
+
+Options = dict[str, Any]
+
+# --- the table: each entry gives what is other than in trainings.make -----------------------------------------
+
+PARTS: dict[str, Callable[[], Options]] = {}
+
+
+def part(builder: Callable[[], Options]) -> Callable[[], Options]:
+    PARTS[builder.__name__.replace("_", " ")] = builder
+    return builder
+
+
+def trained(model: nn.Module, kind: str = "AdamW", lr: float = 0.01, **settings: Any) -> Options:
+    return {"model": model, "optimizer": getattr(torch.optim, kind)(model.parameters(), lr=lr, **settings)}
+
+
+def adds(name: str, builder: Callable[[], Options]) -> None:
+    PARTS[name] = builder
+
+
+# schedulers
+
+SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], Options]] = {
+    "OneCycleLR": (lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=40), {"every": "batch"}),
+    "MultiStepLR": (lambda o: lr_scheduler.MultiStepLR(o, [2, 2, 5], gamma=0.5), {"every": "batch"}),
+    "MultiStepLR by epoch": (lambda o: lr_scheduler.MultiStepLR(o, [1], gamma=0.5), {}),
+    "ReduceLROnPlateau": (
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+        {"monitor": "val/loss"},
+    ),
+    "ReduceLROnPlateau by batch": (
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, cooldown=1),
+        {"every": "batch", "monitor": "loss"},
+    ),
+    "warmup then cosine": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(o, 20)], [3]
+        ),
+        {"every": "batch"},
+    ),
+    "CosineAnnealingWarmRestarts": (
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2, 2),
+        {"every": "batch"},
+    ),
+    "ChainedScheduler": (
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.9)]
+        ),
+        {"every": "batch"},
+    ),
+    "LambdaLR": (lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step), {"every": "batch"}),
+}
+
+
+def scheduled(name: str) -> Options:
+    make, how = SCHEDULERS[name]
+    options = trained(trainings.network(), "SGD", momentum=0.9)
+    scheduler = LRScheduling(make(options["optimizer"]), **how)
+    return {**options, "scheduler": scheduler, "val_loader": trainings.loader(24)}
+
+
+for _name in SCHEDULERS:
+    adds(_name, lambda name=_name: scheduled(name))
+
+
+# optimizers
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True),
+    "SGD foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, foreach=True),
+    "SGD fused": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, fused=True),
+    "Adam foreach": lambda m: torch.optim.Adam(m.parameters(), amsgrad=True, foreach=True),
+    "AdamW fused": lambda m: torch.optim.AdamW(m.parameters(), fused=True),
+    "Adagrad fused": lambda m: torch.optim.Adagrad(m.parameters(), fused=True),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), momentum=0.5, centered=True),
+    "NAdam": lambda m: torch.optim.NAdam(m.parameters()),
+    "ASGD": lambda m: torch.optim.ASGD(m.parameters(), lr=0.05, t0=2),
+    "RAdam": lambda m: torch.optim.RAdam(m.parameters(), lr=0.01),
+    "Rprop": lambda m: torch.optim.Rprop(m.parameters()),
+    "Adadelta": lambda m: torch.optim.Adadelta(m.parameters()),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters()),
+    "several groups": lambda m: torch.optim.AdamW(
+        [
+            {"params": [p for p in m.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in m.parameters() if p.dim() == 1], "lr": 0.1, "betas": (0.8, 0.9)},
+        ],
+        lr=0.01,
+    ),
+}
+# On the CPU this kernel's first step on bf16 makes other momentum each time, uninterrupted (torch 2.13).
+NOT_REPEATABLE = {"SGD fused"}
+
+
+def optimized(name: str, dtype: torch.dtype) -> Options:
+    model = trainings.network(dropout=0.2).to(dtype)
+    return {
+        "model": model,
+        "optimizer": OPTIMIZERS[name](model),
+        "forward": lambda m, b: nn.functional.cross_entropy(m(b[0].to(dtype)).float(), b[1]),
+    }
+
+
+for _name in OPTIMIZERS:
+    adds(_name, lambda name=_name: optimized(name, torch.float32))
+    if _name not in NOT_REPEATABLE:
+        adds(f"{_name}, bf16", lambda name=_name: optimized(name, torch.bfloat16))
+
+if hasattr(torch.optim, "Muon"):
+
+    @part
+    def Muon_beside_AdamW() -> Options:
+        model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))
+        loss = nn.CrossEntropyLoss()
+
+        def forward(m: nn.Module, batch: Any) -> Tensor:
+            return loss(m(batch[0]), batch[1])
+
+        muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.01)
+        others = torch.optim.AdamW([p for p in model.parameters() if p.dim() == 1], lr=0.01)
+        phases = [Phase("matrices", muon, forward), Phase("others", others, forward)]
+        return {"model": model, "optimizer": phases, "loss_fn": None, "accumulate": 1}
+
+
+@part
+def a_learning_rate_that_is_a_tensor() -> Options:
+    return trained(trainings.network(), "AdamW", lr=torch.tensor(0.01))
+
+
+# models
+
+
+@part
+def tied_weights() -> Options:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.other.weight = self.one.weight
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.other(self.one(x).tanh()))
+
+    return trained(Tied())
+
+
+@part
+def frozen_batchnorm_and_no_gradients() -> Options:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).requires_grad_(False).eval()
+            self.head, self.unused = nn.Linear(8, 3), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(x))
+
+    return {**trained(Frozen()), "val_loader": trainings.loader(24)}
+
+
+@part
+def buffers_that_are_not_persistent() -> Options:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = trainings.network()
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+            self.register_buffer("queue", torch.zeros(0, 3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            out = self.layers(x) * (1 + 0.01 * self.seen)
+            self.queue = torch.cat([self.queue, out[:1].detach()])[-3:]
+            return out + self.queue.mean(0)
+
+    return trained(Counting())
+
+
+@part
+def channels_last_with_clipping() -> Options:
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 6, 2), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            images = x.view(-1, 3, 2, 1).expand(-1, -1, -1, 2).contiguous(memory_format=torch.channels_last)
+            return self.layers(images)
+
+    return {**trained(Images().to(memory_format=torch.channels_last)), "clip_grad_norm": 0.1}
+
+
+@part
+def sparse_embeddings() -> Options:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(20, 3, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embedding((x.abs() * 5).long().clamp(max=19)).sum(1)
+
+    return {**trained(Words(), "SparseAdam"), "clip_grad_norm": 1.0}
+
+
+@part
+def spectral_norm() -> Options:
+    return trained(nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3)))
+
+
+@part
+def weight_norm() -> Options:
+    return trained(nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3)))
+
+
+@part
+def weight_norm_of_old() -> Options:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.utils.spectral_norm(nn.Linear(8, 3)))
+    return trained(model)
+
+
+@part
+def lazy_modules() -> Options:
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+    return trained(model, "SGD", momentum=0.9)
+
+
+class Extra(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.calls = trainings.network(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers(x) * (1 + 0.01 * self.calls)
+
+    def get_extra_state(self) -> Any:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = state["calls"]
+
+
+@part
+def extra_state() -> Options:
+    return trained(Extra())
+
+
+class Carrying(nn.Module):
+    """As tutorials have it: the hidden state of an LSTM carried over from batch to batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 3)
+        self.hidden: tuple[Tensor, Tensor] | None = None
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        if self.hidden is not None and self.hidden[0].shape[1] != len(x):
+            self.hidden = None
+        out, hidden = self.lstm(x.view(len(x), 2, 3), self.hidden)
+        self.hidden = tuple(h.detach() for h in hidden)
+        self.latest = out[:, -1].detach()
+        return self.head(out[:, -1]) * (1 + 0.01 * self.steps)
+
+
+@part
+def a_hidden_state_that_is_carried_over() -> Options:
+    return {**trained(Carrying()), "val_loader": trainings.loader(8)}
+
+
+@part
+def an_average_with_a_hidden_state_of_its_own() -> Options:
+    ema = EMA(decay=0.9, validate=True)
+    return {**trained(Carrying()), "val_loader": trainings.loader(8), "callbacks": [ema]}
+
+
+@part
+def dropout_that_a_callback_lowers() -> Options:
+    class Lowering(Callback):
+        def on_batch_begin(self, batch: int) -> None:
+            self.trainer.model[3].p *= 0.9
+
+    return {"callbacks": [Lowering()]}
+
+
+@part
+def a_loss_with_parameters_and_a_counter() -> Options:
+    class Weighing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.calls = nn.Parameter(torch.zeros(())), 0
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            loss = nn.functional.cross_entropy(outputs, targets)
+            return loss * torch.exp(-self.weight) + self.weight + 0.01 * self.calls * loss
+
+    model, loss = trainings.network(), Weighing()
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0.01)
+    return {"model": model, "optimizer": optimizer, "loss_fn": loss}
+
+
+@part
+def generators_of_the_model_and_of_a_callback() -> Options:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = trainings.network()
+            self.noise = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x + 0.1 * torch.randn(x.shape, generator=self.noise))
+
+    class Shaking(Callback):
+        def __init__(self) -> None:
+            import random
+
+            self.chance = random.Random(4)
+
+        def on_batch_begin(self, batch: int) -> None:
+            self.trainer.data[0].mul_(1 + 0.1 * self.chance.random())
+
+    return {**trained(Noisy()), "callbacks": [Shaking()]}
+
+
+# the rest
+
+
+@part
+def a_gradient_scaler() -> Options:
+    return {"precision": "fp16", "clip_grad_norm": 1.0}
+
+
+@part
+def patience_and_the_best_checkpoint() -> Options:
+    return {
+        "val_loader": trainings.loader(24),
+        "callbacks": [EarlyStopping(patience=1, min_delta=10.0)],
+        "checkpoint": Checkpointing(best="val/loss", keep_last=5),
+        "epochs": 4,
+    }
+
+
+@part
+def torchmetrics_in_mid_epoch() -> Options:
+    return {
+        "metrics": {
+            "accuracy": torchmetrics.classification.MulticlassAccuracy(3),
+            "auroc": torchmetrics.classification.MulticlassAUROC(3),
+        },
+        "val_loader": trainings.loader(24),
+        "forward": lambda m, b: (nn.functional.cross_entropy(out := m(b[0]), b[1]), out, b[1]),
+    }
+
+
+class UsersEMA(Callback):
+    """A user's own average, with a state_dict."""
+
+    def attach(self, trainer: Trainer) -> None:
+        super().attach(trainer)
+        self.average = AveragedModel(trainer.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        trainer.after(Trigger.STEP)(lambda: self.average.update_parameters(trainer.model))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": dict(self.average.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average.load_state_dict(state["average"])
+
+
+class SavesEachStep(Callback):
+    """As a Checkpointing that is listed first: what it asks for waits for the hooks of all others."""
+
+    def attach(self, trainer: Trainer) -> None:
+        super().attach(trainer)
+        trainer.after(Trigger.STEP)(trainer.save)
+
+
+@part
+def an_average_listed_after_what_saves() -> Options:
+    return {"callbacks": [SavesEachStep(), UsersEMA()]}
+
+
+@part
+def two_phases() -> Options:
+    model = nn.ModuleDict({"maker": nn.Linear(4, 6), "judge": trainings.network()})
+
+    def judge(m: nn.Module, batch: Any) -> Tensor:
+        fake = m["maker"](torch.randn(len(batch[0]), 4)).detach()
+        return m["judge"](batch[0]).square().mean() + m["judge"](fake).exp().mean()
+
+    def make(m: nn.Module, batch: Any) -> Tensor:
+        return -m["judge"](m["maker"](torch.randn(len(batch[0]), 4))).mean()
+
+    phases = [
+        Phase("judge", torch.optim.Adam(model["judge"].parameters(), lr=0.01), judge),
+        Phase("maker", torch.optim.RMSprop(model["maker"].parameters()), make),
+    ]
+    return {"model": model, "optimizer": phases, "loss_fn": None, "accumulate": 1}
+
+
+# --- the test -------------------------------------------------------------------------------------------------
+
+STOPS = [State.BACKWARD, State.BATCH_START, State.STEP]
+"""Where attempts are cut, one after the other, each after a full batch more: within and between windows."""
+
+
+def build(make: Callable[[], Options], root: Path) -> Trainer:
+    seed_everything(1)
+    options = {"accumulate": 2, "epochs": 2, **make()}
+    return trainings.make(root, **options)
+
+
+def everything(trainer: Trainer) -> dict[str, str]:
+    """Digests of all that is captured in the end, the readings of clocks left out."""
+    tree = trainer._state.capture()
+    tree["history"] = [{k: v for k, v in e.items() if k != "duration"} for e in tree["history"]]
+    tree["batch"]["metrics"].pop("batch_time", None)
+    return digests(tree, ignore=["batch/elapsed", "epoch/elapsed"])
+
+
+def losses_of(trainer: Trainer, into: dict[tuple[int, int, str], float]) -> None:
+    @trainer.after(Trigger.FORWARD)
+    def note() -> None:
+        into[trainer.epoch, trainer.batch, trainer.phase] = trainer._work.loss
+
+
+def assert_exact(make: Callable[[], Options], root: Path) -> Trainer:
+    unbroken, expected = build(make, root / "unbroken"), {}
+    losses_of(unbroken, expected)
+    unbroken.fit()
+    found: dict[tuple[int, int, str], float] = {}
+    for stop in STOPS:
+        attempt = build(make, root / "broken")
+        losses_of(attempt, found)
+        attempt.start("auto")
+        attempt.advance(until=State.BATCH_END)
+        attempt.advance(until=stop)
+        attempt.close()
+    last = build(make, root / "broken")
+    losses_of(last, found)
+    last.fit(resume="auto")
+    assert found == expected
+    assert all(map(math.isfinite, expected.values()))
+    assert first_difference(everything(unbroken), everything(last)) is None
+    return last
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_cut_and_resumed_equals_unbroken(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(is in no checkpoint|random generator)")
+        assert_exact(PARTS[name], tmp_path)
