@@ -341,8 +341,10 @@ def _without_new_attributes(module: Mapping[str, Any], other: Mapping[str, Any])
     if "attributes" in kept:
         theirs = other["attributes"]["values"]
         values = {
-            path: {name: value for name, value in of_part.items() if name in theirs.get(path, ())}
+            f"{path}.{name}": value
             for path, of_part in kept["attributes"]["values"].items()
+            for name, value in of_part.items()
+            if name in theirs.get(path, ())
         }
         kept["attributes"] = {**kept["attributes"], "values": values}
     return kept

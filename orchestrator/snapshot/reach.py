@@ -125,7 +125,7 @@ class Reach:
             del self._seen[id(item)]  # its fingerprint is part of its holder's
         elif isinstance(item, types.MethodType):
             self._follow(item.__func__, label)
-            self._follow(item.__self__, label)
+            self._follow(item.__self__, type(item.__self__).__name__)
         elif isinstance(item, functools.partial):
             self._follow_all([item.func, *item.args, *item.keywords.values()], label)
         elif isinstance(item, types.FunctionType):
@@ -149,7 +149,7 @@ class Reach:
         if not is_users(function) or id(function) in self._seen:
             return
         self._seen[id(function)] = function
-        code, name = function.__code__, function.__qualname__
+        code, name = function.__code__, function.__qualname__.rpartition("<locals>.")[2]
         self.codes.append(code)
         for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if id(cell) not in self._seen:
@@ -201,7 +201,7 @@ class Reach:
             for function in functions_of(kind):
                 self._follow_function(function)
             self._own(
-                Owner(f"{kind.__qualname__}.", "an attribute of a class", functools.partial(_of_class, kind))
+                Owner(f"{kind.__name__}.", "an attribute of a class", functools.partial(_of_class, kind))
             )
 
 

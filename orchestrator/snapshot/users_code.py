@@ -35,7 +35,7 @@ _READS = frozenset(
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
 _ADDS = frozenset({"append", "appendleft", "extend", "add", "write", "writerow"})
-_NOISE = frozenset({"CACHE", "PRECALL", "EXTENDED_ARG", "NOP"})
+_NOISE = frozenset({"CACHE", "EXTENDED_ARG", "NOP"})
 
 
 def is_users(item: Any) -> bool:
@@ -121,12 +121,19 @@ def _reads(name: str, code: types.CodeType) -> bool:
     if any(name in part.co_consts for part in _codes(code)):  # by getattr
         return True
     found = list(_instructions(code))
+    is_argument = name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return any(
-        instruction.opname in _READS
-        and instruction.argval == name
+        _loads(instruction, name, is_argument)
         and not (_adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40]))
         for here, instruction in enumerate(found)
     )
+
+
+def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:
+    if is_argument and instruction.opname.startswith("LOAD_FAST"):
+        loaded = instruction.argval  # two names in one instruction of later Pythons
+        return name == loaded or (isinstance(loaded, tuple) and name in loaded)
+    return instruction.opname in _READS and bool(instruction.argval == name)
 
 
 def _adds(after: dis.Instruction) -> bool:

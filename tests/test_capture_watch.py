@@ -1,0 +1,521 @@
+"""The watch: state that changes and is in no checkpoint is told once, by name; what is no state, never."""
+
+import functools
+import io
+import itertools
+import logging
+import random
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import trainings
+from orchestrator import EMA, Callback, EarlyStopping, Trainer
+from orchestrator.snapshot.users_code import is_users, only_written
+from orchestrator.snapshot.watch import Watch
+from states import Trigger
+
+Options = dict[str, Any]
+
+
+def told(root: Path, options: Options, *hooks: Callable[[Trainer], None]) -> list[str]:
+    """What the trainer warns of, in a training of two epochs."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer = trainings.make(root, **{"epochs": 2, **options})
+        for hook in hooks:
+            hook(trainer)
+        trainer.fit()
+    return [str(warning.message) for warning in found if "checkpoint" in str(warning.message)]
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+# --- what is told: each builder gives options and the name that the message begins with -----------------------
+
+HIDDEN: Any = None
+STEP = 0
+BUFFER = torch.zeros(4)
+
+
+def forward_with_a_global(model: nn.Module, batch: Any) -> Tensor:
+    global HIDDEN
+    loss = loss_of(model, batch)
+    HIDDEN = loss.detach() if HIDDEN is None else HIDDEN * 0.9 + loss.detach()
+    return loss + 0.01 * HIDDEN
+
+
+def count() -> int:
+    global STEP
+    STEP += 1
+    return STEP
+
+
+def forward_that_calls(model: nn.Module, batch: Any) -> Tensor:
+    return loss_of(model, batch) * count()
+
+
+def forward_in_place(model: nn.Module, batch: Any) -> Tensor:
+    loss = loss_of(model, batch)
+    BUFFER[0] += float(loss)
+    return loss + BUFFER.mean()
+
+
+def forward_with_a_default(model: nn.Module, batch: Any, memory: list[float] = []) -> Tensor:  # noqa: B006
+    loss = loss_of(model, batch)
+    memory.append(float(loss))
+    return loss * len(memory)
+
+
+def forward_with_an_attribute(model: nn.Module, batch: Any) -> Tensor:
+    forward_with_an_attribute.calls += 1  # type: ignore[attr-defined]
+    return loss_of(model, batch)
+
+
+forward_with_an_attribute.calls = 0  # type: ignore[attr-defined]
+
+
+def a_closure() -> tuple[Options, str]:
+    scale = 1.0
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal scale
+        scale *= 0.9
+        return loss_of(model, batch) * scale
+
+    return {"forward": forward}, "scale, a variable that forward encloses"
+
+
+def a_teacher() -> tuple[Options, str]:
+    teacher = trainings.network()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        with torch.no_grad():
+            for mine, trained in zip(teacher.parameters(), model.parameters(), strict=True):
+                mine.data.mul_(0.9).add_(trained.data, alpha=0.1)
+        return loss_of(model, batch) + (teacher(batch[0]) - model(batch[0])).square().mean()
+
+    return {"forward": forward}, "teacher, a variable"
+
+
+def an_object_whose_method_is_forward() -> tuple[Options, str]:
+    class Experiment:
+        def __init__(self) -> None:
+            self.recent: deque[float] = deque(maxlen=4)
+
+        def forward(self, model: nn.Module, batch: Any) -> Tensor:
+            loss = loss_of(model, batch)
+            self.recent.append(float(loss))
+            return loss * max(self.recent)
+
+    return {"forward": Experiment().forward}, "Experiment.recent, an attribute of a Experiment"
+
+
+def an_object_with_slots() -> tuple[Options, str]:
+    class Meter:
+        __slots__ = ("total",)
+
+        def __init__(self) -> None:
+            self.total = 0.0
+
+        def take(self, value: float) -> float:
+            self.total += value
+            return self.total
+
+    meter = Meter()
+    forward = functools.partial(_forward_with_meter, meter=meter)
+    return {"forward": forward}, "partial.total, an attribute of a Meter"
+
+
+def _forward_with_meter(model: nn.Module, batch: Any, meter: Any) -> Tensor:
+    loss = loss_of(model, batch)
+    return loss * meter.take(float(loss))
+
+
+def a_callback_without_state_dict() -> tuple[Options, str]:
+    class Halving(Callback):
+        def __init__(self) -> None:
+            self.best = 9.0
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            if metrics["loss"] < self.best:
+                self.best = metrics["loss"]
+
+    return {"callbacks": [Halving()]}, "Halving.best, an attribute of a callback that has no state_dict"
+
+
+def a_callback_that_adds_to_a_built_in_one() -> tuple[Options, str]:
+    class Mine(EMA):
+        taken = 0
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.taken += 1
+
+    return {"callbacks": [Mine()]}, "Mine.taken, an attribute"
+
+
+def an_attribute_that_cannot_be_captured() -> tuple[Options, str]:
+    class State(NamedTuple):
+        hidden: Tensor
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.carried = trainings.network(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layers(x)
+            self.carried = State(out.mean(0).detach())
+            return out + self.carried.hidden
+
+    return {"model": Named()}, "model.carried, an attribute of a module"
+
+
+def an_object_in_the_model() -> tuple[Options, str]:
+    @dataclass
+    class Memory:
+        count: int = 0
+
+    class Remembering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.memory = trainings.network(), Memory()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.memory.count += 1
+            return self.layers(x) * self.memory.count
+
+    return {"model": Remembering()}, "model.memory.count, an attribute of a Memory"
+
+
+def a_count_in_the_class() -> tuple[Options, str]:
+    class Classy(nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = trainings.network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            Classy.calls += 1
+            return self.layers(x) * (1 + 0.01 * Classy.calls)
+
+    return {"model": Classy()}, "Classy.calls, an attribute of a class"
+
+
+def a_metric_function() -> tuple[Options, str]:
+    class Smoothed:
+        def __init__(self) -> None:
+            self.value = 0.0
+
+        def __call__(self, outputs: Tensor, targets: Tensor) -> float:
+            self.value = 0.9 * self.value + 0.1 * float((outputs.argmax(1) == targets).float().mean())
+            return self.value
+
+    return {"metrics": {"smooth": Smoothed()}}, "Smoothed.value, an attribute of a Smoothed"
+
+
+def a_loss_function() -> tuple[Options, str]:
+    history = np.zeros(3)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(outputs, targets)
+        history[:] = [*history[1:], float(loss)]
+        return loss * float(1 + history.mean())
+
+    return {"loss_fn": loss_fn}, "history, a variable that loss_fn encloses"
+
+
+def a_hook_of_a_module() -> tuple[Options, str]:
+    model, seen = trainings.network(), {"calls": 0}
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        seen["calls"] += 1
+        return output * (1 + 0.01 * seen["calls"])
+
+    model[0].register_forward_hook(hook)
+    return {"model": model}, "seen, a variable that hook encloses"
+
+
+def an_optimizer_of_its_own() -> tuple[Options, str]:
+    model, other = trainings.network(), nn.Linear(6, 3)
+    optimizer: Optimizer = torch.optim.Adam(other.parameters())
+
+    class Stepping(Callback):
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            other(torch.ones(6)).sum().backward()
+            optimizer.step()
+
+    return {"model": model, "callbacks": [Stepping()]}, "other, a variable"
+
+
+def an_iterator() -> tuple[Options, str]:
+    more = itertools.cycle([0.9, 1.1])
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return loss_of(model, batch) * next(more)
+
+    return {"forward": forward}, "more, a variable that forward encloses, is a cycle"
+
+
+TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
+    "a global": lambda: (
+        {"forward": forward_with_a_global},
+        "HIDDEN, a global variable of test_capture_watch",
+    ),
+    "a global of a function that forward calls": lambda: ({"forward": forward_that_calls}, "STEP, a global"),
+    "a tensor written in place": lambda: ({"forward": forward_in_place}, "BUFFER, a global variable"),
+    "a default argument": lambda: (
+        {"forward": forward_with_a_default},
+        "memory, a default argument of forward_with_a_default",
+    ),
+    "an attribute of a function": lambda: (
+        {"forward": forward_with_an_attribute},
+        "forward_with_an_attribute.calls, an attribute of a function",
+    ),
+    **{
+        made.__name__.replace("_", " "): made
+        for made in (
+            *(a_closure, a_teacher, an_object_whose_method_is_forward, an_object_with_slots),
+            *(a_callback_without_state_dict, a_callback_that_adds_to_a_built_in_one, a_metric_function),
+            *(an_attribute_that_cannot_be_captured, an_object_in_the_model, a_count_in_the_class),
+            *(a_loss_function, a_hook_of_a_module, an_optimizer_of_its_own, an_iterator),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_changes_and_is_in_no_checkpoint_is_told_once_by_name(name: str, tmp_path: Path) -> None:
+    options, begin = TOLD[name]()
+    found = told(tmp_path, options)
+    assert len([message for message in found if message.startswith(begin)]) == 1, found
+    assert all("will not be exact" in message for message in found)
+    assert len(found) == (2 if name == "an optimizer of its own" else 1), found
+
+
+# --- what is not told -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_told_of_a_script_as_people_write_them(tmp_path: Path) -> None:
+    logger, lines, losses = logging.getLogger("mine"), io.StringIO(), []
+    records: dict[tuple[int, int], float] = {}
+    config = {"lr": 0.1, "layers": [8, 3]}
+    device = torch.device("cpu")
+    model = trainings.network()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    accuracy = torchmetrics.classification.MulticlassAccuracy(3)
+    loader = trainings.loader()
+
+    class Timing(Callback):
+        def __init__(self) -> None:
+            self.began = time.perf_counter()
+            self.losses: list[float] = []
+
+        def on_batch_begin(self, batch: int) -> None:
+            self.began = time.perf_counter()
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            logger.debug("%s", time.perf_counter() - self.began)
+            self.losses.append(metrics["loss"])
+
+    class Counting(Callback):
+        def __init__(self) -> None:
+            self.count = 0
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.count += 1
+            losses.append(metrics["loss"])
+            print(self.count, file=lines)
+
+        def state_dict(self) -> Options:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: Options) -> None:
+            self.count = state["count"]
+
+    def forward(net: nn.Module, batch: Any) -> Any:
+        inputs, targets = batch[0].to(device), batch[1].to(device)
+        outputs = model(inputs)
+        assert len(loader) == 6
+        assert config["layers"] == [8, 3]
+        return criterion(outputs, targets), outputs, targets
+
+    def hooks(trainer: Trainer) -> None:
+        @trainer.after(Trigger.END_BATCH)
+        def note() -> None:
+            records[trainer.epoch, trainer.batch + 0] = trainer.metrics["loss"]
+            assert scheduler.last_epoch >= 0
+
+    options = {
+        "model": model,
+        "optimizer": optimizer,
+        "forward": forward,
+        "scheduler": scheduler,
+        "train_loader": loader,
+        "val_loader": trainings.loader(24),
+        "metrics": {"accuracy": accuracy, "wrong": lambda o, t: (o.argmax(1) != t).float().mean()},
+        "callbacks": [Timing(), Counting(), EMA(), EarlyStopping("val/loss", patience=9)],
+    }
+    assert told(tmp_path, options, hooks) == []
+    assert len(losses) == len(records) == 12
+
+
+def test_reading_what_was_added_makes_it_state() -> None:
+    log: list[float] = []
+    table: dict[Any, Any] = {}
+
+    def adds() -> None:
+        log.append(1.0)
+        table[len("ab"), "x"] = max(1, 2)
+
+    def reads() -> float:
+        return log[-1]
+
+    def changes() -> None:
+        table["n"] += 1
+
+    def by_name() -> Any:
+        return getattr(reads, "log")  # noqa: B009
+
+    assert only_written("log", [adds.__code__])
+    assert only_written("table", [adds.__code__])
+    assert not only_written("log", [adds.__code__, reads.__code__])
+    assert not only_written("log", [adds.__code__, by_name.__code__])
+    assert not only_written("table", [changes.__code__])
+
+
+def test_users_code_is_told_from_libraries() -> None:
+    assert is_users(Options) is False
+    assert is_users(told)
+    assert not any(map(is_users, (torch.nn.Linear, torchmetrics.Metric, Trainer, random.Random, json_like())))
+
+
+def json_like() -> Any:
+    import json
+
+    return json.loads
+
+
+def test_what_shares_memory_with_a_parameter_or_is_the_loaders_is_not_told() -> None:
+    model = trainings.network()
+    view, loader = model[0].weight.detach()[0], trainings.loader()
+    dataset = loader.dataset
+
+    def forward() -> Any:
+        return view, dataset.tensors, model[0].weight
+
+    watch = Watch(
+        functions=[forward], modules={"model": model}, hooked=[], callbacks={}, outside=[loader, dataset]
+    )
+    watch.begin()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        dataset.tensors[0].add_(1)
+    assert watch.look() == []
+
+
+def test_a_large_value_is_looked_at_in_part_and_in_little_time() -> None:
+    table = torch.zeros(3_000_000)
+    words = dict.fromkeys(range(100_000), 0)
+
+    def forward() -> Any:
+        return table, words
+
+    watch = Watch(functions=[forward], modules={}, hooked=[], callbacks={}, outside=[])
+    watch.begin()
+    table[12_345] = 1
+    words["new"] = 1
+    assert [message.partition(",")[0] for message in watch.look()] == ["table", "words"]
+    assert watch.look() == []
+
+
+# --- generators -----------------------------------------------------------------------------------------------
+
+
+def test_generators_wherever_user_code_has_them_are_restored(tmp_path: Path) -> None:
+    def build(root: Path) -> Trainer:
+        chance = random.Random(3)
+        noise = np.random.default_rng(4)
+
+        class Old(Callback):
+            def __init__(self) -> None:
+                self.state = np.random.RandomState(5)
+
+            def on_batch_begin(self, batch: int) -> None:
+                self.trainer.data[0].add_(self.state.rand())
+
+        def forward(model: nn.Module, batch: Any) -> Tensor:
+            return loss_of(model, batch) * (chance.random() + noise.random())
+
+        return trainings.make(root, forward=forward, callbacks=[Old()], epochs=2)
+
+    whole, losses = build(tmp_path / "whole"), []
+    trainings.record_losses(whole, losses)
+    whole.fit()
+    found: list[float] = []
+    for transitions in (7, 12, 5, 99):
+        trainer = build(tmp_path / "broken")
+        trainings.record_losses(trainer, found)
+        trainer.start("auto")
+        for _ in range(transitions):
+            if trainer.advance() is None:
+                break
+        trainer.close()
+    assert found == losses
+
+
+def test_a_generator_made_while_training_is_named_on_resume(tmp_path: Path) -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.noise = trainings.network(), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.noise = self.noise or torch.Generator().manual_seed(1)
+            return self.layers(x + torch.rand(1, generator=self.noise))
+
+    trainer = trainings.make(tmp_path, model=Late())
+    trainer.start()
+    for _ in range(9):
+        trainer.advance()
+    trainer.close()
+    with pytest.warns(UserWarning, match=r"a random generator model\.noise, which is not there"):
+        trainings.make(tmp_path, model=Late()).fit("auto")
+
+
+def test_a_generator_whose_state_cannot_be_read_is_named(tmp_path: Path) -> None:
+    chance = random.SystemRandom()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return loss_of(model, batch) * chance.random()
+
+    assert "chance (SystemRandom)" in told(tmp_path, {"forward": forward})[0]
+
+
+def test_the_loaders_generator_is_the_datas(tmp_path: Path) -> None:
+    shared = torch.Generator().manual_seed(2)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        assert shared.initial_seed() == 2
+        return loss_of(model, batch)
+
+    trainer = trainings.make(tmp_path, forward=forward, train_loader=trainings.loader(generator=shared))
+    with trainer:
+        trainer.advance()
+        assert trainer._state.capture()["generators"] == {}
