@@ -1,10 +1,12 @@
 """Everything that has state, part by part: a training cut in mid-epoch and mid-window goes on bit for bit."""
 
 import math
+import random
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ from orchestrator import (
     Trainer,
     seed_everything,
 )
+from orchestrator.errors import ConfigurationError
+from orchestrator.recovery import RestoreError
 from orchestrator.snapshot.capture import digests, first_difference
 from states import State, Trigger
 
@@ -347,8 +351,6 @@ def generators_of_the_model_and_of_a_callback() -> Options:
 
     class Shaking(Callback):
         def __init__(self) -> None:
-            import random
-
             self.chance = random.Random(4)
 
         def on_batch_begin(self, batch: int) -> None:
@@ -485,3 +487,92 @@ def test_cut_and_resumed_equals_unbroken(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(is in no checkpoint|random generator)")
         assert_exact(PARTS[name], tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_goes_on_exactly(tmp_path: Path) -> None:
+    def compiled() -> Options:
+        model = torch.compile(Carrying(), dynamic=False)
+        return {**trained(model), "val_loader": trainings.loader(8)}
+
+    assert_exact(compiled, tmp_path)
+
+
+def test_the_best_checkpoint_and_patience_are_those_of_the_unbroken_run(tmp_path: Path) -> None:
+    last = assert_exact(PARTS["patience and the best checkpoint"], tmp_path)
+    assert last.reason.startswith("val/loss has not improved")
+    values = [epoch["val/loss"] for epoch in last.history]
+    found = last._callbacks["Checkpointing"].best_value
+    assert found == min(values)
+
+
+SCALE = {
+    "scale": 8.0,
+    "growth_factor": 2.0,
+    "backoff_factor": 0.5,
+    "growth_interval": 9,
+    "_growth_tracker": 0,
+}
+
+
+class Meddling(Callback):
+    """Changes something while the checkpoint is restored, as a state_dict that leaves something out would."""
+
+    def __init__(self, change: Callable[[Trainer], Any] = lambda trainer: None) -> None:
+        self.change = change
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.change(self.trainer)
+
+
+@pytest.mark.parametrize("entry", ["history", "model", "loss", "scalers", "metrics", "optimizers", "window"])
+def test_whatever_is_not_as_it_was_after_restoring_is_an_error(entry: str, tmp_path: Path) -> None:
+    changes: dict[str, Callable[[Trainer], Any]] = {
+        "history": lambda t: t.history.append({"loss": 1.0}),
+        "model": lambda t: setattr(t.model, "calls", 77),
+        "loss": lambda t: t._loss.eval(),
+        "scalers": lambda t: t._work.precision.scalers[0].load_state_dict(SCALE),
+        "metrics": lambda t: setattr(t._work.epoch_metrics, "samples", 1),
+        "optimizers": lambda t: t.optimizers[0].param_groups[0].update(lr=7.0),
+        "window": lambda t: setattr(t._work.window, "weight", 9.0),
+    }
+
+    def options(change: Callable[[Trainer], Any]) -> Options:
+        callbacks = [Meddling(change)]
+        return {**trained(Extra()), "precision": "fp16", "callbacks": callbacks}
+
+    first = build(lambda: options(lambda t: None), tmp_path)
+    first.start()
+    first.advance(until=State.EPOCH_END)
+    first.close()
+    again = build(lambda: options(changes[entry]), tmp_path)
+    with pytest.raises(RestoreError, match=f"^{entry}/"):
+        again.start("auto")
+
+
+def test_lbfgs_is_refused_by_name(tmp_path: Path) -> None:
+    model = trainings.network()
+    with pytest.raises(ConfigurationError, match="LBFGS evaluates the model several times within a step"):
+        trainings.make(tmp_path, model=model, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_a_batch_that_cannot_be_stored_is_told_where_a_hook_may_change_it(tmp_path: Path) -> None:
+    class Pair(NamedTuple):
+        inputs: Tensor
+        targets: Tensor
+
+    class Looking(Callback):
+        def on_batch_begin(self, batch: int) -> None:
+            assert self.trainer.data is not None
+
+    def collate(items: list[Any]) -> Pair:
+        return Pair(torch.stack([x for x, _ in items]), torch.stack([y for _, y in items]))
+
+    loader = trainings.loader(collate_fn=collate)
+    trainer = trainings.make(tmp_path, train_loader=loader, callbacks=[Looking()])
+    trainer.start()
+    trainer.advance(until=State.BATCH_START)
+    with pytest.warns(UserWarning, match="the batch is not in checkpoints, but fetched again"):
+        trainer.save()
+    trainer.close()

@@ -30,7 +30,8 @@ def loader(batch_size: int = 8, shuffle: bool = True, **options: Any) -> DataLoa
 def make(root: Path, *, seed: int = 1, **options: Any) -> Trainer:
     """A trainer of 3 epochs of 6 batches; silent, untracked, everything else by default."""
     seed_everything(seed)
-    model = options.pop("model", None) or network()
+    model = options.pop("model", None)
+    model = network() if model is None else model
     optimizer = options.pop("optimizer", None)
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
