@@ -6,8 +6,10 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := .venv-bench
+BENCH_STAMP := $(BENCH)/.installed
 
-.PHONY: demo test test-long test-stock lint install clean help
+.PHONY: demo test test-long test-stock lint bench-exact install clean help
 
 help:
 	@echo "make demo        install, then train a new run on scikit-learn's digits"
@@ -15,6 +17,7 @@ help:
 	@echo "make test-long   the longer tests as well"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
+	@echo "make bench-exact the table of docs/exactness.md, in an environment of its own; WRITE=1 writes it there"
 
 install: $(STAMP)
 
@@ -43,5 +46,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/exact/requirements.txt Makefile
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) pip setuptools
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) -r benchmarks/exact/requirements.txt
+	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e .
+	touch $(BENCH_STAMP)
+
+bench-exact: $(BENCH_STAMP)
+	$(BENCH)/bin/python benchmarks/exact/table.py $(if $(WRITE),--write)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
