@@ -582,7 +582,8 @@ class Trainer:
         weights: dict[str, torch.Tensor] = {}
         if plan.run is None and settings.init_from is not None:
             self.warm_start, weights = warm_start.read(settings.init_from, settings.root, self.model)
-        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes())
+        parent = None if self.warm_start is None else self.warm_start.source.parent
+        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes(), parent)
         self.run = self._attempt.run
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)

@@ -19,7 +19,7 @@ from orchestrator.snapshot.names import Slot, aliases, buffer_slots, parameter_s
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.snapshot.tensor_file import HeaderError, read_tensors
 from orchestrator.snapshot.tensors import is_uninitialized
-from tracking.journal import Journal
+from tracking.journal import Journal, Parent
 from tracking.runs import RunFolder, RunNotFound, find_run
 
 __all__ = ["Source", "WarmStart", "apply", "read"]
@@ -35,6 +35,13 @@ class Source:
     run: RunFolder | None = None
     seq: int | None = None
     """The run's transition that the checkpoint was made after."""
+
+    @property
+    def parent(self) -> Parent | None:
+        """The link to the run, for a run that begins with these weights."""
+        if self.run is None:
+            return None
+        return Parent(self.run.id, str(self.run.path), self.seq, self.path.name, "warm start")
 
 
 @dataclass(frozen=True)

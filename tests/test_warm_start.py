@@ -327,3 +327,20 @@ def test_a_damaged_checkpoint(tmp_path: Path) -> None:
         begun(by_name)
     assert by_name.warm_start is not None
     assert by_name.warm_start.source.path == list_checkpoints(newest.parent)[1]
+
+
+def test_the_new_run_names_the_run_that_its_weights_are_of(tmp_path: Path) -> None:
+    before = trained(tmp_path)
+    after = trainings.make(tmp_path, name="after", init_from="before")
+    begun(after)
+    assert before.run is not None
+    assert after.run is not None
+    with Journal.open(after.run) as journal:
+        parent = journal.run_info().parent
+    assert parent is not None
+    assert (parent.run, parent.kind) == (before.run.id, "warm start")
+    assert parent.checkpoint == checkpoint_of(before).name
+    # A warm start is a run of its own name, and goes on by "auto"; a branch would not.
+    again = trainings.make(tmp_path, name="after", init_from="before")
+    again.fit(resume="auto")
+    assert again.run == after.run
