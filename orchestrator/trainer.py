@@ -657,12 +657,11 @@ class Trainer:
                 callback.load_state_dict(states[name])
             restore_random(random)
             self._attempt.clock.restart()
-            for arc in (
-                Arc(Trigger.HALT, State.IDLE, State.HALTED),
-                Arc(Trigger.RESUME, State.HALTED, self.state),
-            ):
-                self._work.note = f"branched from {past.run.id} at {past.moment}"
-                self._attempt.record(ARCS.index(arc), self._work)
+            work, note = self._work, f"branched from {past.run.id} at {past.moment}"
+            place, work.place, work.note = work.place, Place(), note
+            self._attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)), work)
+            work.place, work.note = place, note
+            self._attempt.record(ARCS.index(Arc(Trigger.RESUME, State.HALTED, self.state)), work)
             if self._settings.checkpoint is not None:
                 self._requests.saves.append(Save())
             self._carry_out_saves(BRANCH)
