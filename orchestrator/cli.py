@@ -21,6 +21,9 @@ _COMMANDS = {
     "diff": "orchestrator.commands.diff",
     "diagram": "orchestrator.commands.diagram",
     "resume": "orchestrator.commands.resume",
+    "seek": "orchestrator.commands.seek",
+    "replay": "orchestrator.commands.replay",
+    "blame": "orchestrator.commands.blame",
     "sync": "orchestrator.commands.sync",
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator import configuration, past, recovery, warm_start
+from orchestrator import configuration, errands, past, recovery, warm_start
 from orchestrator.attempt import Attempt
 from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
@@ -494,6 +494,7 @@ class Trainer:
             Exception: whatever a hook, the model or the data raised, unchanged.
         """
         self._loop.check_outside()
+        errands.carry_out(self)
         with Signals(self._request_signal_halt, self._waits):
             if self._attempt is None or self._attempt.closed:
                 if self.state is not State.DONE:
@@ -510,8 +511,10 @@ class Trainer:
     def start(self, resume: bool | str | os.PathLike[str] = False, override: Collection[str] = ()) -> None:
         """Open the run and stand at its first state: IDLE, or the state of the checkpoint.
 
-        `fit` and `advance` do it themselves if need be; `resume` and `override` as for `fit`.
+        `fit` and `advance` do it themselves if need be; `resume` and `override` as for `fit`. Where `interlock seek`,
+        `replay` or `blame` has started the script, that is done instead, and left by SystemExit.
         """
+        errands.carry_out(self)
         if self._attempt is not None and not self._attempt.closed:
             raise ConfigurationError("this training has started already")
         if self.state is State.DONE:

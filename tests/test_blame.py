@@ -1,6 +1,5 @@
 """Blame: who made the NaN, found by doing the guilty batch again. Every kind of culprit, made for real."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,7 @@ from orchestrator.past import SeekError
 from states import State, Trigger
 from tracking.journal import Journal
 from tracking.runs import RunFolder, list_runs
-
-
-class At(nn.Module):
-    """Does something else to its input on one batch of the training, as unlucky data would."""
-
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], batch: int = 8) -> None:
-        super().__init__()
-        self.function, self.batch = function, batch
-        self.register_buffer("seen", torch.tensor(0))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.seen += 1
-        return self.function(inputs) if self.seen == self.batch + 1 else inputs
-
-
-def spoilt(function: Callable[[torch.Tensor], torch.Tensor], batch: int = 8) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Sequential(nn.ReLU(), At(function, batch)), nn.Linear(8, 3)
-    )
+from trainings import At, spoilt
 
 
 def halted(trainer: Trainer) -> NonFiniteError:

@@ -28,7 +28,7 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = ["runs", "show", "log", "check", "diff", "diagram", "resume", "sync"]
+COMMANDS = ["runs", "show", "log", "check", "diff", "diagram", "resume", "seek", "replay", "blame", "sync"]
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:

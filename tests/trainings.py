@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ def data(samples: int = 48, seed: int = 5) -> TensorDataset:
 
 def network(dropout: float = 0.5) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+class At(nn.Module):
+    """Does something else to its input on one batch of the training, as unlucky data would."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], batch: int = 8) -> None:
+        super().__init__()
+        self.function, self.batch = function, batch
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.function(inputs) if self.seen == self.batch + 1 else inputs
+
+
+def spoilt(function: Callable[[torch.Tensor], torch.Tensor], batch: int = 8) -> nn.Sequential:
+    """A network whose module 2.1 does something else on one batch."""
+    middle = nn.Sequential(nn.ReLU(), At(function, batch))
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), middle, nn.Linear(8, 3))
 
 
 def loader(batch_size: int = 8, shuffle: bool = True, **options: Any) -> DataLoader[Any]:

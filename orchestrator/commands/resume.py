@@ -36,32 +36,36 @@ class Command:
         return shlex.join(self.argv)
 
 
-def read_command(run: RunFolder) -> Command:
+def read_command(run: RunFolder, by_hand: str = "", instead: str = "") -> Command:
     """The command that started the run, able to start it again.
 
-    Raises ResumeError if none is recorded, or it cannot be started again here.
+    Raises ResumeError if none is recorded, or it cannot be started again here. The error says how to do it
+    `by_hand`, with an environment variable, and what to call `instead` in a notebook; by default, to resume.
     """
-    command = _recorded(run)
+    folder = str(run.path)
+    by_hand = by_hand or f"{RESUME_VARIABLE}={shlex.quote(folder)}"
+    instead = instead or f"trainer.fit(resume={folder!r})"
+    command = _recorded(run, by_hand)
     notebook = any("ipykernel" in word for word in command.argv)
     if notebook or len(command.argv) < 2 or command.argv[1] == "-":
         raise ResumeError(
             f"{run.id}: was started from {'a notebook' if notebook else 'an interactive session'} "
-            f"({command}), expected a script; go on there, with trainer.fit(resume={str(run.path)!r})"
+            f"({command}), expected a script; go on there, with {instead}"
         )
     if not command.cwd.is_dir():
         raise ResumeError(
             f"{run.id}: was started in {command.cwd}, which is not there any more; expected that folder, "
-            f"with the script in it. From another folder: {RESUME_VARIABLE}={shlex.quote(str(run.path))} {command}"
+            f"with the script in it. From another folder: {by_hand} {command}"
         )
     if not shutil.which(command.executable):
         raise ResumeError(
             f"{run.id}: was started with {command.executable}, which is not there any more; start it with "
-            f"another interpreter: {RESUME_VARIABLE}={shlex.quote(str(run.path))} {command}"
+            f"another interpreter: {by_hand} {command}"
         )
     return command
 
 
-def _recorded(run: RunFolder) -> Command:
+def _recorded(run: RunFolder, by_hand: str) -> Command:
     try:
         found: Any = json.loads(run.command.read_text())
         return Command(str(found["executable"]), tuple(map(str, found["argv"])), Path(found["cwd"]))
@@ -71,7 +75,7 @@ def _recorded(run: RunFolder) -> Command:
         problem = f"it cannot be read ({error})"
     raise ResumeError(
         f"{run.command}: expected the command that started the run, found that {problem}; start the script "
-        f"yourself with {RESUME_VARIABLE}={shlex.quote(str(run.path))} in its environment"
+        f"yourself with {by_hand} in its environment"
     )
 
 
