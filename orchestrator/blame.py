@@ -76,7 +76,7 @@ class Blame:
         if self.kind == "loss":
             return f"what modules gave is finite, and the loss function {named} made of it {self.made}"
         where = f"module {named}" if named else "what is outside of any module"
-        return f"the loss is finite; the backward pass of {where} made {self.made} of finite gradients"
+        return f"the loss is finite; the backward pass of {where} was given finite gradients, and made {self.made}"
 
 
 def stand_before(trainer: Trainer, run: str | os.PathLike[str] | None = None) -> None:

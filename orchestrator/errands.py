@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -244,12 +245,12 @@ def _said() -> Iterator[None]:
 
 def _prompt(names: dict[str, Any], banner: str) -> None:
     """A Python prompt: IPython's where it is installed."""
-    try:
-        from IPython import start_ipython
-        from traitlets.config import Config
-    except ImportError:
+    if find_spec("IPython") is None:
         _plain_prompt(names, banner)
         return
+    from IPython import start_ipython
+    from traitlets.config import Config
+
     config = Config()
     config.TerminalInteractiveShell.banner1 = f"{banner}\n"
     config.TerminalInteractiveShell.confirm_exit = False
@@ -273,23 +274,19 @@ def _plain_prompt(names: dict[str, Any], banner: str) -> None:
 
 @contextlib.contextmanager
 def _progress(trainer: Trainer, what: str) -> Iterator[None]:
-    """A bar of the batches done again; on a terminal only."""
+    """A line that says which batch is done again; on a terminal only."""
     if not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    columns = TextColumn(f"{what}: epoch {{task.fields[epoch]}}, batch {{task.fields[batch]}}")
+    columns = TextColumn(f"{what} {{task.description}}"), TimeElapsedColumn()
     out = sys.stdout.isatty()  # otherwise what is printed belongs into the file or pipe
-    bar = Progress(
-        columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True, redirect_stdout=out
-    )
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=out)
     with bar, trainer._loop.hooks_kept():
-        task = bar.add_task(what, total=None, epoch=trainer.epoch, batch=trainer.batch)
-
-        def show() -> None:
-            bar.update(task, epoch=trainer.epoch, batch=trainer.batch)
-
-        trainer.after(Trigger.END_BATCH)(show)
+        task = bar.add_task("", total=None)
+        trainer.after(Trigger.END_BATCH)(
+            lambda: bar.update(task, description=f"epoch {trainer.epoch}, batch {trainer.batch}")
+        )
         yield

@@ -1,5 +1,6 @@
 """Blame: who made the NaN, found by doing the guilty batch again. Every kind of culprit, made for real."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,10 @@ def test_gradient_of_the_root_of_zero(tmp_path: Path) -> None:
     assert (blame.kind, blame.name, blame.type) == ("backward", "2.1", "At")
     assert blame.function == "SqrtBackward0"
     assert "torch.sqrt(x * 0)" in blame.line
-    assert "the loss is finite; the backward pass of module 2.1 (At) made" in str(blame)
+    assert (
+        "the loss is finite; the backward pass of module 2.1 (At) was given finite gradients, and made"
+        in str(blame)
+    )
     # It is the training's own backward that was watched: the gradients are there to be looked at.
     assert not torch.isfinite(trainer.model[0].weight.grad).all()
 
@@ -273,6 +277,21 @@ def test_overflow_that_a_scaler_takes_care_of_is_left_alone(tmp_path: Path) -> N
     again.seek(0, 0)
     with pytest.raises(BlameError, match="everything is finite from epoch 0, batch 0"):
         again.blame()
+
+
+def test_the_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parent.parent / "examples" / "debug_nan.py"
+    code = [line for line in example.read_text().splitlines() if line.strip() and not line.startswith('"""')]
+    assert len(code) < 40
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "halted: non-finite " in text
+    assert "the same as before: True" in text
+    assert "module 3 (LogProbabilities)" in text
+    assert "return torch.log(torch.softmax(scores, dim=1))" in text
 
 
 def test_where_nothing_is_to_be_blamed(tmp_path: Path) -> None:
