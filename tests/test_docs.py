@@ -156,12 +156,32 @@ def with_run() -> dict[str, Any]:
     return {"model": trainings.network()}
 
 
+def with_past() -> dict[str, Any]:
+    """The same as `classification`, trained."""
+    names = classification()
+    names["trainer"].fit()
+    return names
+
+
+def replaying() -> dict[str, Any]:
+    """What a script of `interlock replay` has."""
+    return {"trainer": classification()["trainer"]}
+
+
+def halting() -> dict[str, Any]:
+    """A trainer that will halt on a NaN."""
+    return {"trainer": trainings.make(Path("runs"), model=trainings.spoilt(lambda x: torch.log(x - x) * 0))}
+
+
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "": classification,
     "text": text,
     "gan": gan,
     "run": with_run,
     "backend": dict,
+    "past": with_past,
+    "script": replaying,
+    "nan": halting,
 }
 
 RUN_NAME = "digits"
