@@ -344,13 +344,14 @@ class _Fitting:
             self._differs("data", line)
         if lines:
             self._replace(
+                batch={**self.tree["batch"], "data": None},  # it is fetched from the other data
                 data=overrides.fitted_data(
                     self.tree["data"],
                     self._live["data"],
                     length=stream.length,
                     over=self.tree["state"] in _AFTER_AN_EPOCH,
                     same_sampler=_types(saved.get("sampler")) == _types(now.get("sampler")),
-                )
+                ),
             )
 
     # -- what follows once it is known what is overridden ----------------------------------------

@@ -45,8 +45,14 @@ def fitted_module(saved: Mapping[str, Any], live: Mapping[str, Any]) -> Tree:
     same = {path for path, kind in live["types"].items() if saved["types"].get(path) == kind}
     kept = kept_parameters(saved, live)
     fitted = {key: _by_path(saved.get(key), entry, same) for key, entry in live.items()}
-    for kind in ("parameters", "buffers"):
-        fitted[kind] = {name: _matching(saved, name, tensor) for name, tensor in live[kind].items()}
+    fitted["parameters"] = {n: _matching(saved, n, tensor) for n, tensor in live["parameters"].items()}
+    lazy = {name.rpartition(".")[0] for name, tensor in live["parameters"].items() if tensor is None}
+    fitted["buffers"] = {
+        name: None
+        if tensor is None and name.rpartition(".")[0] not in lazy
+        else _matching(saved, name, tensor)
+        for name, tensor in live["buffers"].items()
+    }
     frozen = live["requires_grad"]
     fitted["requires_grad"] = {
         name: saved["requires_grad"].get(name, needs) if live["aliases"].get(name, name) in kept else needs
@@ -120,7 +126,8 @@ def _fitted_names(
 
 def fitted_average(saved: Tree, live: Tree) -> Tree:
     """The state of an average of the weights, with the live one's where the model's tensors do not match."""
-    return {**saved, **{kind: _matching_all(saved[kind], live[kind]) for kind in ("parameters", "buffers")}}
+    matching = {kind: _matching_all(saved[kind], live[kind]) for kind in ("parameters", "buffers")}
+    return {**saved, **matching, "attributes": live["attributes"]}
 
 
 def _matching_all(saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -303,9 +303,11 @@ def restore(found: Found, state: TrainingState) -> Divergence | None:
     lacking = found.tree["callbacks"].keys() ^ again["callbacks"].keys()
     for name in sorted(lacking):
         warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
+    other_data = any(line.startswith("data:") for line in found.overridden)
+    ignored = (*_CLOCKS, "batch/samples") if other_data else _CLOCKS
     different = capture.first_difference(
         *(
-            capture.digests(tree, ignore=_CLOCKS)
+            capture.digests(tree, ignore=ignored)
             for tree in (_comparable(found.tree, again), _comparable(again, found.tree))
         )
     )
@@ -323,6 +325,8 @@ def _comparable(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     for key in ("callbacks", "generators"):
         if key in chosen:
             chosen[key] = {name: value for name, value in tree[key].items() if name in other[key]}
+    if tree["batch"].get("data") is None or other["batch"].get("data") is None:  # then it was fetched again
+        chosen["batch"] = {key: value for key, value in tree["batch"].items() if key != "data"}
     if tree["guard"] is None or other["guard"] is None:  # whether to guard is not binding
         chosen["guard"] = None
     if tree["batch"].get("data") is None or other["batch"].get("data") is None:  # hooks may come and go

@@ -326,7 +326,7 @@ def swapped(samples: int) -> Any:
 
 OTHER: list[tuple[Any, Any, str]] = [
     (lambda: split(1), lambda: split(2), "data set/indices"),
-    (lambda: files(range(40)), lambda: files(range(39, -1, -1)), "first item: .*\n  last item"),
+    (lambda: files(range(40)), lambda: files(range(39, -1, -1)), "first item: .*\n .*last item"),
     (lambda: swapped(40), lambda: swapped(44), "length of the data set: 40 when saved, 44 now"),
     (weighted, lambda: weighted(batch_size=4), "batch size: 8 when saved, 4 now"),
     (streamed, lambda: DataLoader(Streamed(seed=6), 8, drop_last=True), "first item"),
