@@ -101,11 +101,12 @@ def test_the_document_has_each_contender_as_pinned_and_each_state() -> None:
 
 
 FORGETFUL = """
-import task, torch
+import random, numpy, task, torch
 from torch import nn
 options = task.options()
 record = task.Record(options)
-torch.manual_seed(task.SEED)
+for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+    seed(task.SEED)
 model = task.network()
 optimizer, scheduler = task.optimization(model)
 parts = [model, optimizer, scheduler]
