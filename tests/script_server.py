@@ -73,15 +73,13 @@ def run(request: dict[str, Any], output: Path, passed: Path) -> int:
 
 
 def watch(moments: list[list[Any]], target: list[Any] | None, number: int) -> None:
-    """From now on each trainer notes the moments it passes, and is struck at `target`, once."""
+    """From now on each trainer notes the moments it passes, and is struck at `target`."""
     begin = Trainer.__init__
-    armed = [target] if target else []
 
     def passing(trainer: Trainer, trigger: Trigger, when: str) -> None:
         moment = [trainer.epoch, trainer.batch, trainer.phase, trigger.value, when]
         moments.append(moment)
-        if moment in armed:
-            armed.clear()
+        if moment == target:
             os.kill(os.getpid(), number)
 
     def init(trainer: Trainer, *args: Any, **options: Any) -> None:

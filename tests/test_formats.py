@@ -146,18 +146,26 @@ def test_from_1_to_2() -> None:
 
 
 def test_what_a_format_did_not_keep_stays_as_it_is() -> None:
-    saved = {"model": {"parameters": {"weight": 1.0}}, "loss": None, "data": {"position": 3}}
+    average = {"updates": 1, "n_averaged": 1, "parameters": {}, "buffers": {}}
+    saved = {
+        "model": {"parameters": {"weight": 1.0}},
+        "loss": None,
+        "data": {"position": 3},
+        "callbacks": {"EMA": average, "Mine": {"attributes": [1]}},
+    }
     _, tree = migrate({"format_version": 1}, saved)
     live = {
         "model": {"parameters": {"weight": 2.0}, "attributes": {**NONE, "values": {"": {"steps": 3}}}},
         "loss": {},
         "data": {"position": 0},
+        "callbacks": {"EMA": {**average, "attributes": {**NONE, "marks": {"": 1}}}, "Mine": {"attributes": [2]}},
     }
     assert tree is not None
     found = with_what_was_not_kept(tree, live, 1)
     assert found["model"] == {"parameters": {"weight": 1.0}, "attributes": live["model"]["attributes"]}
     assert found["loss"] is None
     assert found["data"] == {"position": 3}
+    assert found["callbacks"] == {"EMA": live["callbacks"]["EMA"], "Mine": {"attributes": [1]}}
     assert with_what_was_not_kept(tree, live, FORMAT_VERSION) == tree
 
 

@@ -18,11 +18,19 @@ def _to_2(manifest: Tree, tree: Tree | None) -> tuple[Tree, Tree | None]:
     - `attributes` of the modules in `model` and `loss` that are plain values, and in `built` what the script
       made them; `generators` that the script's objects own.
     - `place` of the training's and of each validation's data, for data sets that have a state of their own.
+    - `attributes` of the averaged module of each EMA.
     """
     if tree is not None:
-        for path, entries in _ADDED_IN_2.items():
+        averages = {f"callbacks/{name}": _NO_ATTRIBUTES for name in _averages_of_1(tree)}
+        for path, entries in {**_ADDED_IN_2, **averages}.items():
             tree = _with_entries(tree, path, entries)
     return manifest, tree
+
+
+def _averages_of_1(tree: Tree) -> list[str]:
+    """The names of the callbacks whose state is that of an EMA in format 1."""
+    states = tree.get("callbacks", {}).items()
+    return [name for name, state in states if {"updates", "n_averaged", "parameters", "buffers"} == state.keys()]
 
 
 _NO_ATTRIBUTES: Tree = {"attributes": {"values": {}, "shared": {}, "marks": {}}}
@@ -50,7 +58,7 @@ MIGRATIONS: Mapping[int, Migration] = {1: _to_2}
 """For each format but the newest, what makes (manifest, tree) of it into those of the next."""
 
 _NOT_KEPT: Mapping[int, Mapping[str, Tree]] = {
-    1: {part: _ADDED_IN_2[part] for part in ("model", "loss", "data")},
+    1: {**{part: _ADDED_IN_2[part] for part in ("model", "loss", "data")}, "callbacks/*": _NO_ATTRIBUTES},
 }
 
 
@@ -71,9 +79,21 @@ def with_what_was_not_kept(tree: Tree, live: Mapping[str, Any], version: int) ->
     What a migration adds says that there is none; a trainer may well have some, which then stays as it is.
     """
     for older in range(version, max(MIGRATIONS) + 1):
-        for part, entries in _NOT_KEPT[older].items():
-            if tree[part] is not None and live[part] is not None:
-                rest = {key: value for key, value in tree[part].items() if key not in entries}
-                found = {key: live[part][key] for key in entries if key in live[part]}
-                tree = {**tree, part: {**rest, **found}}
+        for path, entries in _NOT_KEPT[older].items():
+            tree = _with_live(tree, live, path, entries)
     return tree
+
+
+def _with_live(tree: Tree, live: Mapping[str, Any], path: str, entries: Tree) -> Tree:
+    """`tree` with the part at `path` as in `live` where it has the `entries` that a migration adds, those of none."""
+    if not path:
+        added = [key for key, none in entries.items() if key in tree and tree[key] == none]
+        found = {key: live[key] for key in added if key in live}
+        return {**{key: value for key, value in tree.items() if key not in added}, **found}
+    first, _, rest = path.partition("/")
+    parts = [part for part in (tree if first == "*" else [first]) if part in tree and part in live]
+    return tree | {
+        part: _with_live(tree[part], live[part], rest, entries)
+        for part in parts
+        if tree[part] is not None and live[part] is not None
+    }
