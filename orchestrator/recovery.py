@@ -19,6 +19,7 @@ from orchestrator.policy import Situation
 from orchestrator.result import Result
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.info import (
+    BEFORE_THE_END,
     CUT_SHORT,
     CheckpointInfo,
     info_of,
@@ -181,7 +182,8 @@ def _plan_for(
     ended = found.info.state is State.DONE
     if not ended and found.info.purpose != CUT_SHORT:
         return Plan(run, found, lease, expected=losses_after(run, found))
-    if found.tree["stop"] is None and _left(found.tree["place"], limits):
+    place = Place(**found.tree["place"])
+    if found.tree["stop"] is None and _left(place, limits, within_epoch=_ended_within_epoch(place, infos)):
         # Any checkpoint from before the end will do; the newest that is whole has the least to do again.
         earlier = _newest([i for i in infos if i.state is not State.DONE and i.purpose != CUT_SHORT])
         if earlier is None:
@@ -229,10 +231,19 @@ def _refuse_to_meet_again(run: RunFolder, last: Attempt) -> None:
         )
 
 
-def _left(place: Mapping[str, Any], limits: Limits) -> bool:
+def _ended_within_epoch(place: Place, infos: Sequence[CheckpointInfo]) -> bool:
+    """Whether the run that ended at `place` left batches of its last epoch undone."""
+    return any(
+        info.batches == place.batches
+        and (info.purpose == CUT_SHORT or (info.purpose == BEFORE_THE_END and info.state is State.BATCH_END))
+        for info in infos
+    )
+
+
+def _left(place: Place, limits: Limits, *, within_epoch: bool) -> bool:
     situation = Situation()
-    limits.apply(situation, Place(**place))
-    return situation.epochs_left and situation.batches_left
+    limits.apply(situation, place)
+    return situation.batches_left and (situation.epochs_left or within_epoch)
 
 
 def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:

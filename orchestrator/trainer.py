@@ -248,7 +248,8 @@ class Trainer:
             else {"model": self.model, "loss": self._loss},
             hooked=self.optimizers,
             callbacks=self._callbacks,
-            outside=[self, *parts_of(self._data), *parts_of([s.scheduler for s in schedulings])],
+            outside=[self, *parts_of([s.scheduler for s in schedulings])],
+            data=parts_of(self._data),
         )
 
     def _add_hooks(self, callback: Callback) -> None:

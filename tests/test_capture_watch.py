@@ -19,6 +19,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Subset, WeightedRandomSampler
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
@@ -271,6 +272,62 @@ def an_iterator() -> tuple[Options, str]:
     return {"forward": forward}, "more, a variable that forward encloses, is a cycle"
 
 
+class Graded(Dataset[Any]):
+    """Reading it counts, and what a hook sets makes it harder."""
+
+    def __init__(self) -> None:
+        self.samples, self.difficulty, self.reads = trainings.data(), 0.0, 0
+        self.cache: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        inputs, target = self.cache[index] = self.samples[index]
+        return inputs * (1 + self.difficulty), target
+
+
+def an_attribute_of_the_data_set() -> tuple[Options, str]:
+    data = Graded()
+
+    class Harder(Callback):
+        def on_epoch_begin(self, epoch: int) -> None:
+            data.difficulty = epoch + 1.0
+
+    loader = DataLoader(Subset(data, range(24)), batch_size=8, shuffle=True)
+    return {"train_loader": loader, "callbacks": [Harder()]}, "Graded.difficulty, an attribute of the data,"
+
+
+def weights_of_a_sampler() -> tuple[Options, str]:
+    sampler = WeightedRandomSampler(torch.ones(48).tolist(), 48)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        sampler.weights[0] = loss.detach()
+        return loss
+
+    loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
+    return {"train_loader": loader, "forward": forward}, "WeightedRandomSampler.weights, an attribute of the data,"
+
+
+def an_attribute_of_an_optimizer() -> tuple[Options, str]:
+    class Every(torch.optim.Adam):
+        """Steps with twice the rate every other time."""
+
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=1e-3)
+            self.count, self.log = 0, list[float]()
+
+        def step(self, closure: Any = None) -> Any:
+            self.count += 1
+            self.log.append(time.time())
+            self.param_groups[0]["lr"] = 1e-3 * (1 + self.count % 2)
+            return super().step(closure)
+
+    return {"optimizer": lambda model: Every(model.parameters())}, "Every.count, an attribute of an optimizer,"
+
+
 TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
     "a global": lambda: (
         {"forward": forward_with_a_global},
@@ -295,6 +352,10 @@ TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
             *(a_loss_function, a_hook_of_a_module, an_optimizer_of_its_own, an_iterator),
         )
     },
+}
+TOLD |= {
+    made.__name__.replace("_", " "): made
+    for made in (an_attribute_of_the_data_set, weights_of_a_sampler, an_attribute_of_an_optimizer)
 }
 
 

@@ -192,6 +192,26 @@ def test_extending_max_batches_from_mid_epoch(first: int, then: int, tmp_path: P
         assert_same(whole, more)
 
 
+def test_extending_max_batches_within_the_last_epoch(tmp_path: Path) -> None:
+    """Where `epochs` is reached too, what is left of the last epoch is left all the same; after it, nothing is."""
+    whole = trainings.make(tmp_path / "whole", epochs=2)
+    whole.fit()
+
+    def more(max_batches: int, epochs: int = 2) -> Trainer:
+        trainer = trainings.make(tmp_path / "more", epochs=epochs, max_batches=max_batches)
+        trainer.fit(resume="auto")
+        return trainer
+
+    assert more(9).batches == 9
+    assert more(9, epochs=3).batches == 9
+    assert more(11).batches == 11
+    last = more(99)
+    assert last.batches == 12
+    assert_same(whole, last)
+    assert more(999).batches == 12
+    assert len(list_runs(tmp_path / "more")) == 1
+
+
 def test_a_request_to_stop_is_honoured_after_a_resume(tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path)
     trainer.start()

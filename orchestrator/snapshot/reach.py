@@ -7,6 +7,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,7 @@ from orchestrator.snapshot.users_code import (
     functions_of,
     global_names,
     is_users,
+    set_attributes,
     stored_attributes,
     used_attributes,
     variables,
@@ -33,6 +35,9 @@ _HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
 )
+_OPTIMIZERS_OWN = frozenset({"step", "_opt_called", "_step_count"})
+"""Set on an optimizer by torch's schedulers."""
+
 _FIRST = 64
 _OWNERS = 2_000
 
@@ -47,6 +52,8 @@ class Owner:
     label: str
     kind: str
     read: Callable[[], Mapping[str, Any]]
+    read_elsewhere: bool = False
+    """Whether the values are there for code that was not looked at."""
 
 
 class Reach:
@@ -100,15 +107,40 @@ class Reach:
             for value in variables(callback).values():
                 self._follow(value, name)
             return
-        kept = {"trainer"}
-        for cls in type(callback).__mro__:
-            if not is_users(cls):  # what a built-in one sets, it saves
-                kept |= stored_attributes(cls)
+        kept = {"trainer", *_of_libraries(type(callback))}  # what a built-in one sets, it saves
 
         def attributes_of() -> dict[str, Any]:
             return {key: value for key, value in variables(callback).items() if key not in kept}
 
         self._own(Owner(f"{name}.", "an attribute of a callback that has no state_dict", attributes_of))
+
+    def add_optimizer(self, optimizer: object) -> None:
+        """An optimizer of the user's own class: its code, and what it keeps beside `state` and `param_groups`."""
+        if not is_users(type(optimizer)):
+            return
+        self._follow_class(type(optimizer))
+        kept = {*_OPTIMIZERS_OWN, *_of_libraries(type(optimizer))}
+
+        def attributes_of() -> dict[str, Any]:
+            return {key: value for key, value in variables(optimizer).items() if key not in kept}
+
+        self._own(Owner(f"{type(optimizer).__name__}.", "an attribute of an optimizer", attributes_of))
+
+    def add_data(self, item: object, captured: Callable[[Any], bool]) -> None:
+        """A data set, sampler or loader: those of its attributes that the code added before has to do with.
+
+        What only its own code changes, such as a cache, is its own affair; so are the values that are `captured`.
+        """
+
+        def touched() -> dict[str, Any]:
+            return {k: v for k, v in variables(item).items() if k in self._touched and not captured(v)}
+
+        self.owners.append(Owner(f"{type(item).__name__}.", "an attribute of the data", touched, read_elsewhere=True))
+
+    @cached_property
+    def _touched(self) -> set[str]:
+        """The names of all attributes that the code reads or sets."""
+        return set().union(*(used_attributes(code) | set_attributes(code) for code in self.codes))
 
     def _own(self, owner: Owner) -> None:
         if len(self.owners) < _OWNERS:
@@ -232,6 +264,11 @@ def _of_class(cls: type) -> dict[str, Any]:
         for name, value in vars(cls).items()
         if not (name.startswith("__") or callable(value) or hasattr(value, "__get__"))
     }
+
+
+def _of_libraries(cls: type) -> set[str]:
+    """The attributes that those of its bases set which are not the user's."""
+    return set().union(*(stored_attributes(kind) for kind in cls.__mro__ if not is_users(kind)))
 
 
 def _defining(cls: type, name: str) -> Any:

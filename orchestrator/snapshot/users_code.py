@@ -15,6 +15,7 @@ __all__ = [
     "global_names",
     "is_users",
     "only_written",
+    "set_attributes",
     "stored_attributes",
     "used_attributes",
     "variables",
@@ -102,14 +103,14 @@ def used_attributes(code: types.CodeType) -> set[str]:
     return {i.argval for i in _instructions(code) if i.opname in _ATTRIBUTES}
 
 
+def set_attributes(code: types.CodeType) -> set[str]:
+    """The attributes, of whatever, that `code` sets."""
+    return {i.argval for i in _instructions(code) if i.opname == "STORE_ATTR"}
+
+
 def stored_attributes(cls: type) -> set[str]:
     """The attributes that the functions of `cls` set."""
-    return {
-        i.argval
-        for function in functions_of(cls)
-        for i in _instructions(function.__code__)
-        if i.opname == "STORE_ATTR"
-    }
+    return set().union(*(set_attributes(function.__code__) for function in functions_of(cls)))
 
 
 def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:

@@ -26,7 +26,8 @@ class Watch:
 
     `functions`: the user's, such as forward and hooks. `modules` (model and loss) and `hooked` (optimizers): what is
     captured, whose code and remaining attributes are looked at. `callbacks` by name. `outside`: objects that
-    are taken care of elsewhere: loaders, data sets, schedulers, the trainer.
+    are taken care of elsewhere: schedulers, the trainer. `data`: loaders, data sets and samplers; of these too, but for
+    attributes that the code looked at has to do with.
 
     Nothing is done between `begin` and `look`. A change is not told where the code only ever adds to the value,
     as to a log, or where it is the reading of a clock.
@@ -40,9 +41,11 @@ class Watch:
         hooked: Collection[object],
         callbacks: Mapping[str, object],
         outside: Collection[object],
+        data: Collection[object] = (),
     ) -> None:
         self._modules = modules
-        self.outside = [*outside, *callbacks.values(), *hooked]
+        self._data = data
+        self.outside = [*outside, *data, *callbacks.values(), *hooked]
         for module in modules.values():
             self.outside += module.modules()
         self._functions = functions
@@ -80,8 +83,11 @@ class Watch:
             reach.add_callback(name, callback)
         for item in self._hooked:
             reach.add_hooks(item)
+            reach.add_optimizer(item)
         for function in self._functions:
             reach.add_function(function)
+        for item in self._data:
+            reach.add_data(item, _is_counted if _counts(item) else _is_never)
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
@@ -99,15 +105,17 @@ class Watch:
                     messages.append(
                         _BLIND.format(name=place[1], kind=owner.kind, type=type(values[name]).__name__)
                     )
-                elif self._matters(name, values[name], before.get(name, NOTHING), now.get(name, NOTHING)):
+                elif self._matters(
+                    owner, name, values[name], before.get(name, NOTHING), now.get(name, NOTHING)
+                ):
                     self._told.add(place)
                     messages.append(_CHANGED.format(name=place[1], kind=owner.kind))
         return messages
 
-    def _matters(self, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
+    def _matters(self, owner: Owner, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
         if now is NOTHING or now == before or self._is_time(value):
             return False
-        return not only_written(name, self._reach.codes)
+        return owner.read_elsewhere or not only_written(name, self._reach.codes)
 
     def _is_time(self, value: Any) -> bool:
         if not isinstance(value, float):
@@ -134,6 +142,19 @@ class Watch:
         for optimizer in self._hooked:
             for group in getattr(optimizer, "param_groups", ()):
                 yield from map(memory_of, group["params"])
+
+
+def _counts(item: object) -> bool:
+    """Whether plain values of a sampler or an iterable data set are kept with the order of its data."""
+    return hasattr(item, "__iter__") and not type(item).__module__.startswith("torch.")
+
+
+def _is_counted(value: object) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _is_never(_: object) -> bool:
+    return False
 
 
 _INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
@@ -163,7 +184,7 @@ def _is_blind(value: object) -> bool:
 _ADVICE = "Keep it in a buffer or a plain attribute of the model, or in a Callback with state_dict and load_state_dict."
 _CHANGED = (
     "{name}, {kind}, has changed since the training began and is in no checkpoint: a resumed run begins with its "
-    f"first value, so it will not be exact. {_ADVICE}"
+    f"first value, and what depends on it will not be exact. {_ADVICE}"
 )
 _BLIND = (
     "{name}, {kind}, is a {type}, whose position is in no checkpoint: a resumed run begins it anew, so it will not be "
