@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = """
 import mmap, os, random, signal, struct, sys, time
 from pathlib import Path
-import torch, trainings
+import torch, torch._dynamo, trainings  # what the first optimizer imports, once and not in each child
 from states import Trigger
 from tracking.journal import Journal, settle
 from tracking.runs import list_runs
