@@ -164,10 +164,10 @@ class Loop:
             for hooks, before in zip(lists, kept, strict=True):
                 hooks[:] = before
 
-    def is_hooked(self, trigger: Trigger, dest: State) -> bool:
-        """Whether anything is called after `trigger`, or as `dest` is entered."""
-        after = any(len(transition.after) > 1 for transition in self._transitions(trigger))
-        return after or bool(self.machine.get_state(dest).on_enter)
+    def hooks_after(self, trigger: Trigger, dest: State) -> list[object]:
+        """What is called after the work of `trigger`, and as `dest` is entered."""
+        after = [hook for transition in self._transitions(trigger) for hook in transition.after[:-1]]
+        return [*after, *self.machine.get_state(dest).on_enter]
 
     def hooks(self) -> list[object]:
         """Everything that is called by a transition."""

@@ -21,6 +21,7 @@ from orchestrator.snapshot import capture
 from orchestrator.snapshot.encoding import EncodingError, encode
 from orchestrator.snapshot.owned_generators import OwnedGenerators
 from orchestrator.snapshot.tensors import replicas
+from orchestrator.snapshot.users_code import is_users, owner_of
 from orchestrator.snapshot.watch import Watch
 from orchestrator.work import EvaluationWork, TrainingWork
 from states.table import State, Trigger
@@ -172,7 +173,7 @@ class TrainingState:
 
     def _changed_batch(self, state: State) -> Any:
         """The batch at hand where hooks may have changed it; None where it need only be fetched again."""
-        if state not in _WITH_BATCH or not self._loop.is_hooked(Trigger.FETCH, State.BATCH_START):
+        if state not in _WITH_BATCH or not self._may_change_batches:
             return None
         try:
             encode({"batch": self._work.data})
@@ -183,6 +184,12 @@ class TrainingState:
             )
             return None
         return self._work.data
+
+    @property
+    def _may_change_batches(self) -> bool:
+        """Whether code of the user's is called when a batch has been fetched; interlock's own leaves it as it is."""
+        hooks = self._loop.hooks_after(Trigger.FETCH, State.BATCH_START)
+        return any(is_users(owner_of(hook)) for hook in hooks)
 
     def before_forward(self) -> dict[str, Any]:
         """A copy of all that a forward pass may change: buffers and other state of modules, metrics, generators.

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -259,7 +260,9 @@ class Trainer:
         if overrides(callback, "on_epoch_begin"):
             self._loop.after(Trigger.BEGIN_EPOCH)(lambda: callback.on_epoch_begin(place.epoch))
         if overrides(callback, "on_batch_begin"):
-            self._loop.after(Trigger.FETCH)(lambda: callback.on_batch_begin(place.batch))
+            begin = callback.on_batch_begin
+            # What it wraps tells whose code it is.
+            self._loop.after(Trigger.FETCH)(update_wrapper(lambda: begin(place.batch), begin, (), ()))
         if overrides(callback, "on_batch_end"):
             self._loop.after(Trigger.END_BATCH)(lambda: callback.on_batch_end(place.batch, work.metrics))
         if overrides(callback, "on_epoch_end"):
@@ -814,6 +817,7 @@ class Trainer:
             self._look_up()
         except GiveWay:
             # Nothing had changed: the training stands, intact, where the journal says.
+            self._work.note = ""
             self._abandon_validation()
             self._loop.stand(self._attempt.state if self._attempt else self.state)
         except BaseException as error:

@@ -312,7 +312,7 @@ class TrainingWork(BatchWork):
         self.skipped = False
         self.place_in_window()
         if self.situation.empty:
-            self.note = "empty"
+            self._add_note("empty")
             message = f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped"
             self._report(message)
             warnings.warn(message, stacklevel=2)
@@ -417,7 +417,7 @@ class TrainingWork(BatchWork):
             self.validated = self._validate()
         values.update(self.validated)
         if self.window.count:
-            self.note = f"{self.window.count} batches of an open accumulation window were not applied"
+            self._add_note(f"{self.window.count} batches of an open accumulation window were not applied")
         self.history.append(values)
         self.limits.apply(self.situation, self.place)
         if self.place.batch < 0 and self.limits.epochs is None:
@@ -462,6 +462,10 @@ class TrainingWork(BatchWork):
         }
         self.epoch_metrics.add(averaged, self.samples)
 
+    def _add_note(self, text: str) -> None:
+        """Note something of the transition under way, before what its hooks have noted."""
+        self.note = f"{text}; {self.note}" if self.note else text
+
     def _named(self, what: str) -> str:
         name = self.phases[self.phase].name
         return f"{what} of phase {name!r}" if name else what
@@ -485,12 +489,12 @@ class TrainingWork(BatchWork):
     def _skip(self, scaled: bool) -> None:
         self.skips += 1
         if scaled and self.window.finite:
-            self.note = "skipped: the scaled gradients overflowed, the scaler lowers its scale"
+            self._add_note("skipped: the scaled gradients overflowed, the scaler lowers its scale")
             return
         if self.guard is not None:
             self.guard.put_back()
         what = "gradient" if self.window.finite else "loss"
-        self.note = f"skipped: non-finite {what}"
+        self._add_note(f"skipped: non-finite {what}")
         error = self._nonfinite_error(what)
         self._report(f"{error.found}; by parameter: {error.statistics}")
         if self._nonfinite == "halt":

@@ -308,7 +308,10 @@ def weights_of_a_sampler() -> tuple[Options, str]:
         return loss
 
     loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
-    return {"train_loader": loader, "forward": forward}, "WeightedRandomSampler.weights, an attribute of the data,"
+    return {
+        "train_loader": loader,
+        "forward": forward,
+    }, "WeightedRandomSampler.weights, an attribute of the data,"
 
 
 def an_attribute_of_an_optimizer() -> tuple[Options, str]:
@@ -325,7 +328,9 @@ def an_attribute_of_an_optimizer() -> tuple[Options, str]:
             self.param_groups[0]["lr"] = 1e-3 * (1 + self.count % 2)
             return super().step(closure)
 
-    return {"optimizer": lambda model: Every(model.parameters())}, "Every.count, an attribute of an optimizer,"
+    return {
+        "optimizer": lambda model: Every(model.parameters())
+    }, "Every.count, an attribute of an optimizer,"
 
 
 TOLD: dict[str, Callable[[], tuple[Options, str]]] = {

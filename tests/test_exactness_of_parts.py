@@ -22,6 +22,7 @@ from orchestrator import (
     Callback,
     Checkpointing,
     EarlyStopping,
+    Logging,
     LRScheduling,
     Phase,
     Trainer,
@@ -576,3 +577,38 @@ def test_a_batch_that_cannot_be_stored_is_told_where_a_hook_may_change_it(tmp_pa
     with pytest.warns(UserWarning, match="the batch is not in checkpoints, but fetched again"):
         trainer.save()
     trainer.close()
+
+
+def _hooked(trainer: Trainer) -> None:
+    trainer.after(Trigger.FETCH)(lambda: None)
+
+
+def _on_state(trainer: Trainer) -> None:
+    trainer.on(State.BATCH_START)(lambda: None)
+
+
+class _Beginning(Callback):
+    def on_batch_begin(self, batch: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "hook", "stored"),
+    [
+        ({}, None, False),
+        ({"log": Logging("verbose", to="file")}, None, False),
+        ({"callbacks": [_Beginning()]}, None, True),
+        ({}, _hooked, True),
+        ({}, _on_state, True),
+    ],
+    ids=["no hook", "verbose logging", "on_batch_begin", "after fetch", "on BATCH_START"],
+)
+def test_a_batch_is_stored_only_where_code_of_the_users_may_have_changed_it(
+    options: Options, hook: Callable[[Trainer], None] | None, stored: bool, tmp_path: Path
+) -> None:
+    trainer = trainings.make(tmp_path, **options)
+    if hook is not None:
+        hook(trainer)
+    with trainer:
+        trainer.advance(until=State.BATCH_START)
+        assert (trainer._state.capture()["batch"]["data"] is not None) == stored

@@ -15,7 +15,7 @@ from orchestrator.callbacks.parameter_digests import digest_by_bytes, digest_by_
 from orchestrator.errors import ConfigurationError
 from states import State, Trigger
 from tracking.journal import Journal, Transition
-from trainings import make
+from trainings import make, spoilt
 
 METHODS = [
     pytest.param(
@@ -202,13 +202,24 @@ def test_a_note_of_ones_own(tmp_path: Path) -> None:
     trainer = make(tmp_path, epochs=1, callbacks=[ParameterDigests()])
     trainer.after(Trigger.FORWARD)(lambda: trainer.note("looked") or trainer.note("twice"))
     trainer.on(State.EPOCH_END)(lambda: trainer.note("over"))
+    trainer.before(Trigger.END_EPOCH)(lambda: trainer.note("soon"))
     trainer.fit()
     rows = rows_of(trainer)
     assert {row.note for row in rows if row.trigger is Trigger.FORWARD} == {"looked; twice"}
     last = next(row.note for row in rows if row.trigger is Trigger.END_EPOCH)
-    assert last == f"over; parameters {parameter_digest(trainer.model)}"
+    assert last == f"soon; over; parameters {parameter_digest(trainer.model)}"
     with pytest.raises(ConfigurationError, match=r"note\('late'\) in DONE.*call it from a hook"):
         trainer.note("late")
+
+
+def test_a_note_from_before_the_work_comes_after_what_the_work_notes(tmp_path: Path) -> None:
+    """And a transition that gives way to a halt takes its note with it."""
+    model = spoilt(torch.log, batch=2)
+    trainer = make(tmp_path, epochs=1, model=model, nonfinite="skip")
+    trainer.before(Trigger.STEP)(lambda: trainer.note("mine"))
+    trainer.fit()
+    notes = [row.note for row in rows_of(trainer) if row.trigger is Trigger.STEP]
+    assert notes[1:4] == ["mine", "skipped: non-finite loss; mine", "mine"]
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, None])

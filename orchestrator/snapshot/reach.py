@@ -135,7 +135,9 @@ class Reach:
         def touched() -> dict[str, Any]:
             return {k: v for k, v in variables(item).items() if k in self._touched and not captured(v)}
 
-        self.owners.append(Owner(f"{type(item).__name__}.", "an attribute of the data", touched, read_elsewhere=True))
+        self.owners.append(
+            Owner(f"{type(item).__name__}.", "an attribute of the data", touched, read_elsewhere=True)
+        )
 
     @cached_property
     def _touched(self) -> set[str]:

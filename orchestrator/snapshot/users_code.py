@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import sysconfig
 import types
@@ -15,6 +16,7 @@ __all__ = [
     "global_names",
     "is_users",
     "only_written",
+    "owner_of",
     "set_attributes",
     "stored_attributes",
     "used_attributes",
@@ -58,6 +60,13 @@ def _is_users_module(name: str) -> bool:
         return name not in sys.builtin_module_names
     installed = any(folder in file for folder in _INSTALLED)
     return not installed and not file.startswith(_FOLDERS)
+
+
+def owner_of(hook: Any) -> Any:
+    """The function that is called by `hook`, or the class of the object that it is a method of."""
+    while isinstance(hook, functools.partial) or hasattr(hook, "__wrapped__"):
+        hook = hook.func if isinstance(hook, functools.partial) else hook.__wrapped__
+    return type(hook.__self__) if isinstance(hook, types.MethodType) else hook
 
 
 def variables(item: object) -> dict[str, Any]:
