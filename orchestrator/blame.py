@@ -97,7 +97,7 @@ def stand_before(trainer: Trainer, run: str | os.PathLike[str] | None = None) ->
     elif trainer.state is not State.BATCH_START:
         trainer.seek(trainer.epoch, trainer.batch)
     while trainer.batch > 0 and _window_is_spoilt(trainer):
-        trainer.seek(trainer.epoch, max(0, trainer.batch - max(1, trainer._work.window.count)))
+        trainer.seek(trainer.epoch, max(0, trainer.batch - max(1, trainer._training.work.window.count)))
 
 
 def guilty_batch(run: RunFolder) -> tuple[int, int]:
@@ -133,7 +133,7 @@ def _newest_skip(journal: Journal, epoch: int) -> tuple[int, int] | None:
 
 
 def _window_is_spoilt(trainer: Trainer) -> bool:
-    window = trainer._work.window
+    window = trainer._training.work.window
     if window.count == 0:
         return False
     return not window.finite or bool(_spoilt_gradients(trainer))
@@ -148,10 +148,10 @@ def find_nonfinite(trainer: Trainer) -> Blame:
 
     Raises BlameError where everything is finite.
     """
-    work, began = trainer._work, f"epoch {trainer.epoch}, batch {trainer.batch}"
+    work, began = trainer._training.work, f"epoch {trainer.epoch}, batch {trainer.batch}"
     found: Blame | None = None
     with past.replaying(trainer):
-        work.keep = trainer._state.before_forward
+        work.keep = trainer._training.snapshots.before_forward
         while found is None and not _over(trainer):
             before_forward = trainer.state is State.BATCH_START and not work.situation.empty
             if before_forward or (trainer.state is State.STEP and work.situation.another_phase):
@@ -173,13 +173,13 @@ def find_nonfinite(trainer: Trainer) -> Blame:
 
 def _over(trainer: Trainer) -> bool:
     """Whether the batch, and the window that it is in, are done."""
-    ended = trainer.state is State.BATCH_END and not trainer._work.window.count
+    ended = trainer.state is State.BATCH_END and not trainer._training.work.window.count
     return ended or trainer.state in (State.EPOCH_END, State.DONE)
 
 
 def _look(trainer: Trainer) -> Blame | None:
     """One phase of the batch at hand, forward and backward, under watch."""
-    work = trainer._work
+    work = trainer._training.work
     watch = Watch(trainer.model)
     try:
         before = _parameter(trainer)
@@ -198,7 +198,7 @@ def _look(trainer: Trainer) -> Blame | None:
 
 def _spoilt_gradients(trainer: Trainer) -> dict[str, int]:
     """Of the parameters that the phase at hand updates: how many elements of each gradient are not finite."""
-    optimizer = trainer.phases[trainer._work.phase].optimizer
+    optimizer = trainer.phases[trainer._training.work.phase].optimizer
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     named = ((name, p) for name, p in trainer.model.named_parameters() if id(p) in own)
     return numerics.nonfinite_counts(named)
@@ -219,7 +219,10 @@ def _of_forward(trainer: Trainer, watch: Watch) -> Blame:
     outside = [origin for origin in watch.functions if origin.module is None]
     origin = guilty or next(iter(outside), Origin(None, "", "", "", ""))
     return _blame(
-        trainer, "loss", _loss_name(trainer), replace(origin, made=f"a value of {trainer._work.loss}")
+        trainer,
+        "loss",
+        _loss_name(trainer),
+        replace(origin, made=f"a value of {trainer._training.work.loss}"),
     )
 
 
@@ -265,7 +268,7 @@ def _found(tensor: Tensor) -> Origin:
 
 
 def _loss_name(trainer: Trainer) -> str:
-    forward = trainer.phases[trainer._work.phase].forward
+    forward = trainer.phases[trainer._training.work.phase].forward
     return str(
         trainer._settings.params.get("loss") or getattr(forward, "__qualname__", type(forward).__name__)
     )

@@ -284,7 +284,7 @@ def _progress(trainer: Trainer, what: str) -> Iterator[None]:
     columns = TextColumn(f"{what} {{task.description}}"), TimeElapsedColumn()
     out = sys.stdout.isatty()  # otherwise what is printed belongs into the file or pipe
     bar = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=out)
-    with bar, trainer._loop.hooks_kept():
+    with bar, trainer._training.loop.hooks_kept():
         task = bar.add_task("", total=None)
         trainer.after(Trigger.END_BATCH)(
             lambda: bar.update(task, description=f"epoch {trainer.epoch}, batch {trainer.batch}")

@@ -107,7 +107,9 @@ def seek(
     folder = run_of(trainer, run)
     moment = _moment(folder, epoch, batch, state, phase)
     found = recovery.nearest(folder, moment.seq)
-    found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
+    found = recovery.check(
+        found, trainer._training.snapshots, trainer._settings, trainer._training.work.stream
+    )
     trainer.close()
     with replaying(trainer):
         began = _begin(trainer, folder, found, until=moment)
@@ -129,8 +131,10 @@ def replay(
     if end.seq <= start.seq:
         raise SeekError(f"replay from {first} to {last}: expected the first not to come after the last")
     found = recovery.nearest(folder, start.seq)
-    found = recovery.check(found, trainer._state, trainer._settings, trainer._work.stream)
-    with _set_aside(trainer), replaying(trainer), trainer._loop.hooks_kept():
+    found = recovery.check(
+        found, trainer._training.snapshots, trainer._settings, trainer._training.work.stream
+    )
+    with _set_aside(trainer), replaying(trainer), trainer._training.loop.hooks_kept():
         _begin(trainer, folder, found, until=end)
         _go_on(trainer, start)
         began = trainer.batches
@@ -154,7 +158,7 @@ def attach(trainer: Trainer, callbacks: Sequence[Callback]) -> None:
 
 def run_of(trainer: Trainer, named: str | os.PathLike[str] | None) -> RunFolder:
     """The run that is meant, with what is in its journal up to date; raises SeekError if there is none."""
-    attempt, settings = trainer._attempt, trainer._settings
+    attempt, settings = trainer._training.attempt, trainer._settings
     if attempt is not None and not attempt.closed:
         attempt.sync()
     if named is not None:
@@ -249,27 +253,27 @@ def last_epoch(run: RunFolder) -> int:
 def _begin(trainer: Trainer, run: RunFolder, found: recovery.Found, until: Moment) -> int:
     """Stand at the checkpoint, with nothing that is recorded; how many batches were done there."""
     configuration.set_determinism(trainer._settings)
-    trainer._attempt, trainer._past, trainer.run = None, None, None
-    trainer._tainted, trainer._ended, trainer._left, trainer._halted_in = False, "", None, None
-    trainer._requests.clear()
-    trainer._work.situation.halt = False
-    trainer.divergence = None
-    trainer._expected = recovery.losses_after(run, found, until.seq)
-    trainer._found = found
+    training = trainer._training
+    training.attempt, trainer._past, trainer.run = None, None, None
+    training.requests.clear()
+    training.renew(recovery.losses_after(run, found, until.seq))
+    training.found = found
     for hook in trainer._on_train_begin:
         hook()
-    trainer._state.begin(trainer._make_watch(), trainer._data)
-    trainer._loop.stand(State.HALTED)
-    trainer._loop.fire(Trigger.RESUME, found.state)
+    training.snapshots.begin(trainer._make_watch(), trainer._data)
+    training.loop.stand(State.HALTED)
+    training.loop.fire(Trigger.RESUME, found.state)
     _check_halt(trainer)
     return trainer.batches
 
 
 def _go_on(trainer: Trainer, moment: Moment) -> None:
     """Fire transitions until the trainer stands there."""
-    trainer._work.keep = trainer._state.before_forward if moment.state is State.FORWARD else None
+    trainer._training.work.keep = (
+        trainer._training.snapshots.before_forward if moment.state is State.FORWARD else None
+    )
     while not _stands_at(trainer, moment):
-        if (trainer.epoch, trainer.batch) > (moment.epoch, moment.batch) or not trainer._fire_next():
+        if (trainer.epoch, trainer.batch) > (moment.epoch, moment.batch) or not trainer._training.fire_next():
             raise SeekError(
                 f"{moment} was not reached: done again, the training went another way, up to epoch {trainer.epoch}, "
                 f"batch {trainer.batch} ({trainer.state.value}); expected the arguments and the code that the run was "
@@ -280,15 +284,15 @@ def _go_on(trainer: Trainer, moment: Moment) -> None:
 
 def fire(trainer: Trainer) -> None:
     """The next transition of a trainer that is replaying; raises what it would halt on."""
-    trainer._fire_next()
+    trainer._training.fire_next()
     _check_halt(trainer)
 
 
 def _check_halt(trainer: Trainer) -> None:
     """A halt that was asked for while the past is done again is an error of its own, or nobody's business."""
-    halt, trainer._requests.halt = trainer._requests.halt, None
+    halt, trainer._training.requests.halt = trainer._training.requests.halt, None
     if halt is not None or trainer.state is State.HALTED:
-        trainer._tainted = True
+        trainer._training.tainted = True
         if halt is not None and halt.error is not None:
             raise halt.error
         raise SeekError(f"halted on the way: {'' if halt is None else halt.reason}")
@@ -306,12 +310,12 @@ def replaying(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        trainer._tainted = True
+        trainer._training.tainted = True
         raise
     finally:
         trainer.replaying = False
-        trainer._expected = None
-        trainer._work.keep = None
+        trainer._training.expected = None
+        trainer._training.work.keep = None
 
 
 @contextlib.contextmanager
@@ -320,31 +324,34 @@ def _set_aside(trainer: Trainer) -> Iterator[None]:
 
     One whose memory holds no state of a training, because it failed, stays as the replay leaves it.
     """
+    training = trainer._training
     machine, aside = trainer.state, None
-    carried = trainer._halted_in if machine is State.HALTED else machine
-    if carried is State.FORWARD and trainer._work.before_forward is None:
+    carried = training.halted_in if machine is State.HALTED else machine
+    if carried is State.FORWARD and training.work.before_forward is None:
         raise ConfigurationError(
             "replay() in FORWARD, whose graph cannot be kept; expected another state: advance() first"
         )
-    if not trainer._tainted and carried is not None:
-        aside = replicas(trainer._state.capture(carried))
-    names = ("_attempt", "_past", "run", "_ended", "_left", "_halted_in", "divergence", "_tainted")
-    kept: dict[str, Any] = {name: getattr(trainer, name) for name in names}
-    requests = trainer._requests.copy()
-    situation_halt = trainer._work.situation.halt
+    if not training.tainted and carried is not None:
+        aside = replicas(training.snapshots.capture(carried))
+    run, past = trainer.run, trainer._past
+    names = ("attempt", "ended", "left", "halted_in", "divergence", "tainted")
+    kept: dict[str, Any] = {name: getattr(training, name) for name in names}
+    requests = training.requests.copy()
+    situation_halt = training.work.situation.halt
     try:
         yield
     finally:
         if aside is not None:
-            trainer._requests.clear()
-            trainer._state.restore(aside)
+            training.requests.clear()
+            training.snapshots.restore(aside)
         for name, value in kept.items():
-            setattr(trainer, name, value)
-        trainer._requests.take(requests)
-        trainer._work.situation.halt = situation_halt
-        trainer._loop.stand(machine)
-        if trainer._attempt is None or trainer._attempt.closed:
-            trainer._work.stream.close()
+            setattr(training, name, value)
+        trainer.run, trainer._past = run, past
+        training.requests.take(requests)
+        training.work.situation.halt = situation_halt
+        training.loop.stand(machine)
+        if training.attempt is None or training.attempt.closed:
+            training.work.stream.close()
             configuration.restore_determinism(trainer._settings)
         else:
-            trainer._attempt.clock.restart()
+            training.attempt.clock.restart()

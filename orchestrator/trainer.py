@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orchestrator import configuration, errands, past, recovery, warm_start
-from orchestrator.attempt import Attempt
 from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -25,30 +24,28 @@ from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.compatibility import check_names
 from orchestrator.configuration import UNSET
 from orchestrator.data import BatchStream
-from orchestrator.divergence import Divergence, DivergenceError, Expected
-from orchestrator.errors import ConfigurationError, NonFiniteError, TaintedError
+from orchestrator.divergence import Divergence
+from orchestrator.errors import ConfigurationError, TaintedError
 from orchestrator.evaluation import Evaluation
 from orchestrator.exactness import risks
-from orchestrator.loop import Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
 from orchestrator.past import Past, Replay, Stretch
 from orchestrator.phase import Forward, Phase
-from orchestrator.policy import Situation
-from orchestrator.requests import HaltRequest, Requests, Save
+from orchestrator.requests import HaltRequest, Save
 from orchestrator.result import Result
-from orchestrator.signals import GiveWay, Signals, in_notebook, leave
+from orchestrator.signals import Signals, in_notebook
 from orchestrator.snapshot.capture import capture_random, restore_random
-from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CUT_SHORT
-from orchestrator.snapshot.kept import Kept
+from orchestrator.snapshot.info import BRANCH
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch, parts_of
-from orchestrator.state import SAVEABLE, TrainingState, callback_names
+from orchestrator.state import TrainingState, callback_names
+from orchestrator.training import Training
 from orchestrator.warm_start import WarmStart
-from orchestrator.work import Limits, Place, TrainingWork
-from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
+from orchestrator.work import Limits, Place
+from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
-from tracking.rows import Outcome, Parent
+from tracking.rows import Parent
 from tracking.runs import RESUME_VARIABLE, RunFolder
 
 __all__ = ["Trainer"]
@@ -140,12 +137,9 @@ class Trainer:
         self.max_batches = max_batches
         self.phases = settings.phases
         self.validation_model: nn.Module = model
-        self.validating: str | None = None
         self.run: RunFolder | None = None
         self.replaying = False
         """Whether the past is being run again, by `seek` or `replay`: nothing is recorded meanwhile."""
-        self.divergence: Divergence | None = None
-        """The first loss of this attempt, or of the last seek, that was not the recorded one."""
         self.warm_start: WarmStart | None = None
         """What a new run took of the weights that `init_from` names."""
         self._settings = settings
@@ -157,23 +151,13 @@ class Trainer:
         self._functions = [loss_fn, forward, accumulate_weighting, *(metrics or {}).values()]
         self._functions += [phase.forward for phase in self.phases]
         self._data = [train_loader, *settings.validation_loaders.values()]
-        self._requests = Requests()
-        self._attempt: Attempt | None = None
-        self._found: recovery.Found | None = None
-        self._expected: Expected | None = None
-        self._on_divergence = on_divergence
         self._past: Past | None = None
-        self._halted_in: State | None = None
-        """The state that a checkpoint of HALTED carries; None where memory is not worth keeping."""
         self._evaluating: Evaluation | None = None
+        """What `evaluate` is doing."""
         self._beginning = False
-        self._left: HaltRequest | None = None
-        """What the last attempt halted for."""
-        self._tainted = False
-        self._ended = ""
         shared_precision = Precision(precision, self.device, len(self.phases))
         named_metrics = dict(metrics or {})
-        self._evaluations = {
+        evaluations = {
             key: Evaluation(
                 loader,
                 name=key,
@@ -181,14 +165,16 @@ class Trainer:
                 metrics=named_metrics,
                 device=self.device,
                 precision=shared_precision,
-                journal=self._journal_validation,
+                journal=lambda arc, work: self._training.journal_validation(arc, work),
             )
             for key, loader in settings.validation_loaders.items()
         }
-        situation = Situation()
         epoch_metrics = EpochMetrics(named_metrics)
         epoch_metrics.to(self.device)
-        self._work = TrainingWork(
+        self._training = Training(
+            evaluations,
+            saves=settings.checkpoint is not None,
+            on_divergence=on_divergence,
             model=model,
             phases=self.phases,
             limits=Limits(epochs, max_batches),
@@ -198,21 +184,22 @@ class Trainer:
             nonfinite=nonfinite,
             validate_every=validate_every,
             validate=self._validate,
-            request_halt=self._request_nonfinite_halt,
-            restore=self._restore,
-            report=self._report,
             stream=BatchStream(train_loader, role="training"),
             metrics=epoch_metrics,
             device=self.device,
             precision=shared_precision,
-            situation=situation,
-            place=Place(),
         )
-        self._loop = Loop(TRAINING, self._work.table(), situation, self._journal)
         self._add_callbacks(scheduler, callbacks)
+
+    def _validate(self) -> dict[str, float]:
+        training = self._training
+        return training.validation.run(
+            self.validation_model, self.epoch, training.halting, training.begin_validation
+        )
 
     def _add_callbacks(self, scheduler: Any, callbacks: Sequence[Callback]) -> None:
         """Attach every callback and put what it overrides on the transitions."""
+        training = self._training
         settings = self._settings
         listed: list[Callback] = []
         if scheduler is not None:
@@ -228,22 +215,22 @@ class Trainer:
         for callback in listed:
             callback.attach(self)
             self._add_hooks(callback)
-        self._state = TrainingState(
-            work=self._work,
-            loop=self._loop,
-            validations={name: e.work for name, e in self._evaluations.items()},
+        training.snapshots = TrainingState(
+            work=training.work,
+            loop=training.loop,
+            validations={name: e.work for name, e in training.validation.evaluations.items()},
             callbacks=self._callbacks,
-            requests=self._requests,
+            requests=training.requests,
             device=self.device,
             loss=self._loss,
-            report=self._report,
+            report=training.report,
         )
 
     def _make_watch(self) -> Watch:
         """What looks for state that the checkpoints have not."""
         schedulings = [c for c in self._callbacks.values() if isinstance(c, LRScheduling)]
         return Watch(
-            functions=[*self._functions, *self._loop.hooks()],
+            functions=[*self._functions, *self._training.loop.hooks()],
             modules={"model": self.model}
             if self._loss is None
             else {"model": self.model, "loss": self._loss},
@@ -254,92 +241,95 @@ class Trainer:
         )
 
     def _add_hooks(self, callback: Callback) -> None:
-        work, place = self._work, self._work.place
+        training = self._training
+        work, place = training.work, training.work.place
         if overrides(callback, "on_train_begin"):
             self._on_train_begin.append(callback.on_train_begin)
         if overrides(callback, "on_epoch_begin"):
-            self._loop.after(Trigger.BEGIN_EPOCH)(lambda: callback.on_epoch_begin(place.epoch))
+            training.loop.after(Trigger.BEGIN_EPOCH)(lambda: callback.on_epoch_begin(place.epoch))
         if overrides(callback, "on_batch_begin"):
             begin = callback.on_batch_begin
             # What it wraps tells whose code it is.
-            self._loop.after(Trigger.FETCH)(update_wrapper(lambda: begin(place.batch), begin, (), ()))
+            training.loop.after(Trigger.FETCH)(update_wrapper(lambda: begin(place.batch), begin, (), ()))
         if overrides(callback, "on_batch_end"):
-            self._loop.after(Trigger.END_BATCH)(lambda: callback.on_batch_end(place.batch, work.metrics))
+            training.loop.after(Trigger.END_BATCH)(lambda: callback.on_batch_end(place.batch, work.metrics))
         if overrides(callback, "on_epoch_end"):
-            self._loop.after(Trigger.END_EPOCH)(lambda: callback.on_epoch_end(place.epoch, work.history[-1]))
+            training.loop.after(Trigger.END_EPOCH)(
+                lambda: callback.on_epoch_end(place.epoch, work.history[-1])
+            )
         if overrides(callback, "on_train_end"):
-            self._loop.on(State.DONE)(lambda: callback.on_train_end(work.history[-1]))
+            training.loop.on(State.DONE)(lambda: callback.on_train_end(work.history[-1]))
 
     # -- hooks on any transition -----------------------------------------------------------------
 
     def before(self, trigger: Trigger) -> Callable[[HookT], HookT]:
         """A decorator: call the function, without arguments, before the work of `trigger`."""
-        return self._loop.before(trigger)
+        return self._training.loop.before(trigger)
 
     def after(self, trigger: Trigger) -> Callable[[HookT], HookT]:
         """A decorator: call the function, without arguments, after every transition of `trigger`."""
-        return self._loop.after(trigger)
+        return self._training.loop.after(trigger)
 
     def on(self, state: State) -> Callable[[HookT], HookT]:
         """A decorator: call the function, without arguments, whenever `state` is entered."""
-        return self._loop.on(state)
+        return self._training.loop.on(state)
 
     # -- where the training stands ---------------------------------------------------------------
 
     @property
     def state(self) -> State:
         """The state that the machine stands in."""
-        return self._loop.state
+        return self._training.loop.state
 
     @property
     def epoch(self) -> int:
         """The epoch at hand, counted from 0; -1 before the first."""
-        return self._work.place.epoch
+        return self._training.work.place.epoch
 
     @property
     def batch(self) -> int:
         """The batch at hand within its epoch, counted from 0; -1 before the first."""
-        return self._work.place.batch
+        return self._training.work.place.batch
 
     @property
     def batches(self) -> int:
         """Batches completed since the beginning of the run."""
-        return self._work.place.batches
+        return self._training.work.place.batches
 
     @property
     def updates(self) -> int:
         """Optimizer updates applied since the beginning of the run."""
-        return self._work.place.updates
+        return self._training.work.place.updates
 
     @property
     def batches_per_epoch(self) -> int | None:
         """How many batches an epoch has, where the loader can tell."""
-        return self._work.stream.length
+        return self._training.work.stream.length
 
     @property
     def data(self) -> Any:
         """The batch at hand, on the device."""
-        return self._work.data
+        return self._training.work.data
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """The values of the batch at hand."""
-        return self._work.metrics
+        return self._training.work.metrics
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The metrics of each finished epoch."""
-        return self._work.history
+        return self._training.work.history
 
     @property
     def skipped(self) -> bool:
         """Whether the last optimizer step applied nothing because something was not finite."""
-        return self._work.skipped
+        return self._training.work.skipped
 
     @property
     def phase(self) -> str:
         """The name of the phase at hand; empty where a batch has one."""
-        return self.phases[self._work.phase].name
+        return self.phases[self._training.work.phase].name
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -347,24 +337,35 @@ class Trainer:
         return tuple(phase.optimizer for phase in self.phases)
 
     @property
+    def validating(self) -> str | None:
+        """The name of the validation loader that is gone through at this moment."""
+        under_way = self._training.validation.under_way
+        return None if under_way is None else under_way.name
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The first loss of this attempt, or of the last seek, that was not the recorded one."""
+        return self._training.divergence
+
+    @property
     def attempt(self) -> int:
         """The number of this attempt at the run, counted from 1; 0 before `start`."""
-        return self._attempt.number if self._attempt is not None else 0
+        return self._training.attempt.number if self._training.attempt is not None else 0
 
     @property
     def tainted(self) -> bool:
         """Whether a transition failed half-way, so that memory holds no state of the training."""
-        return self._tainted
+        return self._training.tainted
 
     @property
     def reason(self) -> str:
         """Why the training ended, or will; empty while it goes on."""
-        return self._ended or self._requests.stop or ""
+        return self._training.ended or self._training.requests.stop or ""
 
     @property
     def ending(self) -> bool:
         """Whether nothing but end_epoch and finish is left, unless the run is extended later."""
-        situation = self._work.situation
+        situation = self._training.work.situation
         if situation.stop or not situation.batches_left:
             return True
         return self.epoch_complete and not situation.epochs_left
@@ -372,7 +373,7 @@ class Trainer:
     @property
     def epoch_complete(self) -> bool:
         """Whether every batch of the epoch at hand has been taken."""
-        return not self._work.situation.has_batch
+        return not self._training.work.situation.has_batch
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -381,36 +382,39 @@ class Trainer:
 
         From `forward` or a hook; averaged over the epoch, weighted by batch size, and tracked like the loss.
         """
-        if self._evaluating is not None:
-            self._evaluating.work.log(name, value)
+        training = self._training
+        evaluating = self._evaluating or training.validation.under_way
+        if evaluating is not None:
+            evaluating.work.log(name, value)
             return
-        if name.split("/")[0] in {"lr", *self._evaluations}:
+        if name.split("/")[0] in {"lr", *training.validation.evaluations}:
             raise ConfigurationError(
                 f"log({name!r}, ...): names that begin so are interlock's own; log it by another"
             )
-        if self._work.computing:
-            self._work.log(name, value)
+        if training.work.computing:
+            training.work.log(name, value)
         elif self.state is State.EPOCH_END:
-            self._work.log_epoch(name, value)
+            training.work.log_epoch(name, value)
         elif self.state in (State.IDLE, State.EPOCH_START, *TERMINAL):
             raise ConfigurationError(
                 f"log({name!r}, ...) in {self.state.value}, where there is neither a batch nor an epoch to add it to; "
                 "log from forward, or from a hook of a batch or of an epoch's end"
             )
         else:
-            self._work.log(name, value)
+            training.work.log(name, value)
 
     def note(self, text: str) -> None:
         """Add a note to the transition under way, from a hook: the journal keeps it, `interlock log` shows it.
 
         After what the transition notes itself, separated by "; ". Raises ConfigurationError between two.
         """
-        if not self._loop.inside:
+        training = self._training
+        if not training.loop.inside:
             raise ConfigurationError(
                 f"note({text!r}) in {self.state.value}, where no transition is under way to add it to; "
                 "call it from a hook"
             )
-        self._work.note = f"{self._work.note}; {text}" if self._work.note else text
+        training.work.note = f"{training.work.note}; {text}" if training.work.note else text
 
     def save(self, at: State | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
@@ -424,7 +428,8 @@ class Trainer:
 
         Raises TaintedError after work or a hook has raised.
         """
-        if self._tainted:
+        training = self._training
+        if training.tainted:
             raise TaintedError(
                 "a transition failed half-way, so memory holds no state of the training: "
                 "resume from the newest checkpoint instead"
@@ -435,24 +440,24 @@ class Trainer:
             return save
         if self._past is not None:
             self.start()  # going on from there, as a run of its own
-        if self._attempt is None or self._attempt.closed:
+        if training.attempt is None or training.attempt.closed:
             return self._saved_at_the_end(save)
-        outside = not self._loop.inside and not self._beginning
-        if at is not None and not (outside and self.state is at and self._saveable()):
-            self._requests.later.append((at, save))
+        outside = not training.loop.inside and not self._beginning
+        if at is not None and not (outside and self.state is at and training.saveable()):
+            training.requests.later.append((at, save))
             if at is State.FORWARD:
-                self._work.keep = self._state.before_forward
+                training.work.keep = training.snapshots.before_forward
             return save
-        self._requests.saves.append(save)
+        training.requests.saves.append(save)
         if outside:
-            while self._requests.saves and not self._saveable() and self._fire_next():
+            while training.requests.saves and not training.saveable() and training.fire_next():
                 pass
-            self._carry_out_saves()
+            training.carry_out_saves()
         return save
 
     def _saved_at_the_end(self, save: Save) -> Save:
         """After the end of an attempt: the checkpoint that was made of it."""
-        last = self._attempt.last_save() if self._attempt is not None else None
+        last = self._training.attempt.last_save() if self._training.attempt is not None else None
         if last is None:
             raise ConfigurationError(
                 f"there is no attempt under way to save (the training stands in {self.state.value}): "
@@ -461,20 +466,15 @@ class Trainer:
         save.begun(last)
         return save
 
-    def _saveable(self) -> bool:
-        """Whether a checkpoint can be taken where the training stands."""
-        if self.state is State.FORWARD:
-            return self._work.before_forward is not None
-        return self.state in SAVEABLE
-
     def stop(self, reason: str = "stopped") -> None:
         """Finish the batch, end the epoch and go to DONE. Part of the training state: survives a resume."""
-        self._requests.stop = self._requests.stop or reason
-        self._work.situation.stop = True
+        training = self._training
+        training.requests.stop = training.requests.stop or reason
+        training.work.situation.stop = True
 
     def halt(self, reason: str = "halted") -> None:
         """Save at the next boundary and go to HALTED; resume to go on from there."""
-        self._requests.add_halt(HaltRequest(reason))
+        self._training.requests.add_halt(HaltRequest(reason))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -497,16 +497,17 @@ class Trainer:
             NonFiniteError: a loss or gradient was not finite and `nonfinite="halt"`.
             Exception: whatever a hook, the model or the data raised, unchanged.
         """
-        self._loop.check_outside()
+        training = self._training
+        training.loop.check_outside()
         errands.carry_out(self)
-        with Signals(self._request_signal_halt, self._waits):
-            if self._attempt is None or self._attempt.closed:
+        with Signals(training.request_signal_halt, training.waits):
+            if training.attempt is None or training.attempt.closed:
                 if self.state is not State.DONE:
                     self.start(resume, override)
             elif resume or override:
                 raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
             try:
-                while self._fire_next():
+                while training.fire_next():
                     pass
             finally:
                 self.close()
@@ -518,8 +519,9 @@ class Trainer:
         `fit` and `advance` do it themselves if need be; `resume` and `override` as for `fit`. Where `interlock seek`,
         `replay` or `blame` has started the script, that is done instead, and left by SystemExit.
         """
+        training = self._training
         errands.carry_out(self)
-        if self._attempt is not None and not self._attempt.closed:
+        if training.attempt is not None and not training.attempt.closed:
             raise ConfigurationError("this training has started already")
         if self.state is State.DONE:
             raise ConfigurationError(
@@ -538,13 +540,13 @@ class Trainer:
                 f"resume is {str(resume)!r} and init_from {str(self._settings.init_from)!r}; expected one: "
                 "a run that is resumed goes on with its own weights, a new one may begin with those of another"
             )
-        if self._attempt is not None and not resume:
-            resume = self._attempt.run.path  # a notebook whose fit was interrupted goes on
+        if training.attempt is not None and not resume:
+            resume = training.attempt.run.path  # a notebook whose fit was interrupted goes on
         resume = self._asked_from_outside() or resume
-        names = check_names(override, resume, self._state)
+        names = check_names(override, resume, training.snapshots)
         configuration.set_determinism(self._settings)
         try:
-            plan = recovery.plan(resume, self._settings, self._work.limits)
+            plan = recovery.plan(resume, self._settings, training.work.limits)
             self._open(plan, names)
         except BaseException:
             configuration.restore_determinism(self._settings)
@@ -552,36 +554,35 @@ class Trainer:
         if plan.finished:
             configuration.restore_determinism(self._settings)
             return
-        self._tainted, self._ended, self._left, self._halted_in = False, "", None, None
-        self._expected, self.divergence = plan.expected, None
-        self._work.situation.halt = False
+        training.renew(plan.expected)
         if plan.checkpoint is not None:
-            self._work.place.epoch, self._work.place.batch = (
+            training.work.place.epoch, training.work.place.batch = (
                 plan.checkpoint.info.epoch,
                 plan.checkpoint.info.batch,
             )
-            self._loop.stand(State.HALTED)
+            training.loop.stand(State.HALTED)
         try:
-            self._begin(self._found)
+            self._begin(training.found)
         except BaseException as error:
-            self._fail(error)
+            training.fail(error)
             self.close()
             raise
 
     def _open(self, plan: recovery.Plan, override: frozenset[str]) -> None:
         """See that the checkpoint fits, then open the attempt; or stand at the end of a run that is done."""
-        self._found = plan.checkpoint
+        training = self._training
+        training.found = plan.checkpoint
         try:
-            if self._found is not None:
-                self._found = recovery.check(
-                    self._found, self._state, self._settings, self._work.stream, override
+            if training.found is not None:
+                training.found = recovery.check(
+                    training.found, training.snapshots, self._settings, training.work.stream, override
                 )
         except BaseException:
             plan.release()
             raise
         if plan.finished:
             assert plan.run is not None
-            self._restore()
+            training.restore()
             self._stand_done(plan.run)
             return
         settings = self._settings
@@ -590,11 +591,11 @@ class Trainer:
         if plan.run is None and settings.init_from is not None:
             self.warm_start, weights = warm_start.read(settings.init_from, settings.root, self.model)
         parent = None if self.warm_start is None else self.warm_start.source.parent
-        self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes(), parent)
-        self.run = self._attempt.run
+        attempt = training.open(replace(plan, checkpoint=training.found), settings, parent)
+        self.run = attempt.run
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)
-            self._attempt.say(str(self.warm_start))
+            attempt.say(str(self.warm_start))
 
     def _asked_from_outside(self) -> str | None:
         """The folder that `interlock resume` names in the environment, if it is a run of this name; once."""
@@ -605,56 +606,59 @@ class Trainer:
 
     def _begin(self, checkpoint: recovery.Found | None) -> None:
         """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""
-        assert self._attempt is not None
+        training = self._training
+        assert training.attempt is not None
         for risk in risks(self.model, self.device):
-            self._report(risk)
+            training.report(risk)
             warnings.warn(risk, stacklevel=4)
         self._beginning = True
         for hook in self._on_train_begin:
             hook()
         self._beginning = False
-        self._state.begin(self._make_watch(), self._data)
-        self._attempt.clock.restart()
+        training.snapshots.begin(self._make_watch(), self._data)
+        training.attempt.clock.restart()
         if checkpoint is not None:
             names = dict.fromkeys(line.split(":")[0] for line in checkpoint.overridden)
             said = f", overridden: {', '.join(names)}" if names else ""
-            self._work.note = f"from {checkpoint.info.name}{said}"
-            self._loop.fire(Trigger.RESUME, checkpoint.state)
+            training.work.note = f"from {checkpoint.info.name}{said}"
+            training.loop.fire(Trigger.RESUME, checkpoint.state)
         elif self._settings.checkpoint is not None:
-            self._requests.saves.append(Save())
-        self._carry_out()
+            training.requests.saves.append(Save())
+        training.carry_out()
 
     def advance(self, until: State | None = None) -> Arc | None:
         """Fire one transition, or go on up to a state; DONE and HALTED end it too.
 
         Returns the last transition, or None where nothing was left to do.
         """
-        if self.state is not State.DONE and (self._attempt is None or self._attempt.closed):
+        training = self._training
+        if self.state is not State.DONE and (training.attempt is None or training.attempt.closed):
             self.start()
         last = None
-        keep, self._work.keep = self._work.keep, self._work.keep
+        keep, training.work.keep = training.work.keep, training.work.keep
         if until in (None, State.FORWARD):
-            self._work.keep = self._state.before_forward
+            training.work.keep = training.snapshots.before_forward
         try:
-            while self._fire_next():
-                last = self._loop.last
+            while training.fire_next():
+                last = training.loop.last
                 if until is None or self.state is until:
                     break
         finally:
-            self._work.keep = keep
+            training.work.keep = keep
         if self.state in TERMINAL:
             self.close()
-            if last is not None and self._left is not None and self._left.error is not None:
-                raise self._left.error
+            if last is not None and training.left is not None and training.left.error is not None:
+                raise training.left.error
         return last
 
     def _branch(self, past: Past) -> None:
         """Go on from the past as a new run, which begins with a checkpoint of this moment."""
+        training = self._training
         states = replicas({name: callback.state_dict() for name, callback in self._callbacks.items()})
         random = capture_random([self.device] if self.device.type == "cuda" else [])
         parent = Parent(past.run.id, str(past.run.path), past.moment.seq, past.checkpoint, "branch")
-        self._attempt = Attempt.open(recovery.Plan(), self._settings, self._scopes(), parent)
-        self.run, self._past = self._attempt.run, None
+        attempt = training.open(recovery.Plan(), self._settings, parent)
+        self.run, self._past = attempt.run, None
         try:
             self._beginning = True
             for hook in self._on_train_begin:
@@ -663,17 +667,17 @@ class Trainer:
             for name, callback in self._callbacks.items():  # what the past left, not what a beginning sets
                 callback.load_state_dict(states[name])
             restore_random(random)
-            self._attempt.clock.restart()
-            work, note = self._work, f"branched from {past.run.id} at {past.moment}"
+            attempt.clock.restart()
+            work, note = training.work, f"branched from {past.run.id} at {past.moment}"
             place, work.place, work.note = work.place, Place(), note
-            self._attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)), work)
+            attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)), work)
             work.place, work.note = place, note
-            self._attempt.record(ARCS.index(Arc(Trigger.RESUME, State.HALTED, self.state)), work)
+            attempt.record(ARCS.index(Arc(Trigger.RESUME, State.HALTED, self.state)), work)
             if self._settings.checkpoint is not None:
-                self._requests.saves.append(Save())
-            self._carry_out_saves(BRANCH)
+                training.requests.saves.append(Save())
+            training.carry_out_saves(BRANCH)
         except BaseException as error:
-            self._fail(error)
+            training.fail(error)
             self.close()
             raise
 
@@ -707,7 +711,7 @@ class Trainer:
             CheckpointMismatch: this trainer is not the one that the run was made with.
             DivergenceError: with `on_divergence="halt"`.
         """
-        self._loop.check_outside()
+        self._training.loop.check_outside()
         self._past = past.seek(self, epoch, batch, state, phase, run)
         return self._past
 
@@ -726,7 +730,7 @@ class Trainer:
         is changed: the trainer stands afterwards where it stood. `run` and errors as for `seek`.
         (Hindsight logging: Garcia et al., arXiv 2006.07357.)
         """
-        self._loop.check_outside()
+        self._training.loop.check_outside()
         return past.replay(self, first, last, callbacks, run)
 
     def blame(self, *, run: str | os.PathLike[str] | None = None) -> Blame:
@@ -739,7 +743,7 @@ class Trainer:
 
         Raises BlameError where nothing is found.
         """
-        self._loop.check_outside()
+        self._training.loop.check_outside()
         stand_before(self, run)
         return find_nonfinite(self)
 
@@ -751,7 +755,7 @@ class Trainer:
             forward=self._settings.evaluation_forward("evaluate"),
             metrics=dict(self._settings.metrics),
             device=self.device,
-            precision=self._work.precision,
+            precision=self._training.work.precision,
         )
         before, self._evaluating = evaluation.stream.between_epochs(), evaluation
         try:
@@ -764,37 +768,24 @@ class Trainer:
 
     def close(self) -> None:
         """End the attempt, in HALTED if it was not done, with what it had saved. Idempotent."""
-        self._loop.check_outside()
-        if self._attempt is None or self._attempt.closed:
+        training = self._training
+        training.loop.check_outside()
+        if training.attempt is None or training.attempt.closed:
             if self._past is not None:
-                self._work.stream.close()
+                training.work.stream.close()
                 configuration.restore_determinism(self._settings)
             return
         with contextlib.ExitStack() as ending:
             ending.callback(configuration.restore_determinism, self._settings)
             for callback in self._callbacks.values():
                 ending.callback(getattr(callback, "close", lambda: None))
-            for evaluation in self._evaluations.values():
-                ending.callback(evaluation.close)
-            ending.callback(self._work.stream.close)
-            ending.callback(self._end_attempt, self._attempt)
+            ending.callback(training.validation.close)
+            ending.callback(training.work.stream.close)
+            ending.callback(training.end_attempt, training.attempt)
             if self.state not in TERMINAL:
                 self.halt("closed before the end")
-                while self._fire_next():
+                while training.fire_next():
                     pass
-
-    def _end_attempt(self, attempt: Attempt) -> None:
-        """Write down how it ended; what was asked of it is asked no more."""
-        halt = self._left = self._requests.halt
-        error = halt.error if halt is not None else None
-        outcome: Outcome = "done" if self.state is State.DONE else "stopped"
-        if self._tainted or (error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)):
-            outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
-        self._requests.abandon_all_saves("the attempt has ended")
-        self._requests.halt = None
-        if self.state is State.HALTED:
-            self._requests.stop = None
-        attempt.close(outcome, self._ended, error)
 
     def __enter__(self) -> Trainer:
         return self
@@ -804,242 +795,15 @@ class Trainer:
 
     # -- one transition --------------------------------------------------------------------------
 
-    def _fire_next(self) -> bool:
-        """Fire the next transition and carry out what was asked for; False where nothing is left."""
-        self._loop.check_outside()
-        try:
-            if self._requests.halt is not None and self.state not in TERMINAL:
-                self._carry_out()  # it was asked for between two transitions
-                if self.state in TERMINAL:
-                    return True
-            if not self._loop.advance():
-                return False
-            self._look_up()
-        except GiveWay:
-            # Nothing had changed: the training stands, intact, where the journal says.
-            self._work.note = ""
-            self._abandon_validation()
-            self._loop.stand(self._attempt.state if self._attempt else self.state)
-        except BaseException as error:
-            left = self._excused(error)
-            self._fail(left)
-            if left is error:
-                raise
-            raise left from error
-        return True
-
-    def _look_up(self) -> None:
-        """Between two transitions: carry out what was asked for during the last."""
-        if self._requests.later:
-            self._arrive()
-        if self._halting() or self._requests.saves or self.state is State.DONE:
-            self._carry_out()
-
-    def _arrive(self) -> None:
-        self._requests.arrive(self.state)
-        if not self._requests.awaits(State.FORWARD):
-            self._work.keep = None
-
-    def _excused(self, error: BaseException) -> BaseException:
-        """A data worker that dies after a stop was requested is no error of its own: schedulers kill them all."""
-        halt = self._requests.halt
-        if halt is None or halt.error is None:
-            return error
-        died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-        return halt.error if died else error
-
-    def _carry_out(self) -> None:
-        halt = self._requests.halt if self.state not in TERMINAL else None
-        if halt is not None:
-            if not halt.save:
-                self._requests.abandon_saves(halt.reason)
-            elif self._settings.checkpoint is not None:
-                if not self._saveable():
-                    return  # one transition on, to BACKWARD
-                if not self._requests.saves:
-                    self._requests.saves.append(Save())
-        if self._saveable():
-            self._carry_out_saves()
-        if halt is not None:
-            self._ended = halt.reason
-            self._work.note = self._halt_note(halt)
-            self._work.situation.halt = True
-            self._halted_in = self.state if halt.save and self._saveable() else None
-            self._loop.advance()
-            self._requests.arrive(State.HALTED)
-            if self._halted_in is not None:
-                self._carry_out_saves()
-            self._requests.abandon_all_saves("the training stands in HALTED")
-        elif self.state is State.DONE:
-            self._ended = self._requests.stop or "finished"
-
-    def _carry_out_saves(self, purpose: str = "") -> None:
-        saves, self._requests.saves = self._requests.saves, []
-        if not saves or self._attempt is None:
-            return
-        work, state = self._work, self.state
-        stands = self._halted_in if state is State.HALTED and self._halted_in is not None else state
-        metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
-        try:
-            handle = self._attempt.save(
-                self._state.capture(stands),
-                state,
-                work.place,
-                self._purpose(stands) or purpose,
-                metrics,
-                work.stream,
-            )
-        except BaseException as error:
-            for save in saves:
-                save.abandoned(f"{type(error).__name__}: {error}")
-            raise
-        for save in saves:
-            save.begun(handle)
-        self._attempt.clock.restart()
-
-    def _purpose(self, state: State) -> str:
-        """What a checkpoint of this moment is for, should the run be extended after its end."""
-        situation = self._work.situation
-        if state is State.BATCH_END and situation.has_batch and not situation.batches_left:
-            return BEFORE_THE_END
-        if state is State.EPOCH_END and not (situation.epochs_left and situation.batches_left):
-            return BEFORE_THE_END if self.epoch_complete else CUT_SHORT
-        return ""
-
-    def _halt_note(self, halt: HaltRequest) -> str:
-        """The reason; and the way back, where no checkpoint of this moment is on disk."""
-        attempt = self._attempt
-        if attempt is None or (halt.save and self._settings.checkpoint is None):
-            return halt.reason
-        failure = attempt.wait_for_save() if halt.save else None
-        if halt.save and failure is None:
-            return halt.reason
-        why = f"{halt.reason}; the checkpoint could not be written ({failure})" if failure else halt.reason
-        return f"{why}; {attempt.way_back(self._work.place)}"
-
-    def _fail(self, error: BaseException) -> None:
-        """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
-        self._tainted = True
-        attempt, halt = self._attempt, self._requests.halt
-        self._requests.abandon_all_saves(f"{type(error).__name__}: {error}")
-        if attempt is None or attempt.closed:
-            return
-        self._abandon_validation()
-        attempt.catch_up()
-        self._loop.stand(attempt.state)
-        asked = halt is not None and halt.error is error
-        self._ended = halt.reason if asked and halt is not None else f"{type(error).__name__}: {error}"
-        self._requests.halt = HaltRequest(self._ended, save=False, error=error)
-        if attempt.state in TERMINAL:
-            return
-        note = self._work.note = f"{self._ended}; {attempt.way_back(self._work.place)}"
-        source = attempt.state
-        try:
-            self._work.situation.halt = True
-            self._loop.advance()
-        except Exception as second:
-            warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
-            self._work.note = note
-            attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)), self._work)
-            self._loop.stand(State.HALTED)
-
-    def _abandon_validation(self) -> None:
-        for name, evaluation in self._evaluations.items():
-            self.validating = name
-            evaluation.abandon()
-        self.validating = self._evaluating = None
-
-    # -- what the parts ask of the trainer -------------------------------------------------------
-
-    def _journal(self, arc: int) -> None:
-        if self._attempt is not None:
-            self._attempt.record(arc, self._work)
-        else:
-            self._work.note = ""
-            if ARCS[arc].trigger is Trigger.END_BATCH:
-                self._work.close_batch()
-        if self._expected is not None and ARCS[arc].trigger is Trigger.FORWARD:
-            work = self._work
-            found = self._expected.meet(work.place.epoch, work.place.batch, self.phase, work.loss)
-            if found is not None:
-                self._diverged(found)
-
-    def _diverged(self, divergence: Divergence) -> None:
-        self.divergence = self.divergence or divergence
-        if self._on_divergence == "halt":
-            error = DivergenceError(divergence)
-            self._requests.add_halt(HaltRequest(str(error), save=False, error=error))
-        else:
-            self._report(str(divergence))
-            warnings.warn(str(divergence), stacklevel=2)
-
-    def _journal_validation(self, arc: int, work: Any) -> None:
-        if self._attempt is not None:
-            self._attempt.record_validation(arc, self.validating or "", work)
-
-    def _scopes(self) -> tuple[str, ...]:
-        return ("train", *(f"validation/{name}" for name in self._evaluations))
-
-    def _validate(self) -> dict[str, float]:
-        """All validation loaders in turn; where a halt breaks it off, generators and the model are as before."""
-        if not self._evaluations:
-            return {}
-        values: dict[str, float] = {}
-        kept = Kept(self.validation_model)
-        before = {name: evaluation.stream.between_epochs() for name, evaluation in self._evaluations.items()}
-        for name, evaluation in self._evaluations.items():
-            self.validating, self._evaluating = name, evaluation
-            if self._attempt is not None:
-                self._attempt.validation_clock.restart()
-            try:
-                found = evaluation.run(self.validation_model, self.epoch, self._halting)
-            except GiveWay:
-                for begun, state in before.items():
-                    self._evaluations[begun].stream.load_state_dict(state)
-                kept.put_back()
-                raise
-            values.update({f"{name}/{key}": value for key, value in found.items()})
-        self.validating = self._evaluating = None
-        return values
-
-    def _halting(self) -> bool:
-        """Whether a halt is asked for, by anybody or by trouble with the files or the time."""
-        if self._attempt is not None and (trouble := self._attempt.trouble()) is not None:
-            self._requests.add_halt(trouble)
-        return self._requests.halt is not None
-
-    def _request_nonfinite_halt(self, error: NonFiniteError) -> None:
-        self._requests.add_halt(HaltRequest(str(error), save=False, error=error))
-
-    def _waits(self) -> bool:
-        """Whether the main thread is waiting for a data worker, so that a signal may break it off."""
-        if self._attempt is None or self._attempt.state in TERMINAL:
-            return False  # also while a resume takes its batch again: that is no transition to give way
-        streams = [self._work.stream, *(evaluation.stream for evaluation in self._evaluations.values())]
-        return any(stream.waiting for stream in streams)
-
-    def _request_signal_halt(self, which: Any) -> None:
-        self._requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which), signal=True))
-
-    def _report(self, message: str) -> None:
-        if self._attempt is not None:
-            self._attempt.warn(message)
-
-    def _restore(self) -> None:
-        assert self._found is not None
-        divergence = recovery.restore(self._found, self._state)
-        self._found = None
-        if divergence is not None:
-            self._diverged(divergence)
-
     def _stand_done(self, run: RunFolder) -> None:
+        training = self._training
         self.run = run
-        self._loop.stand(State.DONE)
-        self._ended = self._requests.stop or "finished"
+        training.loop.stand(State.DONE)
+        training.ended = training.requests.stop or "finished"
 
     def _leave(self) -> Result:
         """The result, or what `fit` leaves by."""
-        halt = self._left or self._requests.halt
+        halt = self._training.left or self._training.requests.halt
         error = halt.error if halt is not None and (halt.signal or self.state is State.HALTED) else None
         if error is not None and not (isinstance(error, KeyboardInterrupt) and in_notebook()):
             raise error

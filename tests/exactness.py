@@ -53,8 +53,8 @@ def ending(trainer: Trainer) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
-        "data": trainer._state.capture()["data"],
-        "validation data": trainer._state.capture()["validation_data"],
+        "data": trainer._training.snapshots.capture()["data"],
+        "validation data": trainer._training.snapshots.capture()["validation_data"],
     }
     return dict(leaves(tree, ""))
 

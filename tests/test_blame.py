@@ -268,7 +268,7 @@ def test_overflow_that_a_scaler_takes_care_of_is_left_alone(tmp_path: Path) -> N
         trainer = trainings.make(tmp_path, precision="fp16", device="cpu", epochs=1)
     except Exception as error:
         pytest.skip(str(error))
-    trainer._work.precision.scalers[0]._init_scale = 2.0**40
+    trainer._training.work.precision.scalers[0]._init_scale = 2.0**40
     trainer.fit()
     assert trainer.history[0]["skipped"] >= 1
     with pytest.raises(BlameError, match="has no loss and no gradient that is not finite"):

@@ -34,13 +34,13 @@ def losses(trainer: Trainer) -> list[list[float]]:
 
 def test_a_signal_while_the_run_is_opened_is_not_lost(tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path)
-    take = trainer._work.stream.fingerprint
+    take = trainer._training.work.stream.fingerprint
 
     def interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         return take()
 
-    trainer._work.stream.fingerprint = interrupted  # type: ignore[method-assign]
+    trainer._training.work.stream.fingerprint = interrupted  # type: ignore[method-assign]
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         trainer.fit()

@@ -584,4 +584,4 @@ def test_the_loaders_generator_is_the_datas(tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path, forward=forward, train_loader=trainings.loader(generator=shared))
     with trainer:
         trainer.advance()
-        assert trainer._state.capture()["generators"] == {}
+        assert trainer._training.snapshots.capture()["generators"] == {}

@@ -147,14 +147,17 @@ def test_a_part_that_differs_is_refused_or_overridden(name: str, tmp_path: Path)
     changes, message = CHANGES[name]
     stop_at(trainings.make(tmp_path))
     refused = trainings.make(tmp_path, **changes())
-    before = refused._state.constructed()
+    before = refused._training.snapshots.constructed()
     before_weights = trainings.weights(refused)
     with pytest.raises(CheckpointMismatch, match=message) as caught:
         refused.start("auto")
     assert f'override={{"{name}"}}' in str(caught.value)
     assert (refused.state, refused.attempt) == (State.IDLE, 0)
     trainings.assert_equal(trainings.weights(refused), before_weights)
-    assert refused._state.constructed()["optimizers"][0]["groups"] == before["optimizers"][0]["groups"]
+    assert (
+        refused._training.snapshots.constructed()["optimizers"][0]["groups"]
+        == before["optimizers"][0]["groups"]
+    )
     refused.close()
 
     with told() as texts:
@@ -336,7 +339,7 @@ def test_a_new_learning_rate_takes_its_place_on_the_schedule(name: str, place: A
         trainer.fit("auto", {"lr"})
     assert any(text.startswith("overridden: lr: checkpoint has") for text in texts)
     assert found == pytest.approx(expected[done:], rel=1e-6)
-    (scheduling,) = trainer._state.schedulings.values()
+    (scheduling,) = trainer._training.snapshots.schedulings.values()
     assert scheduling[0].scheduler.get_last_lr() == pytest.approx([expected[-1]], rel=1e-6)
 
 
@@ -842,9 +845,16 @@ def test_a_forward_pass_is_done_again_with_the_same_or_not_at_all(name: str, tmp
     path = list_checkpoints(stopped.run.checkpoints)[0]
     found, tree = read_checkpoint(path)
     trainer = trainings.make(tmp_path, **CHANGES[name][0]())
-    work, settings = trainer._work, trainer._settings
+    work, settings = trainer._training.work, trainer._settings
     for state in (State.BATCH_START, State.FORWARD):
-        given = (path, found, {**tree, "state": state}, trainer._state, work.stream, settings.binding)
+        given = (
+            path,
+            found,
+            {**tree, "state": state},
+            trainer._training.snapshots,
+            work.stream,
+            settings.binding,
+        )
         if state is State.BATCH_START:
             agree(*given, frozenset({name}))
             continue
@@ -873,7 +883,9 @@ def test_scaled_gradients_are_not_mixed_with_others(precisions: tuple[str, str],
         trainer.fit("auto", {"precision"})
     assert first.run is not None
     assert trainer.fit(list_checkpoints(first.run.checkpoints)[1], {"precision"}).state is State.DONE
-    assert [scaler is None for scaler in trainer._work.precision.scalers] == [precisions[1] != "fp16"]
+    assert [scaler is None for scaler in trainer._training.work.precision.scalers] == [
+        precisions[1] != "fp16"
+    ]
 
 
 def test_gradients_of_one_scale_go_into_another_precision(tmp_path: Path) -> None:

@@ -322,6 +322,6 @@ def test_a_save_for_a_state_that_is_not_reached_is_answered(tmp_path: Path) -> N
 def test_the_copy_of_forward_is_made_only_where_it_is_asked_for(tmp_path: Path) -> None:
     trainer = make(tmp_path, checkpoint=Checkpointing(every_batches=4, at=State.FORWARD))
     kept = []
-    trainer.after(Trigger.FORWARD)(lambda: kept.append(trainer._work.before_forward is not None))
+    trainer.after(Trigger.FORWARD)(lambda: kept.append(trainer._training.work.before_forward is not None))
     trainer.fit()
     assert kept == [(batch + 1) % 4 == 0 for batch in range(12)]

@@ -145,7 +145,7 @@ def _crash(lag: int, trainer: Trainer) -> Standing | None:
             trainer.advance()
     if trainer.state in TERMINAL:
         return None
-    run, attempt = trainer.run, trainer._attempt
+    run, attempt = trainer.run, trainer._training.attempt
     assert run is not None
     assert attempt is not None
     # The copy is not made at one moment, as a kill is: what is being written is waited for.

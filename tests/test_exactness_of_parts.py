@@ -450,7 +450,7 @@ def build(make: Callable[[], Options], root: Path) -> Trainer:
 
 def everything(trainer: Trainer) -> dict[str, str]:
     """Digests of all that is captured in the end, the readings of clocks left out."""
-    tree = trainer._state.capture()
+    tree = trainer._training.snapshots.capture()
     tree["history"] = [{k: v for k, v in e.items() if k != "duration"} for e in tree["history"]]
     tree["batch"]["metrics"].pop("batch_time", None)
     return digests(tree, ignore=["batch/elapsed", "epoch/elapsed"])
@@ -459,7 +459,7 @@ def everything(trainer: Trainer) -> dict[str, str]:
 def losses_of(trainer: Trainer, into: dict[tuple[int, int, str], float]) -> None:
     @trainer.after(Trigger.FORWARD)
     def note() -> None:
-        into[trainer.epoch, trainer.batch, trainer.phase] = trainer._work.loss
+        into[trainer.epoch, trainer.batch, trainer.phase] = trainer._training.work.loss
 
 
 def assert_exact(make: Callable[[], Options], root: Path) -> Trainer:
@@ -533,10 +533,10 @@ def test_whatever_is_not_as_it_was_after_restoring_is_an_error(entry: str, tmp_p
         "history": lambda t: t.history.append({"loss": 1.0}),
         "model": lambda t: setattr(t.model, "calls", 77),
         "loss": lambda t: t._loss.eval(),
-        "scalers": lambda t: t._work.precision.scalers[0].load_state_dict(SCALE),
-        "metrics": lambda t: setattr(t._work.epoch_metrics, "samples", 1),
+        "scalers": lambda t: t._training.work.precision.scalers[0].load_state_dict(SCALE),
+        "metrics": lambda t: setattr(t._training.work.epoch_metrics, "samples", 1),
         "optimizers": lambda t: t.optimizers[0].param_groups[0].update(lr=7.0),
-        "window": lambda t: setattr(t._work.window, "weight", 9.0),
+        "window": lambda t: setattr(t._training.work.window, "weight", 9.0),
     }
 
     def options(change: Callable[[Trainer], Any]) -> Options:
@@ -611,4 +611,4 @@ def test_a_batch_is_stored_only_where_code_of_the_users_may_have_changed_it(
         hook(trainer)
     with trainer:
         trainer.advance(until=State.BATCH_START)
-        assert (trainer._state.capture()["batch"]["data"] is not None) == stored
+        assert (trainer._training.snapshots.capture()["batch"]["data"] is not None) == stored

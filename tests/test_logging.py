@@ -295,7 +295,7 @@ def test_chosen_metric_that_does_not_exist_is_told_once(tmp_path: Path) -> None:
 
 def test_hooks_that_are_not_needed_are_not_registered(tmp_path: Path) -> None:
     def hooks(log: Logging | None) -> dict[Trigger, int]:
-        machine = _trainer(tmp_path, log)._loop.machine
+        machine = _trainer(tmp_path, log)._training.loop.machine
         return {
             trigger: sum(
                 len(transition.before) + len(transition.after)

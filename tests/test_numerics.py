@@ -137,7 +137,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_fp32_weights(tmp_path: Path) -> Non
 
 def test_fp16_scales_and_lowers_the_scale_when_it_overflows(tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path, precision="fp16", epochs=4, nonfinite="halt")
-    scaler = trainer._work.precision.scalers[0]
+    scaler = trainer._training.work.precision.scalers[0]
     with torch.no_grad():
         scaler._lazy_init_scale_growth_tracker(trainer.device) if scaler._scale is None else None
         scaler._scale.fill_(2.0**40)

@@ -70,7 +70,7 @@ def done(tmp_path_factory) -> tuple[Path, Trainer, list[dict[str, str]], Watch]:
 
 
 def state_of(trainer: Trainer) -> dict[str, str]:
-    tree = trainer._state.capture()
+    tree = trainer._training.snapshots.capture()
     parts = ("model", "optimizers", "gradients", "place", "window", "metrics", "random", "data", "forward")
     return digests({"state": trainer.state.value, **{part: tree[part] for part in parts}})
 

@@ -421,7 +421,7 @@ def test_evaluate_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_table_is_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take any row that a plain training needs away, and it fails."""
-    import orchestrator.trainer as module
+    import orchestrator.training as module
 
     needed = [row for row in TRAINING if row.trigger not in (Trigger.HALT, Trigger.RESUME)]
     for gone in needed:

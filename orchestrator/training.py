@@ -1,0 +1,323 @@
+"""Training: one training under way. Transitions are fired here, and what was asked for is done between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator import recovery
+from orchestrator.attempt import Attempt
+from orchestrator.configuration import Settings
+from orchestrator.divergence import Divergence, DivergenceError, Expected
+from orchestrator.errors import NonFiniteError
+from orchestrator.evaluation import Evaluation
+from orchestrator.loop import Loop
+from orchestrator.policy import Situation
+from orchestrator.requests import HaltRequest, Requests, Save
+from orchestrator.signals import GiveWay, leave
+from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
+from orchestrator.state import SAVEABLE, TrainingState
+from orchestrator.validation import Validation
+from orchestrator.work import EvaluationWork, Place, TrainingWork
+from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
+from tracking.rows import Outcome, Parent
+
+__all__ = ["Training"]
+
+
+class Training:
+    """The machine with its work, the attempt that records it, and the requests that wait for the next boundary.
+
+    `fire_next` is one transition and what follows it:
+
+        fire(next_trigger(situation))    # before-hooks, work, change of state, after-hooks, journal
+        carry out what was asked for     # saves, stops, halts
+
+    Where work or a hook raises, the transition has not happened: the training halts from the last journaled state,
+    and memory is `tainted`, so that nothing of it is saved.
+
+    `snapshots` is set once the callbacks, whose state it takes, are known. `work` are the arguments of TrainingWork
+    that are no affair of this class.
+    """
+
+    snapshots: TrainingState
+
+    def __init__(
+        self, evaluations: Mapping[str, Evaluation], *, saves: bool, on_divergence: str, **work: Any
+    ) -> None:
+        self.requests = Requests()
+        self.attempt: Attempt | None = None
+        self.found: recovery.Found | None = None
+        """The checkpoint that the next `resume` puts back."""
+        self.expected: Expected | None = None
+        """The recorded losses of what is done again."""
+        self.divergence: Divergence | None = None
+        """The first loss of this attempt, or of the last seek, that was not the recorded one."""
+        self.validation = Validation(evaluations)
+        self._saves = saves
+        self._on_divergence = on_divergence
+        self._forget_the_end()
+        situation = Situation()
+        self.work = TrainingWork(
+            situation=situation,
+            place=Place(),
+            request_halt=self._request_nonfinite_halt,
+            restore=self.restore,
+            report=self.report,
+            **work,
+        )
+        self.loop = Loop(TRAINING, self.work.table(), situation, self._journal)
+
+    def _forget_the_end(self) -> None:
+        self.tainted = False
+        """Whether a transition failed half-way, so that memory holds no state of the training."""
+        self.ended = ""
+        """Why the training ended; empty while it goes on."""
+        self.left: HaltRequest | None = None
+        """What the last attempt halted for."""
+        self.halted_in: State | None = None
+        """The state that a checkpoint of HALTED carries; None where memory is not worth keeping."""
+
+    def renew(self, expected: Expected | None) -> None:
+        """Forget how the last attempt ended; another begins, which is to do the `expected` losses again."""
+        self._forget_the_end()
+        self.expected, self.divergence = expected, None
+        self.work.situation.halt = False
+
+    def open(self, plan: recovery.Plan, settings: Settings, parent: Parent | None) -> Attempt:
+        """Open the attempt that records what follows."""
+        scopes = ("train", *self.validation.scopes)
+        self.attempt = Attempt.open(plan, settings, scopes, parent)
+        return self.attempt
+
+    @property
+    def state(self) -> State:
+        """Where the machine stands."""
+        return self.loop.state
+
+    def fire_next(self) -> bool:
+        """Fire the next transition and carry out what was asked for; False where nothing is left."""
+        self.loop.check_outside()
+        try:
+            if self.requests.halt is not None and self.state not in TERMINAL:
+                self.carry_out()  # it was asked for between two transitions
+                if self.state in TERMINAL:
+                    return True
+            if not self.loop.advance():
+                return False
+            self._look_up()
+        except GiveWay:
+            # Nothing had changed: the training stands, intact, where the journal says.
+            self.work.note = ""
+            self.validation.abandon()
+            self.loop.stand(self.attempt.state if self.attempt else self.state)
+        except BaseException as error:
+            left = self._excused(error)
+            self.fail(left)
+            if left is error:
+                raise
+            raise left from error
+        return True
+
+    def _look_up(self) -> None:
+        """Between two transitions: carry out what was asked for during the last."""
+        if self.requests.later:
+            self._arrive()
+        if self.halting() or self.requests.saves or self.state is State.DONE:
+            self.carry_out()
+
+    def _arrive(self) -> None:
+        self.requests.arrive(self.state)
+        if not self.requests.awaits(State.FORWARD):
+            self.work.keep = None
+
+    def _excused(self, error: BaseException) -> BaseException:
+        """A data worker that dies after a stop was requested is no error of its own: schedulers kill them all."""
+        halt = self.requests.halt
+        if halt is None or halt.error is None:
+            return error
+        died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        return halt.error if died else error
+
+    def saveable(self) -> bool:
+        """Whether a checkpoint can be taken where the training stands."""
+        if self.state is State.FORWARD:
+            return self.work.before_forward is not None
+        return self.state in SAVEABLE
+
+    def carry_out(self) -> None:
+        """Do what was asked for: saves and a halt."""
+        halt = self.requests.halt if self.state not in TERMINAL else None
+        if halt is not None:
+            if not halt.save:
+                self.requests.abandon_saves(halt.reason)
+            elif self._saves:
+                if not self.saveable():
+                    return  # one transition on, to BACKWARD
+                if not self.requests.saves:
+                    self.requests.saves.append(Save())
+        if self.saveable():
+            self.carry_out_saves()
+        if halt is not None:
+            self.ended = halt.reason
+            self.work.note = self._halt_note(halt)
+            self.work.situation.halt = True
+            self.halted_in = self.state if halt.save and self.saveable() else None
+            self.loop.advance()
+            self.requests.arrive(State.HALTED)
+            if self.halted_in is not None:
+                self.carry_out_saves()
+            self.requests.abandon_all_saves("the training stands in HALTED")
+        elif self.state is State.DONE:
+            self.ended = self.requests.stop or "finished"
+
+    def carry_out_saves(self, purpose: str = "") -> None:
+        """Take a checkpoint of where the training stands, if any was asked for."""
+        saves, self.requests.saves = self.requests.saves, []
+        if not saves or self.attempt is None:
+            return
+        work, state = self.work, self.state
+        stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
+        metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
+        try:
+            handle = self.attempt.save(
+                self.snapshots.capture(stands),
+                state,
+                work.place,
+                self._purpose(stands) or purpose,
+                metrics,
+                work.stream,
+            )
+        except BaseException as error:
+            for save in saves:
+                save.abandoned(f"{type(error).__name__}: {error}")
+            raise
+        for save in saves:
+            save.begun(handle)
+        self.attempt.clock.restart()
+
+    def _purpose(self, state: State) -> str:
+        """What a checkpoint of this moment is for, should the run be extended after its end."""
+        situation = self.work.situation
+        if state is State.BATCH_END and situation.has_batch and not situation.batches_left:
+            return BEFORE_THE_END
+        if state is State.EPOCH_END and not (situation.epochs_left and situation.batches_left):
+            return BEFORE_THE_END if not situation.has_batch else CUT_SHORT
+        return ""
+
+    def _halt_note(self, halt: HaltRequest) -> str:
+        """The reason; and the way back, where no checkpoint of this moment is on disk."""
+        attempt = self.attempt
+        if attempt is None or (halt.save and not self._saves):
+            return halt.reason
+        failure = attempt.wait_for_save() if halt.save else None
+        if halt.save and failure is None:
+            return halt.reason
+        why = f"{halt.reason}; the checkpoint could not be written ({failure})" if failure else halt.reason
+        return f"{why}; {attempt.way_back(self.work.place)}"
+
+    def fail(self, error: BaseException) -> None:
+        """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
+        self.tainted = True
+        attempt, halt = self.attempt, self.requests.halt
+        self.requests.abandon_all_saves(f"{type(error).__name__}: {error}")
+        if attempt is None or attempt.closed:
+            return
+        self.validation.abandon()
+        attempt.catch_up()
+        self.loop.stand(attempt.state)
+        asked = halt is not None and halt.error is error
+        self.ended = halt.reason if asked and halt is not None else f"{type(error).__name__}: {error}"
+        self.requests.halt = HaltRequest(self.ended, save=False, error=error)
+        if attempt.state in TERMINAL:
+            return
+        note = self.work.note = f"{self.ended}; {attempt.way_back(self.work.place)}"
+        source = attempt.state
+        try:
+            self.work.situation.halt = True
+            self.loop.advance()
+        except Exception as second:
+            warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
+            self.work.note = note
+            attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)), self.work)
+            self.loop.stand(State.HALTED)
+
+    def diverged(self, divergence: Divergence) -> None:
+        """Say that a loss is not the recorded one, and halt where that is asked for."""
+        self.divergence = self.divergence or divergence
+        if self._on_divergence == "halt":
+            error = DivergenceError(divergence)
+            self.requests.add_halt(HaltRequest(str(error), save=False, error=error))
+        else:
+            self.report(str(divergence))
+            warnings.warn(str(divergence), stacklevel=2)
+
+    def halting(self) -> bool:
+        """Whether a halt is asked for, by anybody or by trouble with the files or the time."""
+        if self.attempt is not None and (trouble := self.attempt.trouble()) is not None:
+            self.requests.add_halt(trouble)
+        return self.requests.halt is not None
+
+    def waits(self) -> bool:
+        """Whether the main thread is waiting for a data worker, so that a signal may break it off."""
+        if self.attempt is None or self.attempt.state in TERMINAL:
+            return False  # also while a resume takes its batch again: that is no transition to give way
+        return self.work.stream.waiting or self.validation.waiting
+
+    def request_signal_halt(self, which: Any) -> None:
+        """A signal asks to halt."""
+        self.requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which), signal=True))
+
+    def end_attempt(self, attempt: Attempt) -> None:
+        """Write down how it ended; what was asked of it is asked no more."""
+        halt = self.left = self.requests.halt
+        error = halt.error if halt is not None else None
+        outcome: Outcome = "done" if self.state is State.DONE else "stopped"
+        if self.tainted or (error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)):
+            outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
+        self.requests.abandon_all_saves("the attempt has ended")
+        self.requests.halt = None
+        if self.state is State.HALTED:
+            self.requests.stop = None
+        attempt.close(outcome, self.ended, error)
+
+    def _journal(self, arc: int) -> None:
+        if self.attempt is not None:
+            self.attempt.record(arc, self.work)
+        else:
+            self.work.note = ""
+            if ARCS[arc].trigger is Trigger.END_BATCH:
+                self.work.close_batch()
+        if self.expected is not None and ARCS[arc].trigger is Trigger.FORWARD:
+            work = self.work
+            found = self.expected.meet(work.place.epoch, work.place.batch, self.snapshots.phase, work.loss)
+            if found is not None:
+                self.diverged(found)
+
+    def report(self, message: str) -> None:
+        """Keep a warning in the journal."""
+        if self.attempt is not None:
+            self.attempt.warn(message)
+
+    def restore(self) -> None:
+        """Put back the checkpoint that was found: the work of `resume`."""
+        assert self.found is not None
+        divergence = recovery.restore(self.found, self.snapshots)
+        self.found = None
+        if divergence is not None:
+            self.diverged(divergence)
+
+    def _request_nonfinite_halt(self, error: NonFiniteError) -> None:
+        self.requests.add_halt(HaltRequest(str(error), save=False, error=error))
+
+    def journal_validation(self, arc: int, work: EvaluationWork) -> None:
+        """Write down a transition of the validation under way."""
+        if self.attempt is not None:
+            under_way = self.validation.under_way
+            self.attempt.record_validation(arc, "" if under_way is None else under_way.name, work)
+
+    def begin_validation(self) -> None:
+        """A pass over a validation loader begins."""
+        if self.attempt is not None:
+            self.attempt.validation_clock.restart()
