@@ -19,7 +19,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, WeightedRandomSampler
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
@@ -470,6 +470,39 @@ def test_users_code_is_told_from_libraries() -> None:
     assert is_users(Options) is False
     assert is_users(told)
     assert not any(map(is_users, (torch.nn.Linear, torchmetrics.Metric, Trainer, random.Random, json_like())))
+
+
+def test_what_a_data_set_does_to_itself_is_not_told(tmp_path: Path) -> None:
+    """Though hooks have to do with attributes of these names elsewhere, and read those of the data."""
+
+    class Counted(Graded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.epoch = -1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    class Shuffled(Sampler[int]):
+        def __init__(self) -> None:
+            self.epoch = self.samples = 0
+
+        def __iter__(self) -> Any:
+            self.samples += 48
+            return iter(torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    data, sampler = Counted(), Shuffled()
+
+    class Reading(Callback):
+        def on_epoch_end(self, epoch: int, metrics: Any) -> None:
+            assert self.trainer.epoch == sampler.epoch
+            assert data.reads >= sampler.samples - 48
+
+    loader = DataLoader(data, batch_size=8, sampler=sampler)
+    assert told(tmp_path, {"train_loader": loader, "callbacks": [Reading()]}) == []
 
 
 def json_like() -> Any:

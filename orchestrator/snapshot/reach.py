@@ -126,23 +126,34 @@ class Reach:
 
         self._own(Owner(f"{type(optimizer).__name__}.", "an attribute of an optimizer", attributes_of))
 
-    def add_data(self, item: object, captured: Callable[[Any], bool]) -> None:
-        """A data set, sampler or loader: those of its attributes that the code added before has to do with.
+    def add_data(self, item: object, counts: bool) -> None:
+        """A data set, sampler or loader: those of its attributes that the code added before may change.
 
-        What only its own code changes, such as a cache, is its own affair; so are the values that are `captured`.
+        What only its own code changes, such as a cache, is its own affair; so are plain values where it `counts`
+        with them, which are kept with the order of its data, and what `set_epoch` sets.
         """
+        begins = getattr(type(item), "set_epoch", None)
+        given = set_attributes(begins.__code__) if isinstance(begins, types.FunctionType) else set()
 
-        def touched() -> dict[str, Any]:
-            return {k: v for k, v in variables(item).items() if k in self._touched and not captured(v)}
+        def changeable() -> dict[str, Any]:
+            sets, uses = self._set, self._set | self._used
+            return {
+                name: value
+                for name, value in variables(item).items()
+                if name not in given and (not counts and name in sets if _is_plain(value) else name in uses)
+            }
 
-        self.owners.append(
-            Owner(f"{type(item).__name__}.", "an attribute of the data", touched, read_elsewhere=True)
-        )
+        self.owners.append(Owner(f"{type(item).__name__}.", "an attribute of the data", changeable, True))
 
     @cached_property
-    def _touched(self) -> set[str]:
-        """The names of all attributes that the code reads or sets."""
-        return set().union(*(used_attributes(code) | set_attributes(code) for code in self.codes))
+    def _set(self) -> set[str]:
+        """The names of the attributes that the code sets, of whatever."""
+        return set().union(*map(set_attributes, self.codes))
+
+    @cached_property
+    def _used(self) -> set[str]:
+        """The names of those that it reads; what it reads it may change, if it can be changed."""
+        return set().union(*map(used_attributes, self.codes))
 
     def _own(self, owner: Owner) -> None:
         if len(self.owners) < _OWNERS:
@@ -244,6 +255,10 @@ class _In:
     """Something that stands in the module of this name."""
 
     __module__: str
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _content(name: str, cell: types.CellType) -> dict[str, Any]:

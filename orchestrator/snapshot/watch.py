@@ -87,7 +87,7 @@ class Watch:
         for function in self._functions:
             reach.add_function(function)
         for item in self._data:
-            reach.add_data(item, _is_counted if _counts(item) else _is_never)
+            reach.add_data(item, _counts(item))
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
@@ -147,14 +147,6 @@ class Watch:
 def _counts(item: object) -> bool:
     """Whether plain values of a sampler or an iterable data set are kept with the order of its data."""
     return hasattr(item, "__iter__") and not type(item).__module__.startswith("torch.")
-
-
-def _is_counted(value: object) -> bool:
-    return value is None or type(value) in (bool, int, float, str)
-
-
-def _is_never(_: object) -> bool:
-    return False
 
 
 _INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
