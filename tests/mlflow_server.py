@@ -67,6 +67,7 @@ class RemoteRun:
     """A run as MLflow's database has it. `points` are (key, step, value, timestamp in ms); NaN is None."""
 
     id: str
+    stage: str
     name: str
     status: str
     end_ms: int | None
@@ -88,7 +89,7 @@ class Database:
         return f"sqlite:///{self.path}"
 
     def runs(self, ours: str) -> list[RemoteRun]:
-        """All runs that carry the tag of our run `ours`."""
+        """All runs that carry the tag of our run `ours`, deleted ones included."""
         if not self.path.exists():
             return []
         connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=20)
@@ -102,22 +103,22 @@ class Database:
             connection.close()
 
     def run(self, ours: str) -> RemoteRun:
-        """The only run that carries our tag."""
-        (found,) = self.runs(ours)
+        """The only run that carries our tag and is not deleted."""
+        (found,) = (run for run in self.runs(ours) if run.stage == "active")
         return found
 
     @staticmethod
     def _runs(connection: sqlite3.Connection, ours: str) -> list[RemoteRun]:
         found = connection.execute(
-            """SELECT run_uuid, runs.name, status, end_time, experiments.name, artifact_uri
+            """SELECT run_uuid, runs.lifecycle_stage, runs.name, status, end_time, experiments.name, artifact_uri
                FROM runs JOIN experiments USING (experiment_id) WHERE run_uuid IN
                    (SELECT run_uuid FROM tags WHERE key = 'interlock.run_id' AND value = ?)""",
             (ours,),
         ).fetchall()
         return [
             RemoteRun(
-                *row[:5],
-                artifacts=Path(row[5]),
+                *row[:6],
+                artifacts=Path(row[6]),
                 tags=dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", row[:1])),
                 params=dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", row[:1])),
                 points=connection.execute(
