@@ -43,7 +43,7 @@ class Windows:
     """
 
     def __init__(self, open_ones: dict[str, Window], every: int):
-        self.open = dict(open_ones)
+        self.open = open_ones
         self._every = every
         self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
 
