@@ -8,7 +8,7 @@ Real sockets in front of a real server. Each request meets one fault, chosen by 
     429, 500, 503   an answer of that status, the server sees nothing
     cut     the server does it, the answer is lost
     half    the server does it, the connection is reset in the middle of the answer
-    late    the connection is closed, and the server does it two and a half seconds later
+    late    the connection is closed, and the server does it `late_s` seconds later
     hang    no answer at all, for as long as the proxy lives
 """
 
@@ -67,6 +67,7 @@ class FaultyProxy:
     def __init__(self, upstream: int, choose: Choice = nothing):
         self.choose = choose
         self.met: Counter[tuple[str, str]] = Counter()
+        self.late_s = 2.5
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._late: list[threading.Thread] = []
@@ -94,7 +95,7 @@ class FaultyProxy:
 
     def later(self, work: Callable[[], Any]) -> None:
         def wait_and_work() -> None:
-            time.sleep(2.5)
+            time.sleep(self.late_s)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 work()
 

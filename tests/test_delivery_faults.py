@@ -1,18 +1,23 @@
 """Exactly once, whatever fails: a real MLflow server behind a proxy that drops, delays, refuses and cuts."""
 
+import contextlib
 import math
+import os
 import random
-import threading
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from deliveries import BATCHES, Training, assert_once, until
-from faulty_proxy import SERVED_AND_LOST, FaultyProxy, at_random, each, nothing
+from deliveries import BATCHES, Training, assert_once, train_in_child, until
+from faulty_proxy import FaultyProxy, at_random, each, nothing
 from mlflow_server import MLflowServer, RemoteRun
+from states.table import State
+from tracking.journal import Journal
 from tracking.mlflow_delivery import MLflow
-from tracking.runs import RunFolder, create_run
+from tracking.runs import RunFolder, create_run, lease_holder
 from tracking.shipper import start_shipper, sync
 
 REQUESTS = {
@@ -51,7 +56,9 @@ def log_of(run: RunFolder) -> str:
 def files_of(server: MLflowServer, remote: RemoteRun) -> dict[str, bytes]:
     """The run's artifacts by their paths, as they lie in the server's store."""
     (home,) = (server.folder / "artifacts").glob(f"*/{remote.id}/artifacts")
-    return {file.relative_to(home).as_posix(): file.read_bytes() for file in home.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(home).as_posix(): file.read_bytes() for file in home.rglob("*") if file.is_file()
+    }
 
 
 def assert_delivered(run: RunFolder, server: MLflowServer, kept: set[str]) -> RemoteRun:
@@ -78,7 +85,12 @@ def train(run: RunFolder, batches: int, pause_s: float = 0.0) -> tuple[Training,
         training.batch(pause_s)
         odd = {"odd": (math.nan, math.inf, -math.inf, 5e-324, 0.1)[number % 5]}
         training.writer.metrics(
-            "train", training.walk.epoch, training.walk.batch, number + 1, odd, 1_700_000_000_000_000_000 + number
+            "train",
+            training.walk.epoch,
+            training.walk.batch,
+            number + 1,
+            odd,
+            1_700_000_000_000_000_000 + number,
         )
         if number in (batches // 2, batches - 1):
             names.add(training.checkpoint(best=number != batches - 1))
@@ -86,8 +98,11 @@ def train(run: RunFolder, batches: int, pause_s: float = 0.0) -> tuple[Training,
     return training, names
 
 
-@pytest.mark.parametrize("fault", ["cut", pytest.param("late", marks=pytest.mark.long)])
-def test_each_request_is_served_once_and_its_answer_lost(
+# -- one fault after another -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["cut", pytest.param("half", marks=pytest.mark.long)])
+def test_each_request_is_served_and_its_answer_lost(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy, fault: str
 ) -> None:
     proxy.choose = each(fault)
@@ -96,7 +111,132 @@ def test_each_request_is_served_once_and_its_answer_lost(
     report = sync(run, tracker=MLflow(proxy.uri, f"each {fault}"), timeout=60)
     assert report.complete, log_of(run)
     assert proxy.faults([fault]) >= REQUESTS
-    proxy.settle()
     remote = assert_delivered(run, server, names)
     assert (remote.status, remote.tags["interlock.state"]) == ("FAILED", "HALTED")
     assert remote.tags["interlock.exception"] == "ValueError: no"
+    assert len(server.database.runs(run.id)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("late_s", [2.5, 7.0])
+def test_each_request_is_served_long_after_it_was_given_up(
+    run: RunFolder, server: MLflowServer, proxy: FaultyProxy, late_s: float
+) -> None:
+    """Old tags come after new ones, RUNNING after its end, a second run after the first: set right at the end."""
+    proxy.choose, proxy.late_s = each("late"), late_s
+    training, names = train(run, BATCHES)
+    shipper = start_shipper(run, MLflow(proxy.uri, f"late {late_s}"))
+    until(lambda: ("log-batch tags", "late") in proxy.met, 60)
+    training.end()
+    assert shipper is not None
+    assert shipper.wait(120) == 0, log_of(run)
+    assert proxy.faults(["late"]) >= REQUESTS
+    proxy.settle()
+    remote = assert_delivered(run, server, names)
+    assert (remote.status, remote.tags["interlock.outcome"]) == ("FINISHED", "done")
+    assert remote.tags["interlock.state"] == "DONE"
+
+
+@pytest.mark.parametrize(
+    ("seed", "batches"), [(3, 60), *(pytest.param(seed, 600, marks=pytest.mark.long) for seed in range(6))]
+)
+def test_faults_at_random_while_a_run_trains(
+    run: RunFolder, server: MLflowServer, proxy: FaultyProxy, seed: int, batches: int
+) -> None:
+    proxy.choose = at_random(seed, 0.35)
+    tracker = MLflow(proxy.uri, f"random {seed}", upload="all")
+    shipper = start_shipper(run, tracker)
+    training, names = train(run, batches, pause_s=0.05)
+    training.end()
+    assert shipper is not None
+    until(lambda: shipper.poll() is not None, 180)
+    assert shipper.returncode == 0, log_of(run)
+    proxy.settle()
+    remote = assert_delivered(run, server, names)
+    assert remote.status == "FINISHED"
+    assert sum(proxy.met[request, fault] for request, fault in proxy.met if fault != "pass") > 5
+    outages = log_of(run).count("trying again until it works")
+    assert 1 <= outages <= 2 * (1 + math.log2(sum(proxy.met.values()))), "few lines about many outages"
+
+
+# -- everything dies ---------------------------------------------------------------------------------------
+
+
+def test_trainer_shipper_and_server_are_killed(run: RunFolder, tmp_path: Path) -> None:
+    everything_dies(run, tmp_path, random.Random(1), attempts=2)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_is_killed_again_and_again(run: RunFolder, tmp_path: Path, seed: int) -> None:
+    everything_dies(run, tmp_path, random.Random(seed), attempts=5)
+
+
+def everything_dies(run: RunFolder, folder: Path, chance: random.Random, attempts: int) -> None:
+    """Trainings that are killed and go back, each time perhaps on a machine that has no outbox."""
+    position: int | None = None
+    done = highest = 0
+    with (
+        MLflowServer(folder) as server,
+        FaultyProxy(server.port, at_random(chance.randrange(99), 0.2)) as proxy,
+    ):
+        tracker = MLflow(proxy.uri, "deaths", upload="none")
+        for number in range(attempts):
+            trainer = train_in_child(
+                run,
+                f"""
+training = Training(run, {position}, {done})
+start_shipper(run, MLflow({proxy.uri!r}, "deaths", upload="none"))
+while True: training.batch(0.01)
+""",
+            )
+            until(lambda started=number + 1: began(run) == started)
+            for what in chance.sample(["shipper", "server", "shipper"], 2):
+                time.sleep(chance.uniform(0.5, 3.0))
+                if what == "server":
+                    server.stop()
+                    time.sleep(chance.uniform(0.0, 2.0))
+                    server.start()
+                elif kill_shipper(run):
+                    start_shipper(run, tracker)
+            trainer.kill()
+            trainer.wait()
+            proxy.settle()
+            if number % 2:
+                kill_shipper(run)
+                run.outbox.unlink(missing_ok=True)  # a fresh machine
+            with Journal.open(run) as journal:
+                ends = [row for row in journal.transitions(live=True) if row.dest is State.BATCH_END]
+                highest = max(highest, len(ends))
+                done = chance.randrange(1, len(ends) + 1)  # go back, but not before the very first batch
+                position = ends[done - 1].seq
+        last = Training(run, position, done)
+        while last.done <= highest:
+            last.batch()
+        last.end()
+        proxy.choose = nothing
+        report = sync(run, tracker=tracker, timeout=60)
+        assert report.complete, log_of(run)
+        remote = server.database.run(run.id)
+        assert_once(run, remote)
+        assert remote.params == {"lr": "0.1"}
+        assert (remote.status, remote.tags["interlock.state"]) == ("FINISHED", "DONE")
+        assert remote.tags["interlock.attempt"] == str(attempts + 1)
+        assert all(remote.tags[f"interlock.attempt.{n}"].startswith("died: ") for n in range(1, attempts + 1))
+        assert remote.tags[f"interlock.attempt.{attempts + 1}"].startswith("done")
+
+
+def began(run: RunFolder) -> int:
+    with Journal.open(run) as journal:
+        return len(journal.attempts())
+
+
+def kill_shipper(run: RunFolder) -> bool:
+    holder = lease_holder(run.outbox_lease)
+    if holder is None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(holder.pid, signal.SIGKILL)
+    until(lambda: (now := lease_holder(run.outbox_lease)) is None or now.pid != holder.pid)
+    return True

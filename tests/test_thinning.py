@@ -35,7 +35,9 @@ def rows_of(attempts: list[tuple[int, int]], sparse: int) -> list[Metric]:
         for step in range(first + 1, last + 1):
             for key in ("loss", "rare") if step % sparse == 0 else ("loss",):
                 number, time_ns = len(found) + 1, (attempt * 10_000 + step) * 1_000_000
-                found.append(Metric(number, attempt, "train", 0, step, step, key, value_of(key, step), time_ns))
+                found.append(
+                    Metric(number, attempt, "train", 0, step, step, key, value_of(key, step), time_ns)
+                )
             if step % 7 == 0:
                 number = len(found) + 1
                 found.append(Metric(number, attempt, "train", 0, -1, step, "lr", 0.1, number))
@@ -110,7 +112,9 @@ def test_a_window_ends_at_a_multiple_and_has_the_last_batches_step_and_time() ->
     assert flight is not None
     assert flight.points == (Point("batch/loss", 4, 4, 2.5), Point("batch/loss", 8, 8, 6.5))
     assert flight.windows == {"batch/loss": Window(11, 11, 30.0, 3)}
-    later = select([Metric(12, 1, "train", 0, 11, 12, "loss", 2.0, 12_000_000)], flight.marks, str, flight.windows)
+    later = select(
+        [Metric(12, 1, "train", 0, 11, 12, "loss", 2.0, 12_000_000)], flight.marks, str, flight.windows
+    )
     assert later is not None
     # Every batch is a point again: the window that is open ends before the batch that follows.
     assert later.points == (Point("batch/loss", 11, 11, 10.0), Point("batch/loss", 12, 12, 2.0))
@@ -130,7 +134,9 @@ def test_never_behind_for_ever(rate: float, takes: float) -> None:
     assert waiting <= 10 * rate
 
 
-def test_an_outage_of_a_night_is_made_up_for_in_full_and_ten_minutes_of_five_thousand_batches_are_not() -> None:
+def test_an_outage_of_a_night_is_made_up_for_in_full_and_ten_minutes_of_five_thousand_batches_are_not() -> (
+    None
+):
     now = 0.0
     pace = Pace(lambda: now)
     pace.saw(900_000)

@@ -39,6 +39,7 @@ CHECKPOINTS = "checkpoints"
 
 _STAGE = "uploading"
 _TAGS_EVERY_S = 2.0
+_HEARTBEAT_EVERY_S = 30.0
 _ROUND_EVERY_S = 15.0
 _LOG_EVERY_S = 60.0
 _MOST_ROWS = 20_000  # a flight: what the shipper holds in memory
@@ -131,7 +132,8 @@ class Shipment:
         self._round: list[str] = []
         self._round_began = 0.0
         wait = 0.0 if at_once else 1.0
-        self._next_tags = 0.0
+        self._next_tags = self._next_heartbeat = 0.0
+        self._heartbeat_at = ""
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
         self._next_log = time.monotonic() + wait * _LOG_EVERY_S
         self._drop()
@@ -222,16 +224,27 @@ class Shipment:
             newest = moved.dest if moved else None
         tags = {
             "interlock.attempt": str(attempt.attempt),
+            "interlock.heartbeat": self._heartbeat(attempt),
             "interlock.host": attempt.host,
             "interlock.outcome": attempt.outcome or "running",
             "interlock.reason": attempt.reason,
             "interlock.exception": attempt.exception,
+            **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in self._journal.attempts()},
             **self._parent_tags(),
             **self._checkpoint_tags(),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
+
+    def _heartbeat(self, attempt: Attempt) -> str:
+        """When the training was last seen to live, which is renewed now and then; at its end, when that was."""
+        if attempt.ended_ns is not None:
+            return _utc(attempt.ended_ns)
+        if time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + _HEARTBEAT_EVERY_S
+            self._heartbeat_at = _utc(time.time_ns())
+        return self._heartbeat_at
 
     def _parent_tags(self) -> dict[str, str]:
         """The run that this one comes from, and that run's id at the server once it is known here."""
@@ -512,6 +525,17 @@ def _manifest_last(file: Path) -> tuple[bool, str]:
 
 def _status(attempt: Attempt, status: str) -> str:
     return f"{attempt.attempt}:{status}"
+
+
+def _in_words(attempt: Attempt) -> str:
+    """'stopped: SIGTERM; 2026-01-31T12:00:00Z to 2026-01-31T12:30:00Z on host, process 17'."""
+    outcome = ": ".join(filter(None, [attempt.outcome or "running", attempt.reason, attempt.exception]))
+    ended = f" to {_utc(attempt.ended_ns)}" if attempt.ended_ns is not None else ""
+    return f"{outcome}; {_utc(attempt.started_ns)}{ended} on {attempt.host}, process {attempt.pid}"
+
+
+def _utc(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_ns // 1_000_000_000))
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

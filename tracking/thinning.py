@@ -31,9 +31,7 @@ class Window:
 
     def with_value(self, step: int, time_ms: int, value: float) -> "Window":
         """The window when this value is in it too."""
-        return Window(
-            max(self.step, step), max(self.time_ms, time_ms), self.total + value, self.count + 1
-        )
+        return Window(max(self.step, step), max(self.time_ms, time_ms), self.total + value, self.count + 1)
 
 
 class Windows:
