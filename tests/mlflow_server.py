@@ -9,30 +9,47 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Database", "MLflowServer", "RemoteRun"]
+__all__ = ["Database", "MLflowServer", "RemoteRun", "free_port"]
 
 
 class MLflowServer:
-    """`mlflow server` with SQLite and served artifacts in `folder`; the port stays the same over restarts."""
+    """`mlflow server` with SQLite and served artifacts in `folder`; the port stays the same over restarts.
 
-    def __init__(self, folder: Path):
+    `store` is the URI of another database.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        store: str = "",
+    ):
         self.folder = folder
-        self.port = _free_port()
+        self._options, self._environment = list(options), dict(environment or {})
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = Database(folder / "mlflow.db")
+        self._store = store or f"sqlite:///{self.database.path}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, wait_s: float = 60.0) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database.path}"]
+        command += ["--workers", "1", "--backend-store-uri", self._store, *self._options]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | quiet
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env=os.environ | quiet | self._environment,
             )
         deadline = time.monotonic() + wait_s
         while not self.answers():
@@ -131,7 +148,7 @@ class Database:
         ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -14,11 +14,12 @@ import pytest
 from deliveries import BATCHES, Training, assert_once, train_in_child, until
 from faulty_proxy import FaultyProxy, at_random, each, nothing
 from mlflow_server import MLflowServer, RemoteRun
+from postgres import PostgresCluster, PostgresDatabase, find_binaries
 from states.table import State
 from tracking.journal import Journal
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import RunFolder, create_run, lease_holder
-from tracking.shipper import start_shipper, sync
+from tracking.shipper import start_shipper, status, sync
 
 REQUESTS = {
     "experiments/create",
@@ -118,7 +119,7 @@ def test_each_request_is_served_and_its_answer_lost(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("late_s", [2.5, 7.0])
+@pytest.mark.parametrize("late_s", [1.5, 4.0])
 def test_each_request_is_served_long_after_it_was_given_up(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy, late_s: float
 ) -> None:
@@ -240,3 +241,74 @@ def kill_shipper(run: RunFolder) -> bool:
         os.kill(holder.pid, signal.SIGKILL)
     until(lambda: (now := lease_holder(run.outbox_lease)) is None or now.pid != holder.pid)
     return True
+
+
+# -- PostgreSQL --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[PostgresCluster]:
+    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    with PostgresCluster(binaries) as cluster:
+        yield cluster
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_faults_at_random_before_a_server_on_postgresql(
+    run: RunFolder, cluster: PostgresCluster, tmp_path: Path
+) -> None:
+    """The server is killed too, and the database."""
+    with (
+        MLflowServer(tmp_path, store=cluster.uri) as server,
+        FaultyProxy(server.port, at_random(1, 0.3)) as proxy,
+    ):
+        server.database = PostgresDatabase(cluster.uri)
+        shipper = start_shipper(run, MLflow(proxy.uri, "postgres", upload="all"))
+        training, names = train(run, 200, pause_s=0.02)
+        until(lambda: status(run).points_delivered, 60)
+        cluster.stop()
+        training.batch(2.0)
+        cluster.start()
+        server.stop()
+        training.batch(1.0)
+        server.start()
+        training.end()
+        assert shipper is not None
+        until(lambda: shipper.poll() is not None, 300)
+        assert shipper.returncode == 0, log_of(run)
+        proxy.settle()
+        remote = assert_delivered(run, server, names)
+        assert remote.status == "FINISHED"
+
+
+@pytest.mark.long
+def test_a_postgresql_store_without_a_server(
+    run: RunFolder, cluster: PostgresCluster, tmp_path: Path
+) -> None:
+    """The database is away at the start, and in the middle."""
+    cluster.stop()
+    training = Training(run)
+    shipper = start_shipper(run, MLflow(cluster.uri, upload="none"))
+    training.batch()
+    until(lambda: "tracking server: cannot" in log_of(run), 60)
+    cluster.start()
+    until(lambda: status(run).points_delivered, 60)
+    cluster.stop()
+    training.batch()
+    training.writer.sync()
+    until(lambda: log_of(run).count("tracking server: cannot") == 2, 60)
+    cluster.start()
+    training.batch()
+    training.end()
+    assert shipper is not None
+    until(lambda: shipper.poll() is not None, 120)
+    assert shipper.returncode == 0, log_of(run)
+    remote = PostgresDatabase(cluster.uri).run(run.id)
+    assert_once(run, remote)
+    assert remote.status == "FINISHED"
+    lines = [line for line in log_of(run).splitlines() if line.strip()]
+    assert len(lines) < 12, "few words, also by MLflow"

@@ -442,13 +442,6 @@ def test_a_deleted_run_is_said_and_not_made_again(run: RunFolder, store: Databas
     assert len(store.runs(run.id)) == 1
 
 
-def test_a_store_that_does_not_exist_is_said(run: RunFolder) -> None:
-    Training(run).end("stopped")
-    report = sync(run, tracker=MLflow("htp://nowhere"), timeout=5)
-    assert "htp://nowhere" in report.trouble
-    assert report.artifacts_left == ("transitions.jsonl.gz",)
-
-
 # -- living together ---------------------------------------------------------------------------------------
 
 _USERS = """

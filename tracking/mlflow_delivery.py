@@ -1,5 +1,6 @@
 """MLflow: the settings that a user gives (no mlflow imported), and the delivery that the shipper makes of them."""
 
+import contextlib
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 from urllib.parse import urlsplit
@@ -189,6 +191,8 @@ class MLflowDelivery:
         """Find the run by id, then by our tag, or make it."""
         with self._asking("open the run"):
             if self._client is None:
+                _check_uri(self._uri)
+                _expect_outages(self._uri)
                 self._client = self._new_client(tracking_uri=self._uri)
             self._our_id = run.run_id
             wanted = self._settings["run_id"]
@@ -417,6 +421,31 @@ def _cut(value: str, longest: int) -> str:
     return value if len(value) <= longest else value[: longest - 1] + "…"
 
 
+def _expect_outages(uri: str) -> None:
+    """Have MLflow report at once that a database is away: it would try ten times first, with a page of warnings."""
+    if urlsplit(uri).scheme.partition("+")[0] in _SQL:
+        with contextlib.suppress(ImportError):
+            utils = import_module("mlflow.store.db.utils")
+            utils.MAX_RETRY_COUNT = 1  # type: ignore[attr-defined]
+
+
+def _check_uri(uri: str) -> None:
+    """Raise Closed for what can never be a tracking server."""
+    try:
+        parts = urlsplit(uri)
+        no_host = parts.scheme in ("http", "https") and not parts.hostname
+        wrong = "it names no host" if no_host else ""
+        _ = parts.port
+    except ValueError as error:
+        wrong = str(error)
+    if uri.rstrip("/") == "sqlite:" or ":memory:" in uri:
+        wrong = "a database in memory is gone with the process that delivers"
+    if wrong:
+        raise Closed(f"tracking URI {uri!r}: {wrong}; expected {_EXAMPLES}")
+
+
+_EXAMPLES = "one such as 'http://host:5000' or 'sqlite:///mlflow.db'"
+
 # Codes by which a server says that it has understood, and will not.
 _REFUSALS = {
     "INVALID_PARAMETER_VALUE",
@@ -426,6 +455,11 @@ _REFUSALS = {
     "NOT_IMPLEMENTED",
 }
 _GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+_DENIED = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
+_DENIED_HINT = (
+    ". Do MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, belong to somebody "
+    "who may write there? They are read when the training starts, and by `interlock sync`"
+)
 _RETRIED_STATUS = {401, 403, 404, 408, 409, 425, 429}
 
 
@@ -435,28 +469,54 @@ def _explained(what: str) -> Iterator[None]:
 
     A 404 or 403 that is not MLflow's own is that of a proxy whose server is away, or of a token that has run out.
     """
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import InvalidUrlException, MlflowException
     from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
     try:
         yield
     except (Unavailable, Refused, Closed):
         raise
-    except UnsupportedModelRegistryStoreURIException as error:
-        raise Closed(f"cannot {what}: {_first_line(error)}") from error
+    except (UnsupportedModelRegistryStoreURIException, InvalidUrlException) as error:
+        raise Closed(f"cannot {what}: {_first_line(error)} Expected {_EXAMPLES}") from error
     except MlflowException as error:
-        text = f"cannot {what}: {_first_line(error)}"
+        text = f"cannot {what}: {_first_line(_innermost(error))}"
         if error.error_code in _GONE:
             raise Closed(text) from error
         if error.error_code in _REFUSALS:
             raise Refused(text) from error
-        raise Unavailable(text) from error
+        raise Unavailable(text + (_DENIED_HINT if error.error_code in _DENIED else "")) from error
+    except ImportError as error:
+        raise Closed(
+            f"cannot {what}: {_first_line(error)}; install the driver that the URI asks for"
+        ) from error
     except Exception as error:  # of requests, SQLAlchemy, boto3, a plugin: they have no base class in common
         status = getattr(getattr(error, "response", None), "status_code", None)
-        text = f"cannot {what}: {type(error).__name__}: {_first_line(error)}"
+        text = f"cannot {what}: {type(error).__name__}: {_first_line(_innermost(error))}"
+        if type(error).__name__ in ("ArgumentError", "NoSuchModuleError"):  # SQLAlchemy's
+            raise Closed(f"{text}; expected {_EXAMPLES}") from error
+        if type(error).__name__ == "OperationalError":
+            text = f"cannot {what}: {_first_line(getattr(error, 'orig', None) or error)}"
         if isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS:
             raise Refused(text) from error
-        raise Unavailable(text) from error
+        raise Unavailable(text + (_DENIED_HINT if status in (401, 403) else "")) from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """For a request that got no answer, what happened to it, without three layers of wrapping."""
+    context = error.__context__ if str(error).startswith("API request to") else error
+    reason: object = context
+    while reason is not None:
+        inner = getattr(reason, "reason", None) or next(iter(getattr(reason, "args", ())), None)
+        if not isinstance(inner, BaseException):
+            break
+        reason = inner
+    if reason is error or not isinstance(reason, BaseException):
+        return error
+    said = str(reason).rpartition("): ")[2]
+    url = getattr(getattr(context, "request", None), "url", None) or "the server"
+    return ConnectionError(
+        f"{urlsplit(str(url))._replace(path='', query='').geturl()} gives no answer: {said}"
+    )
 
 
 def _first_line(error: BaseException) -> str:
