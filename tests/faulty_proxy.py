@@ -5,7 +5,7 @@ Real sockets in front of a real server. Each request meets one fault, chosen by 
     pass    nothing
     delay   half a second, then as usual
     drop    the connection is closed, the server sees nothing
-    429, 500, 503   an answer of that status, the server sees nothing
+    401, 403, 429, 500, 503   an answer of that status, the server sees nothing
     cut     the server does it, the answer is lost
     half    the server does it, the connection is reset in the middle of the answer
     late    the connection is closed, and the server does it `late_s` seconds later
@@ -140,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.owner.later(lambda: self._forward(body))
             self._cut()
         elif fault.isdigit():
-            self._answer(int(fault), b'{"error_code": "INTERNAL_ERROR", "message": "no"}', "application/json")
+            body = b"no" if fault in ("401", "403") else b'{"error_code": "INTERNAL_ERROR", "message": "no"}'
+            self._answer(int(fault), body, "application/json")
         else:
             time.sleep(0.5 if fault == "delay" else 0.0)
             self._pass_on(fault, body)

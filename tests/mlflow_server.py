@@ -1,5 +1,6 @@
 """A real MLflow server on the loopback interface, to be stopped and started, and a look into its database."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -37,7 +38,7 @@ class MLflowServer:
         self._store = store or f"sqlite:///{self.database.path}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, wait_s: float = 60.0) -> None:
+    def start(self, wait_s: float = 180.0) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self._store, *self._options]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
@@ -53,8 +54,11 @@ class MLflowServer:
             )
         deadline = time.monotonic() + wait_s
         while not self.answers():
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "the MLflow server did not start"
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(
+                    "the MLflow server did not start", (self.folder / "server.log").read_text()
+                )
             time.sleep(0.1)
 
     def answers(self) -> bool:
@@ -67,7 +71,8 @@ class MLflowServer:
     def stop(self) -> None:
         """With all its workers, at once: what was being served is cut off."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 

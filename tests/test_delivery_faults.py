@@ -18,6 +18,7 @@ from postgres import PostgresCluster, PostgresDatabase, find_binaries
 from states.table import State
 from tracking.journal import Journal
 from tracking.mlflow_delivery import MLflow
+from tracking.outbox import read_outbox
 from tracking.runs import RunFolder, create_run, lease_holder
 from tracking.shipper import start_shipper, status, sync
 
@@ -169,7 +170,7 @@ def test_trainer_shipper_and_server_are_killed(run: RunFolder, tmp_path: Path) -
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_everything_is_killed_again_and_again(run: RunFolder, tmp_path: Path, seed: int) -> None:
     everything_dies(run, tmp_path, random.Random(seed), attempts=5)
 
@@ -192,7 +193,8 @@ start_shipper(run, MLflow({proxy.uri!r}, "deaths", upload="none"))
 while True: training.batch(0.01)
 """,
             )
-            until(lambda started=number + 1: began(run) == started)
+            before = read_outbox(run.outbox).points
+            until(lambda before=before: read_outbox(run.outbox).points > before, 120)
             for what in chance.sample(["shipper", "server", "shipper"], 2):
                 time.sleep(chance.uniform(0.5, 3.0))
                 if what == "server":
@@ -226,11 +228,6 @@ while True: training.batch(0.01)
         assert remote.tags["interlock.attempt"] == str(attempts + 1)
         assert all(remote.tags[f"interlock.attempt.{n}"].startswith("died: ") for n in range(1, attempts + 1))
         assert remote.tags[f"interlock.attempt.{attempts + 1}"].startswith("done")
-
-
-def began(run: RunFolder) -> int:
-    with Journal.open(run) as journal:
-        return len(journal.attempts())
 
 
 def kill_shipper(run: RunFolder) -> bool:

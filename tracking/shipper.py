@@ -438,10 +438,14 @@ def _take_lease(run: RunFolder, target: Target, timeout: float | None) -> Lease 
         found = _read_target(run)
         if timeout is None and found is not None and found.token != target.token:
             return None
-        if deadline is not None:
-            now = status(run)
-            if time.monotonic() >= deadline or not (now.points_waiting or now.artifacts_waiting):
-                return None
+        if deadline is not None and (time.monotonic() >= deadline or _up_to_date(run)):
+            return None
+
+
+def _up_to_date(run: RunFolder) -> bool:
+    """Is all of a run that trains delivered? (One that has ended is to get its status too.)"""
+    now = status(run)
+    return lease_holder(run) is not None and not (now.points_waiting or now.artifacts_waiting)
 
 
 def _run(run: RunFolder, *, foreground: bool, timeout: float) -> int:

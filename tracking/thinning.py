@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["Pace", "Window", "Windows"]
 
-_HORIZON_S = 60.0
+_HORIZON_S = 20.0
 _CATCH_UP_S = 600.0
 _MOST_A_SECOND = 2000.0
 _FEWEST_A_SECOND = 10.0
@@ -74,7 +74,7 @@ _NEVER = 2**62
 class Pace:
     """Says how many batches make one point: the smallest power of two with which the server keeps up easily.
 
-    That is: what a training measures in a second (on average over the last minute), and a six-hundredth of what
+    That is: what a training measures in a second (on average over the last twenty seconds), and a six-hundredth of what
     waits, are then no more points than 2,000, and no more than half of what the server was seen to take in a
     second. Up to there every batch is a point.
     """
