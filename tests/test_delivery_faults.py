@@ -161,6 +161,66 @@ def test_faults_at_random_while_a_run_trains(
     assert 1 <= outages <= 2 * (1 + math.log2(sum(proxy.met.values()))), "few lines about many outages"
 
 
+# -- outages -----------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_never_answers(
+    run: RunFolder, server: MLflowServer, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training does not notice; at the end the shipper says what is left, and leaves; two lines in all."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    proxy.choose = lambda what: "hang"
+    shipper = start_shipper(run, MLflow(proxy.uri, "silent", patience_s=1.0))
+    training, names = train(run, BATCHES)
+    until(lambda: proxy.met, 60)
+    training.end()
+    assert shipper is not None
+    until(lambda: shipper.poll() is not None, 60)
+    assert shipper.returncode == 1
+    first, last = log_of(run).splitlines()
+    assert "gives no answer: Read timed out" in first
+    assert f"Deliver them with: interlock sync {run.id}" in last
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    proxy.choose = nothing
+    assert sync(run, timeout=60).complete, log_of(run)
+    assert_delivered(run, server, names)
+
+
+@pytest.mark.long
+def test_a_long_outage_takes_little_memory_and_few_words(
+    run: RunFolder, server: MLflowServer, proxy: FaultyProxy
+) -> None:
+    """A server that fails again and again, while 150,000 batches are trained; all of them arrive."""
+    proxy.choose = at_random(3, 0.9)
+    training = Training(run)
+    shipper = start_shipper(run, MLflow(proxy.uri, "long", upload="none"))
+    assert shipper is not None
+    training.batch()
+    training.writer.sync()
+    until(lambda: status(run).points_delivered, 120)
+    before = memory_kb(shipper.pid)
+    for _ in range(150_000):
+        training.batch()
+    training.writer.sync()
+    until(lambda: sum(n for (_, fault), n in proxy.met.items() if fault != "pass") > 60, 300)
+    assert memory_kb(shipper.pid) < before + 100_000
+    assert len(log_of(run).splitlines()) < 30
+    proxy.choose = nothing
+    training.end()
+    until(lambda: shipper.poll() is not None, 600)
+    assert shipper.returncode == 0, log_of(run)
+    assert (run.path / "outbox.sqlite").stat().st_size < 2_000_000
+    remote = server.database.run(run.id)
+    steps = [step for key, step, _, _ in remote.points if key == "batch/loss"]
+    assert len(set(steps)) == len(steps)
+    assert max(steps) == training.done
+
+
+def memory_kb(process: int) -> int:
+    """The most that it has held so far."""
+    return int(Path(f"/proc/{process}/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
 # -- everything dies ---------------------------------------------------------------------------------------
 
 

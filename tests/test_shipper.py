@@ -1,5 +1,6 @@
 """Delivery to a real MLflow: a server on the loopback interface, and the plain SQLite store."""
 
+import calendar
 import gzip
 import json
 import os
@@ -88,7 +89,11 @@ def test_a_run_arrives_whole(
     training.writer.sync()
     until(lambda: store.runs(run.id))
     until(lambda: store.run(run.id).tags.get("interlock.state") == "BATCH_END")
-    assert store.run(run.id).status == "RUNNING"
+    living = store.run(run.id)
+    assert living.status == "RUNNING"
+    seen = calendar.timegm(time.strptime(living.tags["interlock.heartbeat"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert abs(time.time() - seen) < 60
+    assert living.tags["interlock.attempt.1"].startswith("running; ")
     assert status(run).shipper is not None
     best = training.checkpoint(best=True)
     training.batch()

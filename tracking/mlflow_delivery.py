@@ -1,11 +1,14 @@
 """MLflow: the settings that a user gives (no mlflow imported), and the delivery that the shipper makes of them."""
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +40,7 @@ _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
 _MOST_PARAMS = 100
 _LATE_S = 5.0  # a server that has not answered may still be at work for so long
+_LONGEST_MAKING_S = 120.0
 _SQL = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -193,7 +197,11 @@ class MLflowDelivery:
             if self._client is None:
                 _check_uri(self._uri)
                 _expect_outages(self._uri)
-                self._client = self._new_client(tracking_uri=self._uri)
+                with _alone(self._uri):
+                    client = self._new_client(tracking_uri=self._uri)
+                    if self._uri.startswith("sqlite:"):
+                        client.search_experiments(max_results=1)
+                self._client = client
             self._our_id = run.run_id
             wanted = self._settings["run_id"]
             found = self._existing(wanted) if wanted else (self._existing(known) if known else None)
@@ -427,6 +435,24 @@ def _expect_outages(uri: str) -> None:
         with contextlib.suppress(ImportError):
             utils = import_module("mlflow.store.db.utils")
             utils.MAX_RETRY_COUNT = 1  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """For a database in a file: one process of ours at a time, because two that make its tables spoil it for ever."""
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"interlock-{os.getuid()}-{name}.lock").open("a") as file:
+        deadline = time.monotonic() + _LONGEST_MAKING_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield
 
 
 def _check_uri(uri: str) -> None:
