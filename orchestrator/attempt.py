@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -30,8 +31,10 @@ from orchestrator.snapshot.storage import (
 )
 from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
 from orchestrator.work import BatchWork, Place, TrainingWork
+from states.errors import InterlockError
 from states.table import ARCS, State, Trigger
 from tracking.journal import Journal, JournalError, open_attempt
+from tracking.outbox import read_outbox
 from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
 from tracking.shipper import start_shipper
@@ -340,6 +343,21 @@ class Attempt:
                 self._journal.close()
         finally:
             self._lease.release()
+        if self._shipper is not None:
+            self._tell_of_trouble()
+
+    def _tell_of_trouble(self) -> None:
+        """Say once if, at the attempt's end, the run cannot be delivered."""
+        from orchestrator.commands.sync import without_passwords  # with click, which training does not need
+
+        with contextlib.suppress(InterlockError):
+            if trouble := read_outbox(self.run.outbox).trouble:
+                warnings.warn(
+                    f"{self.run.id}: training is not affected, but tracking has trouble: {without_passwords(trouble)}. "
+                    f"`interlock show {self.run.id}` says what is left to deliver",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
 
 def _start(settings: Settings, plan: Plan) -> AttemptStart:

@@ -33,9 +33,9 @@ from orchestrator.work import Limits, Place
 from states.errors import InterlockError
 from states.table import State
 from tracking.journal import Journal, JournalError, settle
+from tracking.outbox import read_outbox
 from tracking.rows import Attempt
 from tracking.runs import Lease, RunFolder, find_run, list_runs
-from tracking.shipper import status
 
 __all__ = [
     "CheckpointMismatch",
@@ -374,7 +374,7 @@ def result(
     infos = not_superseded(readable(run.checkpoints), positions)
     best = best_of(infos, settings.best) if settings is not None else None
     try:
-        delivered = status(run).remote_run_id
+        delivered = read_outbox(run.outbox).remote_run_id
     except InterlockError:
         delivered = None
     return Result(

@@ -1,5 +1,6 @@
 """A real MLflow server on the loopback interface, to be stopped and started, and a look into its database."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,35 +10,55 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Database", "MLflowServer", "RemoteRun"]
+__all__ = ["Database", "MLflowServer", "RemoteRun", "free_port"]
 
 
 class MLflowServer:
-    """`mlflow server` with SQLite and served artifacts in `folder`; the port stays the same over restarts."""
+    """`mlflow server` with SQLite and served artifacts in `folder`; the port stays the same over restarts.
 
-    def __init__(self, folder: Path):
+    `store` is the URI of another database.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        store: str = "",
+    ):
         self.folder = folder
-        self.port = _free_port()
+        self._options, self._environment = list(options), dict(environment or {})
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.database = Database(folder / "mlflow.db")
+        self._store = store or f"sqlite:///{self.database.path}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, wait_s: float = 60.0) -> None:
+    def start(self, wait_s: float = 180.0) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database.path}"]
+        command += ["--workers", "1", "--backend-store-uri", self._store, *self._options]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | quiet
+                command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+                env=os.environ | quiet | self._environment,
             )
         deadline = time.monotonic() + wait_s
         while not self.answers():
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < deadline, "the MLflow server did not start"
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(
+                    "the MLflow server did not start", (self.folder / "server.log").read_text()
+                )
             time.sleep(0.1)
 
     def answers(self) -> bool:
@@ -50,7 +71,8 @@ class MLflowServer:
     def stop(self) -> None:
         """With all its workers, at once: what was being served is cut off."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -67,6 +89,7 @@ class RemoteRun:
     """A run as MLflow's database has it. `points` are (key, step, value, timestamp in ms); NaN is None."""
 
     id: str
+    stage: str
     name: str
     status: str
     end_ms: int | None
@@ -88,7 +111,7 @@ class Database:
         return f"sqlite:///{self.path}"
 
     def runs(self, ours: str) -> list[RemoteRun]:
-        """All runs that carry the tag of our run `ours`."""
+        """All runs that carry the tag of our run `ours`, deleted ones included."""
         if not self.path.exists():
             return []
         connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=20)
@@ -102,22 +125,22 @@ class Database:
             connection.close()
 
     def run(self, ours: str) -> RemoteRun:
-        """The only run that carries our tag."""
-        (found,) = self.runs(ours)
+        """The only run that carries our tag and is not deleted."""
+        (found,) = (run for run in self.runs(ours) if run.stage == "active")
         return found
 
     @staticmethod
     def _runs(connection: sqlite3.Connection, ours: str) -> list[RemoteRun]:
         found = connection.execute(
-            """SELECT run_uuid, runs.name, status, end_time, experiments.name, artifact_uri
+            """SELECT run_uuid, runs.lifecycle_stage, runs.name, status, end_time, experiments.name, artifact_uri
                FROM runs JOIN experiments USING (experiment_id) WHERE run_uuid IN
                    (SELECT run_uuid FROM tags WHERE key = 'interlock.run_id' AND value = ?)""",
             (ours,),
         ).fetchall()
         return [
             RemoteRun(
-                *row[:5],
-                artifacts=Path(row[5]),
+                *row[:6],
+                artifacts=Path(row[6]),
                 tags=dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", row[:1])),
                 params=dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", row[:1])),
                 points=connection.execute(
@@ -130,7 +153,7 @@ class Database:
         ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -198,7 +198,7 @@ def test_a_newer_outbox_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(OutboxError, match="format 99, expected 1"):
+    with pytest.raises(OutboxError, match="format 99, expected 2"):
         Outbox.open(path)
 
 

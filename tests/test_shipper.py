@@ -1,5 +1,6 @@
 """Delivery to a real MLflow: a server on the loopback interface, and the plain SQLite store."""
 
+import calendar
 import gzip
 import json
 import os
@@ -88,7 +89,11 @@ def test_a_run_arrives_whole(
     training.writer.sync()
     until(lambda: store.runs(run.id))
     until(lambda: store.run(run.id).tags.get("interlock.state") == "BATCH_END")
-    assert store.run(run.id).status == "RUNNING"
+    living = store.run(run.id)
+    assert living.status == "RUNNING"
+    seen = calendar.timegm(time.strptime(living.tags["interlock.heartbeat"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert abs(time.time() - seen) < 60
+    assert living.tags["interlock.attempt.1"].startswith("running; ")
     assert status(run).shipper is not None
     best = training.checkpoint(best=True)
     training.batch()
@@ -440,13 +445,6 @@ def test_a_deleted_run_is_said_and_not_made_again(run: RunFolder, store: Databas
     assert "was deleted; restore it with `mlflow runs restore" in report.trouble
     assert report.points_left == 3
     assert len(store.runs(run.id)) == 1
-
-
-def test_a_store_that_does_not_exist_is_said(run: RunFolder) -> None:
-    Training(run).end("stopped")
-    report = sync(run, tracker=MLflow("htp://nowhere"), timeout=5)
-    assert "htp://nowhere" in report.trouble
-    assert report.artifacts_left == ("transitions.jsonl.gz",)
 
 
 # -- living together ---------------------------------------------------------------------------------------

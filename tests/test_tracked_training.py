@@ -1,5 +1,6 @@
 """A training with a tracker, from end to end: real shipper, real store; killed, resumed, delivered once."""
 
+import calendar
 import os
 import signal
 import sqlite3
@@ -20,20 +21,26 @@ from states import Trigger
 torch.set_num_threads(1)
 root, store, resume = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 trainer = trainings.make(root, val_loader=trainings.loader(16), track=MLflow(tracking_uri=store))
-if resume == "kill":
+if resume in ("SIGKILL", "SIGTERM", "SIGINT", "raise"):
     @trainer.after(Trigger.STEP)
     def kill():
         if trainer.batches == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if resume == "raise":
+                raise ValueError("too hot")
+            os.kill(os.getpid(), getattr(signal, resume))
 trainer.fit(resume="auto")
 assert "mlflow" not in sys.modules
 print("done")
 """
 
 
-def train(root: Path, store: str, what: str) -> int:
+def start(root: Path, store: str, what: str) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(root), store, what], env=environment).returncode
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), store, what], env=environment)
+
+
+def train(root: Path, store: str, what: str) -> int:
+    return start(root, store, what).wait()
 
 
 def wait_until_shipped(run: RunFolder) -> None:
@@ -60,7 +67,7 @@ def points(store: Path, run_id: str) -> dict[str, list[int]]:
 def test_killed_with_its_shipper_then_resumed_every_point_arrives_once(tmp_path: Path) -> None:
     root, file = tmp_path / "runs", tmp_path / "mlflow.db"
     store = f"sqlite:///{file}"
-    assert train(root, store, "kill") == -signal.SIGKILL
+    assert train(root, store, "SIGKILL") == -signal.SIGKILL
     (run,) = list_runs(root)
     if (shipper := status(run).shipper) is not None:
         os.kill(shipper.pid, signal.SIGKILL)
@@ -76,3 +83,55 @@ def test_killed_with_its_shipper_then_resumed_every_point_arrives_once(tmp_path:
         assert found[key] == list(range(1, 19)), key
     for key in ("train/loss", "train/lr", "val/loss"):
         assert found[key] == [0, 1, 2], key
+
+
+ENDS = {
+    "go on": ("FINISHED", "done", "DONE", ""),
+    "raise": ("FAILED", "failed", "HALTED", "ValueError: too hot"),
+    "SIGTERM": ("KILLED", "stopped", "HALTED", ""),
+    "SIGINT": ("KILLED", "stopped", "HALTED", ""),
+    "SIGKILL": ("KILLED", "died", "HALTED", ""),
+}
+
+
+def test_the_status_of_trainings_that_end_in_each_way(tmp_path: Path) -> None:
+    """All at once, and none of them found a store: they make it together."""
+    file = tmp_path / "mlflow.db"
+    processes = [start(tmp_path / what, f"sqlite:///{file}", what) for what in ENDS]
+    for process in processes:
+        process.wait(120)
+    for what, expected in ENDS.items():
+        (run,) = list_runs(tmp_path / what)
+        wait_until_shipped(run)
+        with sqlite3.connect(file) as connection:
+            ours = "SELECT run_uuid FROM tags WHERE key = 'interlock.run_id' AND value = ?"
+            ((found,),) = connection.execute(f"SELECT status FROM runs WHERE run_uuid IN ({ours})", (run.id,))
+            tags = dict(
+                connection.execute(f"SELECT key, value FROM tags WHERE run_uuid IN ({ours})", (run.id,))
+            )
+        names = ("interlock.outcome", "interlock.state", "interlock.exception")
+        assert (found, *(tags.get(name, "") for name in names)) == expected, what
+        assert tags["interlock.attempt.1"].startswith(expected[1])
+        assert what not in ("SIGTERM", "SIGINT") or what in tags["interlock.reason"]
+        assert (
+            abs(
+                time.time()
+                - calendar.timegm(time.strptime(tags["interlock.heartbeat"], "%Y-%m-%dT%H:%M:%SZ"))
+            )
+            < 300
+        )
+
+
+def test_none_starts_no_process_and_imports_nothing(tmp_path: Path) -> None:
+    code = """
+import os, sys, trainings
+from pathlib import Path
+result = trainings.make(Path(sys.argv[1]), track=None).fit()
+assert "mlflow" not in sys.modules
+children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+assert not children, children
+left = {path.name for path in result.run.iterdir()}
+assert not left & {"tracker.json", "outbox.sqlite", "shipper.log", "outbox.lease"}, left
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True)

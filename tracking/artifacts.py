@@ -1,17 +1,25 @@
-"""What a run leaves to look at: files made from its journal. For now the log of its transitions."""
+"""What a run leaves to look at: files made from its journal."""
 
+import csv
 import gzip
+import io
 import json
 import math
+from operator import attrgetter
 from pathlib import Path
 
 from tracking.journal import Journal
 from tracking.rows import Transition
 
-__all__ = ["TRANSITIONS", "write_transitions"]
+__all__ = ["METRICS", "TRANSITIONS", "write_metrics", "write_transitions"]
 
 TRANSITIONS = "transitions.jsonl.gz"
 """The name of the log of transitions."""
+
+METRICS = "metrics.csv.gz"
+"""The name of the table of all metric values, those of every batch."""
+
+_METRIC_COLUMNS = ("attempt", "scope", "epoch", "batch", "step", "key", "value", "time_ns")
 
 
 def write_transitions(journal: Journal, file: Path) -> int:
@@ -24,6 +32,27 @@ def write_transitions(journal: Journal, file: Path) -> int:
     with file.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
         for transition in journal.transitions():
             packed.write(json.dumps(_fields(transition), separators=(",", ":")).encode() + b"\n")
+            count += 1
+    return count
+
+
+def write_metrics(journal: Journal, file: Path) -> int:
+    """Write all the run's metric values, superseded ones left out, as a gzipped CSV table; how many there are.
+
+    The columns are those of the journal's view `metrics`. Values are written so that reading gives the very same
+    ones, 'nan', 'inf' and '-inf' included. The same journal gives the same bytes.
+    """
+    count = 0
+    with (
+        file.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8", newline="") as text,
+    ):
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(_METRIC_COLUMNS)
+        values = attrgetter(*_METRIC_COLUMNS)
+        for metric in journal.metrics():
+            table.writerow(values(metric))
             count += 1
     return count
 

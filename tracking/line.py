@@ -1,4 +1,4 @@
-"""One road to a server, with its own outages: when to try again, and one warning for each outage."""
+"""One road to a server, with its own outages: when to try again, and few words about it."""
 
 import random
 import time
@@ -19,7 +19,8 @@ class Line:
     """Calls work that may find the server away, and then leaves it alone for a while, longer each time.
 
     Pauses double from 0.5 s to 60 s, each shortened at random by up to a half, so that many shippers do not
-    come back to a server at the same moment.
+    come back to a server at the same moment. An outage gives one warning; of many outages only the first, second,
+    fourth, eighth and so on are told of.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Line:
         self.down_since: float | None = None
         """When the outage that goes on now was noticed, by `clock`; None: there is none."""
         self._what, self._notice, self._clock, self._chance = what, notice, clock, chance
-        self._failures = 0
+        self._failures = self._outages = 0
         self._next = 0.0
+        self.trouble = ""
+        """What is wrong now, in words; '' if nothing is."""
 
     @property
     def down(self) -> bool:
@@ -54,19 +57,29 @@ class Line:
         except Unavailable as error:
             self._failed(error)
             return False
-        if self.down_since is not None:
+        if self.down_since is not None and self._told:
             self._notice(f"{self._what}: works again after {self._clock() - self.down_since:.0f} s")
-        self.down_since, self._failures, self._next = None, 0, 0.0
+        self.down_since, self._failures, self._next, self.trouble = None, 0, 0.0, ""
         return answer
 
     def hurry(self) -> None:
         """Try again now, and soon after: something has changed."""
         self._failures, self._next = 0, 0.0
 
+    @property
+    def _told(self) -> bool:
+        return self._outages & (self._outages - 1) == 0
+
     def _failed(self, error: Unavailable) -> None:
         if self.down_since is None:
             self.down_since = self._clock()
-            self._notice(f"{self._what}: {error}; trying again until it works")
+            self._outages += 1
+            if self._told:
+                number = f" (outage {self._outages}; the next that is told is {2 * self._outages})"
+                self._notice(
+                    f"{self._what}: {error}; trying again until it works{number if self._outages > 2 else ''}"
+                )
+        self.trouble = f"{self._what}: {error}"
         pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2.0 ** min(self._failures, 10))
         self._failures += 1
         self._next = self._clock() + pause * (1 - self._chance() / 2)

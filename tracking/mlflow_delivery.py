@@ -1,12 +1,19 @@
 """MLflow: the settings that a user gives (no mlflow imported), and the delivery that the shipper makes of them."""
 
+import contextlib
+import fcntl
+import hashlib
 import logging
+import math
 import os
 import re
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 from urllib.parse import urlsplit
@@ -32,6 +39,8 @@ _OWNER = "interlock.owner"
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
 _MOST_PARAMS = 100
+_LATE_S = 5.0  # a server that has not answered may still be at work for so long
+_LONGEST_MAKING_S = 120.0
 _SQL = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -164,17 +173,36 @@ class MLflowDelivery:
 
         self._settings = settings
         self._uri: str = settings["tracking_uri"]
-        self._run_id = ""
+        self._our_id = self._run_id = ""
         self._experiment_id = ""
         self._artifact_uri = ""
         self._new_client: Any = MlflowClient
         self._client: Any = None
+        self._told: dict[str, str] = {}
+        self._doubted = self._create_doubted = -math.inf
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """Ask the server; remember when an answer did not come."""
+        try:
+            with _explained(what):
+                yield
+        except Unavailable:
+            self._doubted = time.monotonic()
+            raise
 
     def open(self, run: Identity, known: str | None) -> Remote:
         """Find the run by id, then by our tag, or make it."""
-        with _explained("open the run"):
+        with self._asking("open the run"):
             if self._client is None:
-                self._client = self._new_client(tracking_uri=self._uri)
+                _check_uri(self._uri)
+                _expect_outages(self._uri)
+                with _alone(self._uri):
+                    client = self._new_client(tracking_uri=self._uri)
+                    if self._uri.startswith("sqlite:"):
+                        client.search_experiments(max_results=1)
+                self._client = client
+            self._our_id = run.run_id
             wanted = self._settings["run_id"]
             found = self._existing(wanted) if wanted else (self._existing(known) if known else None)
             if wanted and found is None:
@@ -215,7 +243,7 @@ class MLflowDelivery:
 
     def _some_params(self, items: list[Any]) -> list[str]:
         try:
-            with _explained("send parameters"):
+            with self._asking("send parameters"):
                 self._client.log_batch(self._run_id, params=items)
         except Refused as error:
             if len(items) == 1:
@@ -228,7 +256,8 @@ class MLflowDelivery:
         from mlflow.entities import RunTag
 
         items = [RunTag(key, _cut(value, _LONGEST_TAG)) for key, value in values.items()]
-        with _explained("set tags"):
+        self._told |= {item.key: item.value for item in items}
+        with self._asking("set tags"):
             for start in range(0, len(items), _MOST_PARAMS):
                 self._client.log_batch(self._run_id, tags=items[start : start + _MOST_PARAMS])
 
@@ -237,24 +266,26 @@ class MLflowDelivery:
         from mlflow.entities import Metric
 
         items = [Metric(point.key, point.value, point.time_ms, point.step) for point in points]
-        with _explained("send metrics"):
+        with self._asking("send metrics"):
             self._client.log_batch(self._run_id, metrics=items)
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
-        """All of them for an SQL store, which drops exact repeats; of others only what is newer than the newest.
+        """All of them for an SQL store, which drops exact repeats; of others what has not arrived.
 
-        A server does not say what its store is, so it is asked.
+        A server does not say what its store is, so it is asked for the newest point of each metric. If that is one
+        of `points`, they have arrived as far as that one.
         """
         if urlsplit(self._uri).scheme.partition("+")[0] in _SQL:
             return list(points)
-        with _explained("ask for the newest steps"):
+        with self._asking("ask for the newest steps"):
             run = self._client.get_run(self._run_id)
-        newest = {metric.key: (metric.step, metric.timestamp) for metric in _newest(run)}
-        return [p for p in points if p.key not in newest or (p.step, p.time_ms) > newest[p.key]]
+        newest = {(metric.key, metric.step, metric.timestamp) for metric in _newest(run)}
+        arrived = {p.key: (p.step, p.time_ms) for p in points if (p.key, p.step, p.time_ms) in newest}
+        return [p for p in points if p.key not in arrived or (p.step, p.time_ms) > arrived[p.key]]
 
     def artifact(self, file: Path, folder: str) -> None:
         """Upload one file."""
-        with _explained(f"upload {file.name}"):
+        with self._asking(f"upload {file.name}"):
             self._client.log_artifact(self._run_id, str(file), folder or None)
 
     def remove_artifacts(self, folder: str) -> None:
@@ -262,7 +293,7 @@ class MLflowDelivery:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         try:
-            with _explained(f"remove {folder}"):
+            with self._asking(f"remove {folder}"):
                 store: Any = get_artifact_repository(self._artifact_uri, tracking_uri=self._uri)
                 store.delete_artifacts(folder)
         except (Refused, Closed, NotImplementedError, TypeError):
@@ -270,17 +301,34 @@ class MLflowDelivery:
 
     def running(self) -> None:
         """RUNNING."""
-        with _explained("set the status"):
+        with self._asking("set the status"):
             self._client.update_run(self._run_id, status="RUNNING")
 
     def end(self, ending: Ending, time_ms: int) -> None:
-        """FINISHED, FAILED or KILLED."""
-        with _explained("set the status"):
-            self._client.set_terminated(self._run_id, status=ending.upper(), end_time=time_ms)
+        """FINISHED, FAILED or KILLED; then a look at whether what was said before has not come after."""
+        status = ending.upper()
+        with self._asking("set the status"):
+            self._client.set_terminated(self._run_id, status=status, end_time=time_ms)
+        # A request whose answer we stopped waiting for may be served still.
+        time.sleep(max(0.0, self._doubted + _LATE_S - time.monotonic()))
+        with self._asking("look at the run"):
+            self._tidy(self._tagged(self._our_id, self._experiment_id), status, time_ms)
+
+    def _tidy(self, found: list[Any], status: str, time_ms: int) -> None:
+        """Set right what late requests have done: old tags, an old status, a second run."""
+        for other in found:
+            if other.info.run_id != self._run_id:
+                if _is_empty(other):
+                    self._client.delete_run(other.info.run_id)
+                continue
+            if old := {key: value for key, value in self._told.items() if other.data.tags.get(key) != value}:
+                self.tags(old)
+            if other.info.status != status:
+                self._client.set_terminated(self._run_id, status=status, end_time=time_ms)
 
     def check(self) -> None:
         """Raise Closed if the run or its experiment was deleted."""
-        with _explained("look at the run"):
+        with self._asking("look at the run"):
             run = self._client.get_run(self._run_id)
         self._check_active(run)
 
@@ -295,25 +343,38 @@ class MLflowDelivery:
             raise
 
     def _find(self, run: Identity) -> Any:
-        """The run that carries our tag, the first of several."""
-        # The end of our id has no character that a filter would have to quote; the user's name may.
-        ending = run.run_id[-len("-YYYYMMDD-HHMMSS-XXXX") :].replace("'", "_")
-        found = self._client.search_runs(
-            [self._experiment()], filter_string=f"tags.`{_OUR_ID}` LIKE '%{ending}'", max_results=100
+        """The run that carries our tag; of several the one with values, then the first."""
+        mine = self._tagged(run.run_id, self._experiment())
+        return min(
+            mine,
+            key=lambda other: (_is_empty(other), other.info.start_time, other.info.run_id),
+            default=None,
         )
-        mine = [other for other in found if other.data.tags.get(_OUR_ID) == run.run_id]
-        return min(mine, key=lambda other: (other.info.start_time, other.info.run_id), default=None)
+
+    def _tagged(self, ours: str, experiment: str) -> list[Any]:
+        # The end of our id has no character that a filter would have to quote; the user's name may.
+        ending = ours[-len("-YYYYMMDD-HHMMSS-XXXX") :].replace("'", "_")
+        found = self._client.search_runs(
+            [experiment], filter_string=f"tags.`{_OUR_ID}` LIKE '%{ending}'", max_results=100
+        )
+        return [other for other in found if other.data.tags.get(_OUR_ID) == ours]
 
     def _create(self, run: Identity) -> Any:
+        if time.monotonic() - self._create_doubted < _LATE_S:
+            raise Unavailable("the run may be being made; looking for it again")
         tags = {
             _OUR_ID: run.run_id,
             "mlflow.user": run.user,
             "mlflow.source.name": run.source,
             "mlflow.source.type": "LOCAL",
         }
-        return self._client.create_run(
-            self._experiment(), start_time=run.started_ns // 1_000_000, tags=tags, run_name=run.name
-        )
+        try:
+            return self._client.create_run(
+                self._experiment(), start_time=run.started_ns // 1_000_000, tags=tags, run_name=run.name
+            )
+        except Exception:
+            self._create_doubted = time.monotonic()
+            raise
 
     def _experiment(self) -> str:
         """The experiment's id; it is made where there is none of that name."""
@@ -358,9 +419,58 @@ def _newest(run: Any) -> list[Any]:
     return list(run.data._metric_objs)
 
 
+def _is_empty(run: Any) -> bool:
+    return not (run.data.params or _newest(run) or _OWNER in run.data.tags)
+
+
 def _cut(value: str, longest: int) -> str:
+    # No database takes a NUL, no request a lone surrogate (of a file's name that is not UTF-8).
+    value = value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
     return value if len(value) <= longest else value[: longest - 1] + "…"
 
+
+def _expect_outages(uri: str) -> None:
+    """Have MLflow report at once that a database is away: it would try ten times first, with a page of warnings."""
+    if urlsplit(uri).scheme.partition("+")[0] in _SQL:
+        with contextlib.suppress(ImportError):
+            utils = import_module("mlflow.store.db.utils")
+            utils.MAX_RETRY_COUNT = 1  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """For a database in a file: one process of ours at a time, because two that make its tables spoil it for ever."""
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"interlock-{os.getuid()}-{name}.lock").open("a") as file:
+        deadline = time.monotonic() + _LONGEST_MAKING_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield
+
+
+def _check_uri(uri: str) -> None:
+    """Raise Closed for what can never be a tracking server."""
+    try:
+        parts = urlsplit(uri)
+        no_host = parts.scheme in ("http", "https") and not parts.hostname
+        wrong = "it names no host" if no_host else ""
+        _ = parts.port
+    except ValueError as error:
+        wrong = str(error)
+    if uri.rstrip("/") == "sqlite:" or ":memory:" in uri:
+        wrong = "a database in memory is gone with the process that delivers"
+    if wrong:
+        raise Closed(f"tracking URI {uri!r}: {wrong}; expected {_EXAMPLES}")
+
+
+_EXAMPLES = "one such as 'http://host:5000' or 'sqlite:///mlflow.db'"
 
 # Codes by which a server says that it has understood, and will not.
 _REFUSALS = {
@@ -371,6 +481,11 @@ _REFUSALS = {
     "NOT_IMPLEMENTED",
 }
 _GONE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"}
+_DENIED = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
+_DENIED_HINT = (
+    ". Do MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, belong to somebody "
+    "who may write there? They are read when the training starts, and by `interlock sync`"
+)
 _RETRIED_STATUS = {401, 403, 404, 408, 409, 425, 429}
 
 
@@ -380,28 +495,54 @@ def _explained(what: str) -> Iterator[None]:
 
     A 404 or 403 that is not MLflow's own is that of a proxy whose server is away, or of a token that has run out.
     """
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import InvalidUrlException, MlflowException
     from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
     try:
         yield
     except (Unavailable, Refused, Closed):
         raise
-    except UnsupportedModelRegistryStoreURIException as error:
-        raise Closed(f"cannot {what}: {_first_line(error)}") from error
+    except (UnsupportedModelRegistryStoreURIException, InvalidUrlException) as error:
+        raise Closed(f"cannot {what}: {_first_line(error)} Expected {_EXAMPLES}") from error
     except MlflowException as error:
-        text = f"cannot {what}: {_first_line(error)}"
+        text = f"cannot {what}: {_first_line(_innermost(error))}"
         if error.error_code in _GONE:
             raise Closed(text) from error
         if error.error_code in _REFUSALS:
             raise Refused(text) from error
-        raise Unavailable(text) from error
+        raise Unavailable(text + (_DENIED_HINT if error.error_code in _DENIED else "")) from error
+    except ImportError as error:
+        raise Closed(
+            f"cannot {what}: {_first_line(error)}; install the driver that the URI asks for"
+        ) from error
     except Exception as error:  # of requests, SQLAlchemy, boto3, a plugin: they have no base class in common
         status = getattr(getattr(error, "response", None), "status_code", None)
-        text = f"cannot {what}: {type(error).__name__}: {_first_line(error)}"
+        text = f"cannot {what}: {type(error).__name__}: {_first_line(_innermost(error))}"
+        if type(error).__name__ in ("ArgumentError", "NoSuchModuleError"):  # SQLAlchemy's
+            raise Closed(f"{text}; expected {_EXAMPLES}") from error
+        if type(error).__name__ == "OperationalError":
+            text = f"cannot {what}: {_first_line(getattr(error, 'orig', None) or error)}"
         if isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS:
             raise Refused(text) from error
-        raise Unavailable(text) from error
+        raise Unavailable(text + (_DENIED_HINT if status in (401, 403) else "")) from error
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """For a request that got no answer, what happened to it, without three layers of wrapping."""
+    context = error.__context__ if str(error).startswith("API request to") else error
+    reason: object = context
+    while reason is not None:
+        inner = getattr(reason, "reason", None) or next(iter(getattr(reason, "args", ())), None)
+        if not isinstance(inner, BaseException):
+            break
+        reason = inner
+    if reason is error or not isinstance(reason, BaseException):
+        return error
+    said = str(reason).rpartition("): ")[2]
+    url = getattr(getattr(context, "request", None), "url", None) or "the server"
+    return ConnectionError(
+        f"{urlsplit(str(url))._replace(path='', query='').geturl()} gives no answer: {said}"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -413,6 +554,7 @@ def _prepare(uri: str) -> None:
     # Its own retries would repeat a create_run, and hide an outage for minutes.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

@@ -4,7 +4,8 @@ Exactly once rests on three things kept here. The *cursor* is the id of the newe
 A *flight* is written down before it is sent and struck out after: when nobody knows whether it arrived, the very
 same points are sent again, and the store drops what it has (the journal may show other rows by then: those of a
 resumed attempt, with other times). A *mark* for each key says which steps earlier attempts have delivered: a
-resumed attempt goes through them again, and they are not sent again.
+resumed attempt goes through them again, and they are not sent again. *Windows* that are not complete (see
+`tracking.thinning`) are kept with the cursor that they belong to.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from tracking.delivery import Point, Remote
 from tracking.forks import forget_in_children
 from tracking.rows import TRAIN, Metric
 from tracking.schema import Connection
+from tracking.thinning import Window, Windows
 
 __all__ = [
     "NOTHING_SENT",
@@ -29,12 +31,13 @@ __all__ = [
     "Outbox",
     "OutboxError",
     "OutboxView",
+    "close_windows",
     "metric_name",
     "read_outbox",
     "select",
 ]
 
-FORMAT = 1
+FORMAT = 2
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -44,7 +47,9 @@ CREATE TABLE IF NOT EXISTS marks (
     before INTEGER NOT NULL,  -- the highest step delivered by attempts before this one; -1: none
     highest INTEGER NOT NULL  -- the highest step delivered
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS flight (upto INTEGER NOT NULL, points TEXT NOT NULL, marks TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS flight (
+    upto INTEGER NOT NULL, points TEXT NOT NULL, marks TEXT NOT NULL, windows TEXT NOT NULL DEFAULT '{}'
+);
 CREATE TABLE IF NOT EXISTS tags (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS artifacts (
     path TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, sent_ns INTEGER NOT NULL
@@ -67,11 +72,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Flight:
-    """Points to be sent together. When they have arrived, the cursor is at `upto` and `marks` are true."""
+    """Points to be sent together. When they have arrived, the cursor is at `upto`, `marks` are true, and
+    `windows` are those that are open.
+    """
 
     upto: int
     points: tuple[Point, ...]
     marks: Mapping[str, Mark]
+    windows: Mapping[str, Window] = field(default_factory=dict)
 
 
 def metric_name(row: Metric) -> str:
@@ -82,16 +90,21 @@ def metric_name(row: Metric) -> str:
 
 
 def select(
-    rows: Iterable[Metric], marks: Mapping[str, Mark], key: Callable[[str], str] = str
+    rows: Iterable[Metric],
+    marks: Mapping[str, Mark],
+    key: Callable[[str], str] = str,
+    windows: Mapping[str, Window] | None = None,
+    every: int = 1,
 ) -> Flight | None:
     """What is to be sent of the journal's next rows: all but steps that earlier attempts delivered.
 
-    `key` gives the name under which a metric is shown. None if there are no rows. A flight without points still
-    moves the cursor.
+    `key` gives the name under which a metric is shown. Values of batches go into `windows`, which end at multiples
+    of `every` batches. None if there are no rows. A flight without points still moves the cursor.
     """
     upto = 0
     points: list[Point] = []
     changed: dict[str, Mark] = {}
+    thinned = Windows(dict(windows or {}), every)
     for row in rows:
         upto = row.id
         name = key(metric_name(row))
@@ -99,16 +112,30 @@ def select(
         if row.attempt > mark.attempt:
             mark = Mark(row.attempt, before=mark.highest, highest=mark.highest)
         if row.step > mark.before:
-            points.append(Point(name, row.step, row.time_ns // 1_000_000, row.value))
+            time_ms = row.time_ns // 1_000_000
+            if row.scope == TRAIN and row.batch >= 0:
+                points += _means(thinned.add(name, row.step, time_ms, row.value))
+            else:
+                points.append(Point(name, row.step, time_ms, row.value))
         changed[name] = replace(mark, highest=max(mark.highest, row.step))
-    return Flight(upto, tuple(points), changed) if upto else None
+    return Flight(upto, tuple(points), changed, thinned.open) if upto else None
+
+
+def close_windows(upto: int, windows: Mapping[str, Window]) -> Flight | None:
+    """What is to be sent when nothing follows that would complete `windows`; None if there are none."""
+    return Flight(upto, tuple(_means(windows.items())), {}) if windows else None
+
+
+def _means(windows: Iterable[tuple[str, Window]]) -> Iterator[Point]:
+    return (Point(name, window.step, window.time_ms, window.mean) for name, window in windows)
 
 
 @dataclass(frozen=True)
 class OutboxView:
     """What an outbox says to someone who looks on.
 
-    `points` were delivered; `cursor` is the newest metric row that was dealt with; `log_sent` the newest attempt
+    `points` were delivered; `cursor` is the newest metric row that was dealt with; `windows` are those points
+    that are not complete; `log_sent` the newest attempt
     whose end is in the uploaded log of transitions; `trouble` why delivery was given up.
     """
 
@@ -117,6 +144,7 @@ class OutboxView:
     url: str = ""
     command: str = ""
     cursor: int = 0
+    windows: int = 0
     points: int = 0
     status: str = ""
     log_sent: int = 0
@@ -141,6 +169,7 @@ class Outbox:
         }
         self.sent_tags: dict[str, str] = dict(self._all("SELECT key, value FROM tags"))
         self.artifacts: dict[str, int] = dict(self._all("SELECT path, size_bytes FROM artifacts"))
+        self.windows = _windows(self._get("windows", "{}"))
 
     @classmethod
     def open(cls, path: Path) -> "Outbox":
@@ -223,7 +252,7 @@ class Outbox:
             if (place, remote.run_id) != (self.place, self.remote_run_id):
                 for table in ("state", "marks", "flight", "tags", "artifacts"):
                     self._connection.execute(f"DELETE FROM {table}")
-                self.marks, self.sent_tags, self.artifacts = {}, {}, {}
+                self.marks, self.sent_tags, self.artifacts, self.windows = {}, {}, {}, {}
                 self._keep_marks(
                     {key: Mark(newest_attempt, step, step) for key, step in remote.steps.items()}
                 )
@@ -232,14 +261,15 @@ class Outbox:
 
     def flight(self) -> Flight | None:
         """The flight of which nobody knows whether it arrived."""
-        rows = self._all("SELECT upto, points, marks FROM flight")
+        rows = self._all("SELECT upto, points, marks, windows FROM flight")
         if not rows:
             return None
-        upto, points, marks = rows[0]
+        upto, points, marks, windows = rows[0]
         return Flight(
             upto,
             tuple(Point(*values) for values in json.loads(points)),
             {key: Mark(*values) for key, values in json.loads(marks).items()},
+            _windows(windows),
         )
 
     def depart(self, flight: Flight) -> None:
@@ -248,7 +278,8 @@ class Outbox:
         marks = {key: [mark.attempt, mark.before, mark.highest] for key, mark in flight.marks.items()}
         with self._transaction():
             self._connection.execute(
-                "INSERT INTO flight VALUES (?, ?, ?)", (flight.upto, json.dumps(points), json.dumps(marks))
+                "INSERT INTO flight VALUES (?, ?, ?, ?)",
+                (flight.upto, json.dumps(points), json.dumps(marks), _text(flight.windows)),
             )
 
     def arrived(self, flight: Flight, refused: int = 0) -> None:
@@ -257,7 +288,8 @@ class Outbox:
             self._connection.execute("DELETE FROM flight")
             self._keep_marks(flight.marks)
             sent = int(self._get("points", 0)) + len(flight.points) - refused
-            self._set(cursor=flight.upto, points=sent)
+            self._set(cursor=flight.upto, points=sent, windows=_text(flight.windows))
+        self.windows = dict(flight.windows)
 
     def tags_sent(self, values: Mapping[str, str]) -> None:
         """Remember tags as the server has them now."""
@@ -341,6 +373,14 @@ def read_outbox(path: Path) -> OutboxView:
         raise OutboxError(f"{path}: cannot read the outbox ({error}); the shipper makes a new one") from error
 
 
+def _text(windows: Mapping[str, Window]) -> str:
+    return json.dumps({key: [w.step, w.time_ms, w.total, w.count] for key, w in windows.items()})
+
+
+def _windows(text: str) -> dict[str, Window]:
+    return {key: Window(*values) for key, values in json.loads(text).items()}
+
+
 def _view(connection: sqlite3.Connection) -> OutboxView:
     state = dict(connection.execute("SELECT key, value FROM state"))
     return OutboxView(
@@ -349,6 +389,7 @@ def _view(connection: sqlite3.Connection) -> OutboxView:
         url=state.get("url", ""),
         command=state.get("command", ""),
         cursor=state.get("cursor", 0),
+        windows=len(_windows(state.get("windows", "{}"))),
         points=state.get("points", 0),
         status=state.get("status", ""),
         log_sent=state.get("log_sent", 0),
@@ -369,7 +410,10 @@ def _connect(path: Path) -> sqlite3.Connection:
             raise OutboxError(
                 f"{path}: found outbox format {found}, expected {FORMAT}; use a newer interlock"
             )
-        connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+        older = "ALTER TABLE flight ADD COLUMN windows TEXT NOT NULL DEFAULT '{}';" if found == 1 else ""
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {_TABLES} {older} PRAGMA user_version = {FORMAT}; COMMIT;"
+        )
     except BaseException:
         connection.close()
         raise

@@ -176,6 +176,10 @@ class Journal:
             after = rows[-1][0]
             left = None if left is None else left - len(rows)
 
+    def newest_metrics(self) -> int:
+        """The id of the newest packed row of metric values, superseded or not; 0 if there is none."""
+        return int(self._all("SELECT coalesce(max(id), 0) FROM packed_metrics")[0][0])
+
     def checkpoints(
         self, *, include_removed: bool = False, include_superseded: bool = False
     ) -> list[Checkpoint]:

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import math
 import os
 import shutil
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracking.artifacts import TRANSITIONS, write_transitions
+from tracking.artifacts import METRICS, TRANSITIONS, write_metrics, write_transitions
 from tracking.delivery import (
     Closed,
     Delivery,
@@ -24,11 +25,12 @@ from tracking.delivery import (
     open_delivery,
 )
 from tracking.journal import Attempt, Checkpoint, Journal
-from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, read_outbox, select
+from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
 from tracking.packing import ROW_LENGTH
-from tracking.rows import Outcome, Parent
+from tracking.rows import Metric, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
+from tracking.thinning import Pace
 
 __all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
 
@@ -37,8 +39,11 @@ CHECKPOINTS = "checkpoints"
 
 _STAGE = "uploading"
 _TAGS_EVERY_S = 2.0
+_HEARTBEAT_EVERY_S = 30.0
 _ROUND_EVERY_S = 15.0
 _LOG_EVERY_S = 60.0
+_MOST_ROWS = 20_000  # a flight: what the shipper holds in memory
+_LONGEST_WINDOW_MS = 10_000
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
 
 _ENDINGS: dict[Outcome, Ending] = {
@@ -51,7 +56,9 @@ _ENDINGS: dict[Outcome, Ending] = {
 
 @dataclass(frozen=True)
 class Waiting:
-    """What is still to be delivered: metric values (replayed ones included), and artifacts by their paths."""
+    """What is still to be delivered: metric values (replayed ones, and those that will be thinned, included), and
+    artifacts by their paths.
+    """
 
     points: int
     artifacts: tuple[str, ...]
@@ -67,7 +74,7 @@ def waiting(run: RunFolder, journal: Journal, sent: OutboxView, upload: Upload) 
     missing = [path for path in artifacts if path not in sent.artifacts]
     if attempts and attempts[-1].outcome and sent.log_sent < attempts[-1].attempt:
         missing.append(TRANSITIONS)
-    return Waiting(_count_points(run, sent.cursor), tuple(missing))
+    return Waiting(_count_points(run, sent.cursor) + sent.windows, tuple(missing))
 
 
 def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoint]:
@@ -116,13 +123,17 @@ class Shipment:
         self._remote: Remote | None = None
         self._names: dict[str, str] = {}
         self._uncertain = outbox.flight() is not None
+        self._pace = Pace()
+        self._every = self._most_every = 1
+        self._at_once = at_once
         self._refused: set[str] = set()
         self._skipped: set[str] = set()
         self._job: _Job | None = None
         self._round: list[str] = []
         self._round_began = 0.0
         wait = 0.0 if at_once else 1.0
-        self._next_tags = 0.0
+        self._next_tags = self._next_heartbeat = 0.0
+        self._heartbeat_at = ""
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
         self._next_log = time.monotonic() + wait * _LOG_EVERY_S
         self._drop()
@@ -167,7 +178,7 @@ class Shipment:
         if self._outbox.params_sent < attempt.attempt:
             self._send_params()
         self._send_tags(attempt)
-        return self._send_points()
+        return self._send_points(attempt)
 
     @property
     def _at_server(self) -> Delivery:
@@ -213,16 +224,27 @@ class Shipment:
             newest = moved.dest if moved else None
         tags = {
             "interlock.attempt": str(attempt.attempt),
+            "interlock.heartbeat": self._heartbeat(attempt),
             "interlock.host": attempt.host,
             "interlock.outcome": attempt.outcome or "running",
             "interlock.reason": attempt.reason,
             "interlock.exception": attempt.exception,
+            **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in self._journal.attempts()},
             **self._parent_tags(),
             **self._checkpoint_tags(),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
+
+    def _heartbeat(self, attempt: Attempt) -> str:
+        """When the training was last seen to live, which is renewed now and then; at its end, when that was."""
+        if attempt.ended_ns is not None:
+            return _utc(attempt.ended_ns)
+        if time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + _HEARTBEAT_EVERY_S
+            self._heartbeat_at = _utc(time.time_ns())
+        return self._heartbeat_at
 
     def _parent_tags(self) -> dict[str, str]:
         """The run that this one comes from, and that run's id at the server once it is known here."""
@@ -271,18 +293,49 @@ class Shipment:
             self._notice(f"tag {next(iter(changed))}: {error}")
         self._outbox.tags_sent(changed)
 
-    def _send_points(self) -> bool:
+    def _send_points(self, attempt: Attempt) -> bool:
+        began = time.monotonic()
         flight = self._outbox.flight()
         if flight is None:
-            rows = self._journal.metrics(after=self._outbox.cursor, limit=self._at_server.most_points)
-            flight = select(rows, self._outbox.marks, self._name)
+            flight = self._next_flight() or self._last_flight(attempt)
             if flight is None:
                 return False
             if flight.points:
                 self._outbox.depart(flight)
         refused = self._send_flight(flight)
         self._outbox.arrived(flight, refused)
+        self._pace.took(len(flight.points), time.monotonic() - began)
         return True
+
+    def _next_flight(self) -> Flight | None:
+        limit = min(_MOST_ROWS, self._at_server.most_points * self._every)
+        rows = list(self._journal.metrics(after=self._outbox.cursor, limit=limit))
+        if not rows:
+            return None
+        self._every = self._pace_for(rows)
+        return select(rows, self._outbox.marks, self._name, self._outbox.windows, self._every)
+
+    def _pace_for(self, rows: list[Metric]) -> int:
+        """How many batches make one point, seen from how densely the journal's newest rows are filled."""
+        newest, read, first = self._journal.newest_metrics(), *(rows[at].id // ROW_LENGTH for at in (-1, 0))
+        density = len(rows) / (read - first + 1)
+        self._pace.saw(round(newest * density))
+        every = self._pace.every(round((newest - read) * density))
+        if every > self._most_every:
+            self._most_every = every
+            self._notice(
+                f"more values come than the server should be given: batch/* are now means of {every} batches (all "
+                f"values are in the journal, and in {METRICS})"
+            )
+        return every
+
+    def _last_flight(self, attempt: Attempt) -> Flight | None:
+        """The open windows, when nothing follows that completes them, or not soon."""
+        windows = self._outbox.windows
+        oldest = min((window.time_ms for window in windows.values()), default=math.inf)
+        if attempt.outcome is None and not self._at_once and oldest > time.time() * 1000 - _LONGEST_WINDOW_MS:
+            return None
+        return close_windows(self._outbox.cursor, windows)
 
     def _send_flight(self, flight: Flight) -> int:
         """Send it, again if need be; how many of its points the server will never take."""
@@ -290,7 +343,8 @@ class Shipment:
         if self._uncertain:
             points = self._at_server.missing(points)
         self._uncertain = True
-        refused = self._send_some(points)
+        most = self._at_server.most_points
+        refused = sum(self._send_some(points[at : at + most]) for at in range(0, len(points), most))
         self._uncertain = False
         return refused
 
@@ -365,7 +419,10 @@ class Shipment:
         began = time.monotonic()
         file = self._stage() / TRANSITIONS
         write_transitions(self._journal, file)
-        return _Job(TRANSITIONS, [(file, "")], file.stat().st_size, attempt, began)
+        metrics = file.with_name(METRICS)
+        write_metrics(self._journal, metrics)
+        size = file.stat().st_size + metrics.stat().st_size
+        return _Job(TRANSITIONS, [(metrics, ""), (file, "")], size, attempt, began)
 
     def _checkpoint_job(self, name: str) -> "_Job | None":
         path = f"{CHECKPOINTS}/{name}"
@@ -468,6 +525,17 @@ def _manifest_last(file: Path) -> tuple[bool, str]:
 
 def _status(attempt: Attempt, status: str) -> str:
     return f"{attempt.attempt}:{status}"
+
+
+def _in_words(attempt: Attempt) -> str:
+    """'stopped: SIGTERM; 2026-01-31T12:00:00Z to 2026-01-31T12:30:00Z on host, process 17'."""
+    outcome = ": ".join(filter(None, [attempt.outcome or "running", attempt.reason, attempt.exception]))
+    ended = f" to {_utc(attempt.ended_ns)}" if attempt.ended_ns is not None else ""
+    return f"{outcome}; {_utc(attempt.started_ns)}{ended} on {attempt.host}, process {attempt.pid}"
+
+
+def _utc(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_ns // 1_000_000_000))
 
 
 def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -47,7 +47,7 @@ class DeliveryStatus:
     """What of a run is delivered, and what is waiting.
 
     `remote_run_id` is the server's id of the run (None: not known yet); `url` or `command` show it. `trouble` is why
-    delivery was given up, '' if it was not. `shipper` is who is at work, None if nobody is.
+    delivery does not go on, or was given up; '' if all is well. `shipper` is who is at work, None if nobody is.
     """
 
     tracked: bool
@@ -316,6 +316,7 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
     watch = _Watch(run, journal, target.token)
     shipment = Shipment(run, target, outbox, journal, _notice, at_once=not stay)
     roads = _Roads(shipment, target.patience_s)
+    told = ""
     try:
         while True:
             attempt = watch.newest()
@@ -323,7 +324,11 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
                 return True
             over = attempt.outcome is not None
             roads.hurry(over or not stay)
-            if roads.move(attempt):
+            moved = roads.move(attempt)
+            if roads.trouble != told:
+                told = roads.trouble
+                outbox.note(trouble=told)
+            if moved:
                 continue
             if roads.open and not over and not stay:
                 return True
@@ -371,6 +376,11 @@ class _Roads:
     def open(self) -> bool:
         """Are both open?"""
         return not self._outages
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with them, in words; '' if nothing is."""
+        return "; ".join(line.trouble for line in (self.values, self._files) if line.trouble)
 
     def hurry(self, nothing_more_comes: bool) -> None:
         """If nothing more comes, patience begins to run out, and a blocked way is tried at once."""
@@ -428,10 +438,14 @@ def _take_lease(run: RunFolder, target: Target, timeout: float | None) -> Lease 
         found = _read_target(run)
         if timeout is None and found is not None and found.token != target.token:
             return None
-        if deadline is not None:
-            now = status(run)
-            if time.monotonic() >= deadline or not (now.points_waiting or now.artifacts_waiting):
-                return None
+        if deadline is not None and (time.monotonic() >= deadline or _up_to_date(run)):
+            return None
+
+
+def _up_to_date(run: RunFolder) -> bool:
+    """Is all of a run that trains delivered? (One that has ended is to get its status too.)"""
+    now = status(run)
+    return lease_holder(run) is not None and not (now.points_waiting or now.artifacts_waiting)
 
 
 def _run(run: RunFolder, *, foreground: bool, timeout: float) -> int:

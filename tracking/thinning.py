@@ -1,0 +1,112 @@
+"""Thinning: how many batches make one point of `batch/*`, and the means that are being made of them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+__all__ = ["Pace", "Window", "Windows"]
+
+_HORIZON_S = 20.0
+_CATCH_UP_S = 600.0
+_MOST_A_SECOND = 2000.0
+_FEWEST_A_SECOND = 10.0
+_LARGEST = 2**20
+_TELLING = 200  # points: sendings of fewer say more about the way to the server than about the server
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Values of one metric that will be one point: their mean, at the last one's step and time."""
+
+    step: int
+    time_ms: int
+    total: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        """A single value is itself, bit for bit."""
+        return self.total / self.count
+
+    def with_value(self, step: int, time_ms: int, value: float) -> "Window":
+        """The window when this value is in it too."""
+        return Window(max(self.step, step), max(self.time_ms, time_ms), self.total + value, self.count + 1)
+
+
+class Windows:
+    """The open windows of all metrics, by name, while rows go through; a window ends at a multiple of `every`.
+
+    So windows begin where those before ended, whatever `every` was then: none overlap, and each value is in one.
+    """
+
+    def __init__(self, open_ones: dict[str, Window], every: int):
+        self.open = open_ones
+        self._every = every
+        self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
+
+    def add(self, name: str, step: int, time_ms: int, value: float) -> Iterator[tuple[str, Window]]:
+        """Put a value into its window; gives the windows that are complete."""
+        if step > self._edge:
+            yield from self._passed(step)
+        found = self.open.pop(name, None)
+        window = found.with_value(step, time_ms, value) if found else Window(step, time_ms, value, 1)
+        if step % self._every == 0:
+            yield name, window
+        else:
+            self.open[name] = window
+            self._edge = min(self._edge, self._end(window.step))
+
+    def _passed(self, step: int) -> Iterator[tuple[str, Window]]:
+        """The windows that end before `step`: their metric is not of every batch."""
+        for name, window in list(self.open.items()):
+            if self._end(window.step) < step:
+                yield name, self.open.pop(name)
+        self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
+
+    def _end(self, step: int) -> int:
+        return -(-step // self._every) * self._every
+
+
+_NEVER = 2**62
+
+
+class Pace:
+    """Says how many batches make one point: the smallest power of two with which the server keeps up easily.
+
+    That is: what a training measures in a second (on average over the last twenty seconds), and a six-hundredth of what
+    waits, are then no more points than 2,000, and no more than half of what the server was seen to take in a
+    second. Up to there every batch is a point.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque()
+        self._taken_a_second: float | None = None
+
+    def saw(self, values: int) -> None:
+        """So many values has the training measured by now."""
+        now = self._clock()
+        if not self._seen or now - self._seen[-1][0] >= 1.0:
+            self._seen.append((now, values))
+        while now - self._seen[0][0] > _HORIZON_S:
+            self._seen.popleft()
+        self._newest = values
+
+    def took(self, points: int, seconds: float) -> None:
+        """The server has taken so many points in so many seconds, all that belongs to it included."""
+        if points >= _TELLING:
+            rate = points / max(seconds, 1e-6)
+            before = self._taken_a_second
+            self._taken_a_second = rate if before is None else 0.8 * before + 0.2 * rate
+
+    def every(self, waiting: int) -> int:
+        """How many batches make one point when `waiting` values wait."""
+        supply = _MOST_A_SECOND
+        if self._taken_a_second is not None:
+            supply = max(_FEWEST_A_SECOND, min(supply, self._taken_a_second / 2))
+        demand = (self._newest - self._seen[0][1]) / _HORIZON_S + waiting / _CATCH_UP_S
+        every = 1
+        while every * supply < demand and every < _LARGEST:
+            every *= 2
+        return every
