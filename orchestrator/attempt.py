@@ -122,7 +122,7 @@ class Attempt:
         run = create_run(settings.root, settings.name, parent=parent) if plan.run is None else plan.run
         lease = plan.lease if plan.lease is not None else Lease.acquire(run)
         try:
-            if fresh:
+            if fresh or not run.command.exists():  # one that was fetched has come without
                 _keep_command(run)
             return cls(run, lease, settings, plan, scopes)
         except BaseException:

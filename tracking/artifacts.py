@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 from tracking.journal import Journal
+from tracking.masking import mask_text
 from tracking.rows import Transition
 
 __all__ = ["TRANSITIONS", "write_transitions"]
@@ -14,21 +16,22 @@ TRANSITIONS = "transitions.jsonl.gz"
 """The name of the log of transitions."""
 
 
-def write_transitions(journal: Journal, file: Path) -> int:
+def write_transitions(journal: Journal, file: Path, secrets: Collection[str] = ()) -> int:
     """Write the run's transitions, superseded ones left out, as gzipped lines of JSON; how many there are.
 
     The fields are the columns of the journal's view `transitions`. JSON has no NaN and no infinity: such a loss
-    is the text 'nan', 'inf' or '-inf'. The same journal gives the same bytes.
+    is the text 'nan', 'inf' or '-inf'. Notes are masked (`secrets` wherever they stand). The same journal gives the
+    same bytes.
     """
     count = 0
     with file.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
         for transition in journal.transitions():
-            packed.write(json.dumps(_fields(transition), separators=(",", ":")).encode() + b"\n")
+            packed.write(json.dumps(_fields(transition, secrets), separators=(",", ":")).encode() + b"\n")
             count += 1
     return count
 
 
-def _fields(row: Transition) -> dict[str, object]:
+def _fields(row: Transition, secrets: Collection[str]) -> dict[str, object]:
     loss = row.loss if row.loss is None or math.isfinite(row.loss) else str(row.loss)
     return {
         "seq": row.seq,
@@ -43,5 +46,5 @@ def _fields(row: Transition) -> dict[str, object]:
         "time_ns": row.time_ns,
         "duration_ns": row.duration_ns,
         "loss": loss,
-        "note": row.note,
+        "note": mask_text(row.note, secrets) if row.note else "",
     }

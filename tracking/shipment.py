@@ -23,7 +23,10 @@ from tracking.delivery import (
     Upload,
     open_delivery,
 )
+from tracking.fetching import Fetched, fetched
 from tracking.journal import Attempt, Checkpoint, Journal
+from tracking.journal_copy import JOURNAL, write_journal_copy
+from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, read_outbox, select
 from tracking.packing import ROW_LENGTH
 from tracking.rows import Outcome, Parent
@@ -111,7 +114,8 @@ class Shipment:
         at_once: bool = False,
     ):
         self._run, self._target, self._outbox, self._journal = run, target, outbox, journal
-        self._notice = notice
+        self._secrets = secrets_in(os.environ)
+        self._say = notice
         self._delivery: Delivery | None = None
         self._remote: Remote | None = None
         self._names: dict[str, str] = {}
@@ -119,13 +123,16 @@ class Shipment:
         self._refused: set[str] = set()
         self._skipped: set[str] = set()
         self._job: _Job | None = None
-        self._round: list[str] = []
-        self._round_began = 0.0
         wait = 0.0 if at_once else 1.0
         self._next_tags = 0.0
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
-        self._next_log = time.monotonic() + wait * _LOG_EVERY_S
+        # The next machine is to know of the attempts of one that a run was brought to, however short they are.
+        self._next_log = time.monotonic() + wait * _LOG_EVERY_S * (fetched(run) is None)
+        self._journal_upto = -1
         self._drop()
+
+    def _notice(self, text: str) -> None:
+        self._say(mask_text(text, self._secrets))
 
     @property
     def _target_text(self) -> str:
@@ -178,6 +185,8 @@ class Shipment:
         if self._delivery is None:
             self._delivery = open_delivery(self._target)
         known = self._outbox.remote_run_id if self._outbox.place == self._target.place else None
+        came_from = self._fetched() if known is None else None
+        known = came_from.remote_run_id if came_from is not None else known
         first, info = self._journal.attempts()[0], self._journal.run_info()
         identity = Identity(info.id, info.name, first.started_ns, _source(first.command), _user())
         try:
@@ -185,23 +194,34 @@ class Shipment:
         except Refused as error:
             raise Closed(str(error)) from error
         self._outbox.begin(self._target.place, self._target_text, remote, attempt.attempt)
+        if came_from is not None and remote.run_id == came_from.remote_run_id:
+            for path, size in came_from.artifacts.items():
+                self._outbox.artifact_sent(path, size)
         self._uncertain = self._outbox.flight() is not None
         self._remote = remote
         self._notice(f"delivering {info.id} to {remote.url or self._target.place}, run {remote.run_id}")
 
+    def _fetched(self) -> Fetched | None:
+        """The remote run that the run's folder was made from, if it is at the place that is delivered to."""
+        found = fetched(self._run)
+        return found if found is not None and found.place == self._target.place else None
+
     def _send_params(self) -> None:
         """Parameters are the first attempt's; what later ones changed becomes their tags."""
         attempts = self._journal.attempts()
-        first = _flat(attempts[0].params)
+        first = self._params_of(attempts[0])
         if not self._outbox.params_sent:
             for notice in self._at_server.params(first):
                 self._notice(notice)
         for later in attempts[1:]:
-            changed = {key: value for key, value in _flat(later.params).items() if first.get(key) != value}
+            changed = {key: value for key, value in self._params_of(later).items() if first.get(key) != value}
             self._set_tags(
                 {f"interlock.attempt.{later.attempt}.{key}": value for key, value in changed.items()}
             )
         self._outbox.note(params_sent=attempts[-1].attempt)
+
+    def _params_of(self, attempt: Attempt) -> dict[str, str]:
+        return _flat(mask_tree(attempt.params, self._secrets))
 
     def _send_tags(self, attempt: Attempt) -> None:
         newest = attempt.end_state
@@ -256,6 +276,7 @@ class Shipment:
         return {f"interlock.checkpoint.{which}": row[0].name for which, row in named.items() if row}
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
+        tags = {key: mask_text(value, self._secrets) for key, value in tags.items()}
         # A tag that was never set and is empty now needs no setting.
         changed = {key: value for key, value in tags.items() if self._outbox.sent_tags.get(key, "") != value}
         if not changed:
@@ -346,32 +367,40 @@ class Shipment:
         over, now = attempt.outcome is not None, time.monotonic()
         if self._outbox.log_sent < attempt.attempt and (over or now >= self._next_log):
             return self._log_job(attempt.attempt if over else 0)
-        if not self._round and (over or now >= self._next_round):
-            self._round = self._missing_checkpoints()
-            self._round_began = now
-        while self._round:
-            job = self._checkpoint_job(self._round.pop(0))
+        if not over and now < self._next_round:
+            return None
+        for row in self._missing_checkpoints():  # looked up each time: the newest comes first
+            job = self._checkpoint_job(row)
             if job is not None:
                 return job
+        self._next_round = now + _ROUND_EVERY_S
         return None
 
-    def _missing_checkpoints(self) -> list[str]:
+    def _missing_checkpoints(self) -> list[Checkpoint]:
         rows = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
         known = self._outbox.artifacts.keys() | self._skipped
-        return [row.name for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
+        return [row for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
 
     def _log_job(self, attempt: int) -> "_Job":
         """`attempt` has ended; 0: none has."""
         began = time.monotonic()
         file = self._stage() / TRANSITIONS
-        write_transitions(self._journal, file)
-        return _Job(TRANSITIONS, [(file, "")], file.stat().st_size, attempt, began)
+        write_transitions(self._journal, file, self._secrets)
+        files = [(file, ""), (self._journal_copy(), "")]
+        return _Job(TRANSITIONS, files, file.stat().st_size, attempt, began)
 
-    def _checkpoint_job(self, name: str) -> "_Job | None":
-        path = f"{CHECKPOINTS}/{name}"
-        stage = self._stage() / name
+    def _journal_copy(self) -> Path:
+        """What another machine needs beside a checkpoint."""
+        file = self._stage() / JOURNAL
+        self._journal_upto = write_journal_copy(self._run, file, self._secrets)
+        return file
+
+    def _checkpoint_job(self, row: Checkpoint) -> "_Job | None":
+        path = f"{CHECKPOINTS}/{row.name}"
+        stage = self._stage() / row.name
+        began = time.monotonic()
         try:
-            _pin(self._run.checkpoints / name, stage)
+            _pin(self._run.checkpoints / row.name, stage)
         except FileNotFoundError:
             # Retention was quicker; or a person was: then no row of the journal will ever say so.
             self._skipped.add(path)
@@ -379,7 +408,9 @@ class Shipment:
             return None
         files = sorted((file for file in stage.rglob("*") if file.is_file()), key=_manifest_last)
         places = [(file, (path / file.relative_to(stage).parent).as_posix()) for file in files]
-        return _Job(path, places, sum(file.stat().st_size for file in files), 0, time.monotonic())
+        if row.seq > self._journal_upto:
+            places.insert(-1, (self._journal_copy(), ""))  # a checkpoint that is whole can be gone on from
+        return _Job(path, places, sum(file.stat().st_size for file in files), 0, began)
 
     def _finish(self, job: "_Job") -> None:
         now = time.monotonic()
@@ -387,8 +418,8 @@ class Shipment:
             if job.attempt:
                 self._outbox.note(log_sent=job.attempt)
             self._next_log = now + max(_LOG_EVERY_S, _MOST_OF_THE_TIME * (now - job.began))
-        elif not self._round:
-            self._next_round = now + max(_ROUND_EVERY_S, _MOST_OF_THE_TIME * (now - self._round_began))
+        else:
+            self._next_round = now + _MOST_OF_THE_TIME * (now - job.began)
         self._outbox.artifact_sent(job.path, job.size_bytes)
         self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
         self._drop()
@@ -485,7 +516,9 @@ def _source(command: Any) -> str:
     """The script of a recorded command; the arguments may hold secrets, and stay here."""
     words = command.get("argv", []) if isinstance(command, dict) else command
     words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
-    return next((word for word in words if word.endswith((".py", ".ipynb"))), words[0] if words else "")
+    return mask_text(
+        next((word for word in words if word.endswith((".py", ".ipynb"))), words[0] if words else "")
+    )
 
 
 def _user() -> str:
