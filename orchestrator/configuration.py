@@ -102,6 +102,16 @@ def check(given: Mapping[str, Any]) -> Settings:
     # A class has the attributes of its objects, so the protocol alone would take it.
     if track is not None and (isinstance(track, type) or not isinstance(track, Tracker)):
         raise ConfigurationError(f"track is {track!r}; expected a tracker such as MLflow(), or None for none")
+    if (
+        checkpoint is not None
+        and checkpoint.durable == "remote"
+        and (track is None or track.upload == "none")
+    ):
+        found = "track is None" if track is None else 'its tracker has upload="none"'
+        raise ConfigurationError(
+            f'Checkpointing(durable="remote") keeps what is not at the tracking server yet, but {found}; expected a '
+            'tracker that uploads checkpoints, such as MLflow(upload="all")'
+        )
     _check_callbacks(given["callbacks"])
     if given["scheduler"] is not None and not isinstance(given["scheduler"], LRScheduling):
         LRScheduling(given["scheduler"])  # refuses what cannot be scheduled

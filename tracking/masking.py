@@ -84,6 +84,7 @@ _NOT_OF_A_DOOR = {
     *("separator", "padding", "unknown", "blank", "oov", "distillation", "dist", "added", "extra"),
 }
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_NAMES_A_FOLDER = re.compile(r"^(OLD)?PWD$|(_|^)(FILE|PATH|DIR|HOME|CREDENTIALS)$")
 _SHORTEST_KNOWN = 6  # characters of a secret that is looked for wherever it may stand
 
 
@@ -160,14 +161,16 @@ def mask_text(text: str, known: Iterable[str] = ()) -> str:
 def secrets_in(environment: Mapping[str, str]) -> frozenset[str]:
     """The values of an environment's variables that are secrets, by their names; short ones would hide words."""
     return frozenset(
-        value for key, value in environment.items() if is_secret(key) and len(value) >= _SHORTEST_KNOWN
+        value
+        for key, value in environment.items()
+        if len(value) >= _SHORTEST_KNOWN and is_secret(key) and not _NAMES_A_FOLDER.search(key)
     )
 
 
 _NAME = re.compile(r"-{0,2}[A-Za-z_][\w.\-]*")
 _IN_URL = re.compile(r"(?<=://)([^/@:\s\"']*):[^/\s\"']*@")
 _SCHEME = re.compile(r"\b(Bearer|Basic)\s+(?=[\w+/.~=\-]*\d)[\w+/.~=\-]{8,}")
-_OPTION = re.compile(r"(?<![\w-])(--?[A-Za-z][\w\-]*)(\s+)([^\s\-\"'][^\s\"']*)")
+_OPTION = re.compile(r"(?<![\w-])(--?[A-Za-z][\w.\-]*)(\s+)([^\s\-\"'][^\s\"']*)")
 _ASSIGNED = re.compile(r"([A-Za-z_][\w.\-]*)([\"']?\s*[=:]\s*)")
 _VALUE = re.compile(r"\"[^\"]+\"|'[^']+'|[^\s\"'&,;)}\]]+")
 _SHAPES = tuple(

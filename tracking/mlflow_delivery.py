@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 from urllib.parse import urlsplit
 
+from tracking.artifact_folder import folder_of, link
 from tracking.delivery import (
     Closed,
     Destination,
@@ -253,7 +254,10 @@ class MLflowDelivery:
         return [p for p in points if p.key not in newest or (p.step, p.time_ms) > newest[p.key]]
 
     def artifact(self, file: Path, folder: str) -> None:
-        """Upload one file."""
+        """Upload one file; into a folder of this machine it is linked, where that is possible, and not copied."""
+        here = folder_of(self._artifact_uri)
+        if here is not None and link(file, here / folder):
+            return
         with _explained(f"upload {file.name}"):
             self._client.log_artifact(self._run_id, str(file), folder or None)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from states.table import State
 from tracking.artifacts import TRANSITIONS, write_transitions
 from tracking.delivery import (
     Closed,
@@ -80,8 +81,13 @@ def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoin
     newest_first = rows[::-1]
     if upload == "all":
         return newest_first
+    wanted = newest_first[:1]
+    if (
+        wanted and wanted[0].state is State.DONE
+    ):  # from which nothing goes on: a longer training begins before it
+        wanted += [row for row in newest_first if row.state is not State.DONE][:1]
     best = [row for row in newest_first if row.best][:1]
-    return newest_first[:1] + [row for row in best if row is not newest_first[0]]
+    return wanted + [row for row in best if row not in wanted]
 
 
 def _count_points(run: RunFolder, cursor: int) -> int:
@@ -433,7 +439,8 @@ class Shipment:
         if self._target.upload != "best+last":
             return False
         tags = self._checkpoint_tags()
-        keep = {f"{CHECKPOINTS}/{name}" for name in tags.values()}
+        wanted = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
+        keep = {f"{CHECKPOINTS}/{name}" for name in (*tags.values(), *(row.name for row in wanted))}
         surplus = sorted(path for path in self._outbox.artifacts if path.startswith(f"{CHECKPOINTS}/"))
         surplus = [path for path in surplus if path not in keep]
         if not surplus or any(self._outbox.sent_tags.get(key) != value for key, value in tags.items()):
