@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -403,11 +404,25 @@ def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.d
                 params[f"{prefix}.{key}"] = value
     if given["init_from"] is not None:
         params["init_from"] = os.fspath(given["init_from"])
+    if given["config"] is not None:
+        params["config"] = _config(given["config"])
     scheduler = given["scheduler"]
     if scheduler is not None:
         inner = scheduler.scheduler if isinstance(scheduler, LRScheduling) else scheduler
         params["scheduler"] = type(inner).__name__
     return {key: value for key, value in params.items() if value is not None}
+
+
+def _config(config: Any) -> dict[str, Any]:
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, Namespace):
+        return vars(config)
+    raise ConfigurationError(
+        f"config is {config!r}; expected a dict, a dataclass object, or the Namespace that argparse gives"
+    )
 
 
 def check_schedulers(callbacks: Sequence[Callback]) -> None:

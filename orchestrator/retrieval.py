@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -112,13 +113,20 @@ def _fill(
     except JournalError as error:
         raise FetchError(f"{wanted}: {error}") from error
     copy.unlink()
-    candidates = choose(wanted, _rows(draft, seen), seen.checkpoints)
-    chosen = _first_whole(candidates, wanted, seen, remote, draft.checkpoints, say)
+    rows = _rows(draft, seen)
+    chosen = _first_whole(
+        choose(wanted, rows, seen.checkpoints), wanted, seen, remote, draft.checkpoints, say
+    )
     names = [chosen.name]
+    candidates = [row for row in reversed(rows) if row.name in seen.checkpoints]
     if chosen.state is State.DONE:  # a longer training goes on from the one before the end
         earlier = [row for row in candidates if row.state is not State.DONE and row.seq < chosen.seq]
         if earlier:
             names.append(_first_whole(earlier, wanted, seen, remote, draft.checkpoints, say).name)
+    best = [row for row in candidates if row.best and row.seq <= chosen.seq and row.name not in names][:1]
+    if best:  # without it, the next one would be taken for the best there has been
+        with contextlib.suppress(FetchError, CheckpointDamaged):
+            names.append(_first_whole(best, wanted, seen, remote, draft.checkpoints, say).name)
     forget_checkpoints(draft.journal, names)
     return names
 

@@ -95,6 +95,8 @@ class Trainer:
         deterministic: use torch's deterministic algorithms during this training.
         init_from: where a new run takes its weights from, and nothing else: a run's name or folder, a
             checkpoint, a `.safetensors` file or a saved `state_dict()`. A run that is resumed has its own.
+        config: your own settings, to be shown among the parameters, secrets masked: a dict (nested ones too), a
+            dataclass, or what argparse gives. Nothing here reads them.
 
     Raises:
         ConfigurationError: an argument that cannot be honoured; nothing has been written.
@@ -130,6 +132,7 @@ class Trainer:
         device: str | torch.device = "auto",
         deterministic: bool = False,
         init_from: str | os.PathLike[str] | None = None,
+        config: Any = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         settings = configuration.check(given)

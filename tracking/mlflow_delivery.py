@@ -1,10 +1,11 @@
 """MLflow: the settings that a user gives (no mlflow imported), and the delivery that the shipper makes of them."""
 
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tracking.delivery import (
     Unavailable,
     Upload,
 )
+from tracking.inputs import DataInput
 
 __all__ = ["MLflow", "MLflowDelivery", "open_delivery"]
 
@@ -32,6 +34,7 @@ _OWNER = "interlock.owner"
 
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
+_LONGEST_PROFILE = 16_000
 _MOST_PARAMS = 100
 _SQL = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -52,6 +55,7 @@ class MLflow:
         upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
         patience_s: seconds that a server which cannot be reached is tried again after the training has
             ended; after that `interlock sync` delivers what is left.
+        system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains.
 
     Raises TrackerError for a value that makes no sense.
     """
@@ -61,6 +65,7 @@ class MLflow:
     run_id: str | None = None
     upload: Upload = "best+last"
     patience_s: float = 600.0
+    system_metrics: bool = False
 
     backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
 
@@ -97,7 +102,14 @@ class MLflow:
             number = None if name else environment("MLFLOW_EXPERIMENT_ID")
         run_id = self.run_id or found.run_id or environment("MLFLOW_RUN_ID") or None
         place = _absolute(uri)
-        settings = {"tracking_uri": place, "experiment": name, "experiment_id": number, "run_id": run_id}
+        settings: dict[str, Any] = {
+            "tracking_uri": place,
+            "experiment": name,
+            "experiment_id": number,
+            "run_id": run_id,
+        }
+        if self.system_metrics:
+            settings["system_metrics"] = True
         return Destination(place, settings)
 
 
@@ -158,6 +170,7 @@ class MLflowDelivery:
 
     most_points = 1000
     parent_tag = "mlflow.parentRunId"
+    description_tag = "mlflow.note.content"
 
     def __init__(self, settings: Mapping[str, Any]):
         _prepare(settings["tracking_uri"])
@@ -260,6 +273,26 @@ class MLflowDelivery:
             return
         with _explained(f"upload {file.name}"):
             self._client.log_artifact(self._run_id, str(file), folder or None)
+
+    def inputs(self, inputs: Iterable[DataInput]) -> None:
+        """Data sets, as MLflow's dataset inputs; it keeps each once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        items = [
+            DatasetInput(
+                Dataset(
+                    name=data.name,
+                    digest=data.digest,
+                    source_type="code",
+                    source=json.dumps({"tags": {}}),
+                    profile=json.dumps(data.profile, default=str)[:_LONGEST_PROFILE],
+                ),
+                [InputTag("mlflow.data.context", data.context)],
+            )
+            for data in inputs
+        ]
+        with _explained("log the data set"):
+            self._client.log_inputs(self._run_id, datasets=items)
 
     def remove_artifacts(self, folder: str) -> None:
         """Remove an uploaded folder, on stores that can (local, S3, Azure, GCS, through the server, ...)."""

@@ -31,6 +31,7 @@ class _Files:
         self._uri = settings["tracking_uri"]
         self._new_client: Any = MlflowClient
         self._client: Any = None
+        self._stores: dict[str, Any] = {}
 
     def look(self, run_id: str) -> dict[str, Any]:
         """What there is of a run."""
@@ -69,16 +70,23 @@ class _Files:
         """Download an artifact."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         found = self._patiently(
-            f"download {path}", lambda: self._opened().download_artifacts(run_id, path, folder)
+            f"download {path}", lambda: self._store(run_id).download_artifacts(path, folder)
         )
         return {"path": found}
 
     def _list(self, run_id: str, path: str | None) -> dict[str, int | None]:
         """Sizes of files (None: a folder), by path."""
-        found = self._patiently(
-            "list the artifacts", lambda: list(self._opened().list_artifacts(run_id, path))
-        )
+        found = self._patiently("list the artifacts", lambda: list(self._store(run_id).list_artifacts(path)))
         return {item.path: None if item.is_dir else int(item.file_size or 0) for item in found}
+
+    def _store(self, run_id: str) -> Any:
+        """The run's artifact store itself: the client would ask for models too, which a server of MLflow 2 has not."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if run_id not in self._stores:
+            place = self._opened().get_run(run_id).info.artifact_uri
+            self._stores[run_id] = get_artifact_repository(place, tracking_uri=self._uri)
+        return self._stores[run_id]
 
     def _opened(self) -> Any:
         if self._client is None:
