@@ -1,9 +1,12 @@
 """Beside what a user has already: a run begun by the user, servers with passwords, servers of an older MLflow."""
 
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,52 @@ def test_a_server_with_passwords(run: RunFolder, tmp_path: Path, monkeypatch: py
         )
         with pytest.raises(FetchError, match="no checkpoint of this run"):
             retrieve(f"mlflow:{remote.id}", MLflow(server.uri), tmp_path / "here", wait_s=30.0)
+
+
+class TLSServer(OtherServer):
+    """One that is spoken to by https, with a certificate that nobody has signed but itself."""
+
+    def __init__(self, folder: Path):
+        self.certificate, key = folder / "certificate.pem", folder / "key.pem"
+        words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+        command = ["openssl", *words.split(), "-keyout", key, "-out", self.certificate]
+        subprocess.run(command, check=True, capture_output=True)
+        options = f"--ssl-keyfile={key} --ssl-certfile={self.certificate}"
+        super().__init__(folder, sys.executable, "--uvicorn-opts", options)
+        self.uri = f"https://127.0.0.1:{self.port}"
+
+    def answers(self) -> bool:
+        context = ssl.create_default_context(cafile=self.certificate)
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2, context=context) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not shutil.which("openssl"), reason="openssl, which makes the certificate, is not installed"
+)
+def test_a_server_with_tls(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with TLSServer(folder) as server:
+        training = Training(run)
+        training.batch()
+        training.end("done", "finished")
+        report = sync(run, tracker=MLflow(server.uri), timeout=2)
+        assert not report.complete
+        assert "CERTIFICATE_VERIFY_FAILED" in (run.path / "shipper.log").read_text()
+        with monkeypatch.context() as insecure:
+            insecure.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+            assert sync(run, timeout=60).complete
+        training = Training(run, position=0)
+        training.batch()
+        training.end("done", "finished")
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(server.certificate))
+        assert sync(run, timeout=60).complete
+        assert server.database.run(run.id).tags["interlock.attempt"] == "2"
 
 
 @pytest.mark.long

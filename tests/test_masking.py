@@ -120,10 +120,14 @@ def test_command_lines() -> None:
 
 
 def test_secrets_of_the_environment_are_found_wherever_they_stand() -> None:
-    known = secrets_in(
-        {"MY_API_KEY": "correct-horse", "TOKENIZER": "bert-base", "PASSWORD": "x", "PWD": "/home/ann"}
-        | {"GOOGLE_APPLICATION_CREDENTIALS": "/home/ann/key.json", "SECRET_FILE": "/run/secret"}
-    )
+    environment = {
+        "MY_API_KEY": "correct-horse",
+        "TOKENIZER": "bert-base",
+        "PASSWORD": "x",
+        "PWD": "/home/ann",
+    }
+    environment |= {"GOOGLE_APPLICATION_CREDENTIALS": "/home/ann/key.json", "SECRET_FILE": "/run/secret"}
+    known = secrets_in(environment | {"SECRET_NUMBER": "1234567"})
     assert known == {"correct-horse"}
     assert mask_text("refused correct-horse for bert-base", known) == f"refused {MASK} for bert-base"
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import trainings
 from deliveries import Training, until
 from mlflow_server import MLflowServer, RemoteRun
+from orchestrator import Checkpointing
 from orchestrator.commands.resume import ResumeError, _uploaded_command
 from orchestrator.retrieval import retrieve
 from orchestrator.snapshot.storage import CheckpointDamaged
@@ -218,6 +220,20 @@ def test_a_checkpoint_by_name_and_a_folder_that_is_here(
     with pytest.raises(FetchError, match=rf"expected one of epoch 7.*found .*{best.checkpoint.name}"):
         retrieve(f"mlflow:{remote.id}@epoch=7", tracker, tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_moment_of_a_run_that_is_elsewhere(tmp_path: Path, server: MLflowServer, remote: RemoteRun) -> None:
+    trainer = trainings.make(
+        tmp_path,
+        val_loader=trainings.loader(16),
+        track=MLflow(server.uri),
+        checkpoint=Checkpointing(every_batches=4, keep_last=3, best="val/loss"),
+    )
+    with pytest.warns(UserWarning, match="was fetched from"):
+        trainer.seek(epoch=2, batch=0, state=State.BACKWARD, run=f"mlflow:{remote.id}")
+    assert (trainer.epoch, trainer.batch, trainer.state) == (2, 0, State.BACKWARD)
+    assert trainer.divergence is None, "its losses are those that the uploaded journal has"
+    trainer.close()
 
 
 # -- what is in the way ---------------------------------------------------------------------------------

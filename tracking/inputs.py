@@ -2,12 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["DataInput", "TakesInputs", "input_in"]
+from tracking.delivery import Delivery, Refused, Unavailable
+from tracking.journal import Journal
+from tracking.runs import RunFolder
+
+__all__ = ["DataInput", "DataSender", "TakesInputs", "input_in"]
+
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,28 @@ def input_in(checkpoint: Path) -> DataInput | None:
     text = json.dumps(identity, sort_keys=True, default=str)
     name = str(kind).rpartition(".")[2]
     return DataInput(name, hashlib.sha256(text.encode()).hexdigest()[:16], "training", data)
+
+
+class DataSender:
+    """Sends what a run is trained on, once a checkpoint tells. Nothing else waits for it."""
+
+    def __init__(self, run: RunFolder, journal: Journal, notice: Callable[[str], None]):
+        self._run, self._journal, self._notice = run, journal, notice
+        self._tries = _TRIES
+
+    def send(self, delivery: Delivery) -> None:
+        """Send it if there is something to send; a server that cannot take it is asked a few times."""
+        if self._tries <= 0 or not isinstance(delivery, TakesInputs):
+            return
+        folders = (self._run.checkpoints / row.name for row in reversed(self._journal.checkpoints()))
+        found = next(filter(None, map(input_in, folders)), None)
+        if found is None:
+            return
+        self._tries -= 1
+        try:
+            delivery.inputs([found])
+            self._tries = 0
+        except (Refused, Unavailable) as error:  # one that is too old has no answer, like one that is away
+            if not self._tries or isinstance(error, Refused):
+                self._tries = 0
+                self._notice(f"data set {found.name}: {error}")

@@ -163,7 +163,8 @@ def secrets_in(environment: Mapping[str, str]) -> frozenset[str]:
     return frozenset(
         value
         for key, value in environment.items()
-        if len(value) >= _SHORTEST_KNOWN and is_secret(key) and not _NAMES_A_FOLDER.search(key)
+        if len(value) >= _SHORTEST_KNOWN and not value.isdigit()
+        if is_secret(key) and not _NAMES_A_FOLDER.search(key)
     )
 
 

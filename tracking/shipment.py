@@ -1,11 +1,9 @@
 """What there is to deliver of a run, and the delivering of it, one small step at a time."""
 
-import contextlib
 import getpass
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,13 +21,12 @@ from tracking.delivery import (
     Refused,
     Remote,
     Target,
-    Unavailable,
     Upload,
     open_delivery,
 )
 from tracking.description import describe
 from tracking.fetching import Fetched, fetched
-from tracking.inputs import TakesInputs, input_in
+from tracking.inputs import DataSender
 from tracking.journal import Attempt, Checkpoint, Journal
 from tracking.journal_copy import JOURNAL, write_journal_copy
 from tracking.masking import mask_text, mask_tree, secrets_in
@@ -38,8 +35,8 @@ from tracking.packing import ROW_LENGTH
 from tracking.rows import Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
-from tracking.source import keep_source, read_sources, script_of
-from tracking.system_metrics import System
+from tracking.source import keep_source, read_sources, script_of, source_tags
+from tracking.system_metrics import SystemSender
 
 __all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
 
@@ -50,9 +47,6 @@ _STAGE = "uploading"
 _TAGS_EVERY_S = 2.0
 _ROUND_EVERY_S = 15.0
 _LOG_EVERY_S = 60.0
-_INPUTS_TRIES = 5
-_SYSTEM_EVERY_S = 10.0
-_MOST_SAMPLES = 900  # which are sent together
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
 
 _ENDINGS: dict[Outcome, Ending] = {
@@ -92,9 +86,8 @@ def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoin
     if upload == "all":
         return newest_first
     wanted = newest_first[:1]
-    if (
-        wanted and wanted[0].state is State.DONE
-    ):  # from which nothing goes on: a longer training begins before it
+    if wanted and wanted[0].state is State.DONE:
+        # Nothing goes on from there: a longer training begins with the one before.
         wanted += [row for row in newest_first if row.state is not State.DONE][:1]
     best = [row for row in newest_first if row.best][:1]
     return wanted + [row for row in best if row not in wanted]
@@ -145,11 +138,8 @@ class Shipment:
         # The next machine is to know of the attempts of one that a run was brought to, however short they are.
         self._next_log = time.monotonic() + wait * _LOG_EVERY_S * (fetched(run) is None)
         self._journal_upto = -1
-        self._inputs_tries = _INPUTS_TRIES
-        self._system: tuple[int, System] | None = None
-        self._samples: list[Point] = []
-        self._samples_uncertain = False
-        self._next_system = 0.0
+        self._data = DataSender(run, journal, self._notice)
+        self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
         attempts = journal.attempts()
         if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
             keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)
@@ -264,33 +254,14 @@ class Shipment:
             "interlock.exception": attempt.exception,
             **self._parent_tags(),
             **self._checkpoint_tags(),
-            **self._source_tags(),
+            **source_tags(read_sources(self._run), owned=self._remote is None or self._remote.owned),
             **self._description(),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
-        self._send_inputs()
-        self._send_system(attempt)
-
-    def _source_tags(self) -> dict[str, str]:
-        """The commit of the newest attempt, in MLflow's own words; of later ones also each by itself."""
-        sources = read_sources(self._run)
-        if not sources:
-            return {}
-        newest = sources[max(sources)]
-        tags = {"interlock.source.commit": newest.commit}
-        if newest.dirty is not None:
-            tags["interlock.source.dirty"] = str(newest.dirty).lower()
-        for number, source in sources.items():
-            if number > min(sources):
-                dirty = " (dirty)" if source.dirty else ""
-                tags[f"interlock.attempt.{number}.source"] = f"{source.commit}{dirty}"
-        if self._remote and not self._remote.owned:
-            tags["mlflow.source.git.commit"] = newest.commit
-            tags["mlflow.source.git.branch"] = newest.branch
-            tags["mlflow.source.git.repoURL"] = newest.repository
-        return tags
+        self._data.send(self._at_server)
+        self._system.send(self._at_server, attempt)
 
     def _description(self) -> dict[str, str]:
         """The run in words, where the server has a place for it; a user's run is described by its owner."""
@@ -307,51 +278,6 @@ class Shipment:
             source=sources[max(sources)] if sources else None,
         )
         return {tag: text}
-
-    def _send_system(self, attempt: Attempt) -> None:
-        """What the machine is doing, if asked for. It is in no journal: what is not sent when this ends is lost."""
-        if not self._target.settings.get("system_metrics") or attempt.outcome is not None:
-            return
-        if time.monotonic() >= self._next_system:
-            self._next_system = time.monotonic() + _SYSTEM_EVERY_S
-            if self._system is None or self._system[0] != attempt.attempt:
-                here = attempt.host == socket.gethostname()
-                self._system = (attempt.attempt, System(attempt.pid if here else 0))
-            now, began = time.time_ns(), self._journal.run_info().created_ns
-            step = max(0, now - began) // 1_000_000_000  # seconds, which no later attempt repeats
-            points = [
-                Point(f"system/{key}", step, now // 1_000_000, value)
-                for key, value in self._system[1].sample().items()
-            ]
-            self._samples = [*self._samples, *points][-_MOST_SAMPLES:]
-        if self._samples:
-            samples = sorted(self._samples, key=lambda point: (point.key, point.step))
-            if self._samples_uncertain:
-                samples = self._at_server.missing(samples)
-            self._samples_uncertain = True
-            with contextlib.suppress(Refused):
-                self._at_server.points(samples)
-            self._samples, self._samples_uncertain = [], False
-
-    def _send_inputs(self) -> None:
-        """What it is trained on, once a checkpoint tells. Nothing else waits for it."""
-        if self._inputs_tries <= 0 or not isinstance(self._at_server, TakesInputs):
-            return
-        folders = (self._run.checkpoints / row.name for row in reversed(self._journal.checkpoints()))
-        found = next(filter(None, map(input_in, folders)), None)
-        if found is None:
-            return
-        self._inputs_tries -= 1
-        try:
-            self._at_server.inputs([found])
-            self._inputs_tries = 0
-        except (
-            Refused,
-            Unavailable,
-        ) as error:  # a server that is too old has no answer, like one that is away
-            if not self._inputs_tries or isinstance(error, Refused):
-                self._inputs_tries = 0
-                self._notice(f"data set {found.name}: {error}")
 
     def _parent_tags(self) -> dict[str, str]:
         """The run that this one comes from, and that run's id at the server once it is known here."""

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tracking.runs import RunFolder
 
-__all__ = ["Source", "keep_source", "read_sources", "script_of", "source_of"]
+__all__ = ["Source", "keep_source", "read_sources", "script_of", "source_of", "source_tags"]
 
 LONGEST_S = 10.0
 """What `git` may take altogether; a work tree that takes longer to look through is not said to be dirty or not."""
@@ -67,6 +68,24 @@ def _git(folder: Path, deadline: float, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def source_tags(sources: Mapping[int, Source], *, owned: bool) -> dict[str, str]:
+    """The newest attempt's commit, also in MLflow's own words unless a user owns the run; those of later ones each."""
+    if not sources:
+        return {}
+    newest = sources[max(sources)]
+    tags = {"interlock.source.commit": newest.commit}
+    if newest.dirty is not None:
+        tags["interlock.source.dirty"] = str(newest.dirty).lower()
+    for number, source in sources.items():
+        if number > min(sources):
+            tags[f"interlock.attempt.{number}.source"] = source.commit + (" (dirty)" if source.dirty else "")
+    if not owned:
+        tags["mlflow.source.git.commit"] = newest.commit
+        tags["mlflow.source.git.branch"] = newest.branch
+        tags["mlflow.source.git.repoURL"] = newest.repository
+    return tags
 
 
 # -- what the run's folder keeps of it ---------------------------------------------------------------------

@@ -1,11 +1,19 @@
 """What the machine and the trainer's process are doing: values for `system/*`, by the names that MLflow gives them."""
 
 import contextlib
+import socket
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-__all__ = ["System"]
+from tracking.delivery import Delivery, Point, Refused
+from tracking.journal import Attempt, Journal
+
+__all__ = ["System", "SystemSender"]
+
+_EVERY_S = 10.0
+_MOST = 900  # which are sent together
 
 _MEGA = 1e6
 
@@ -62,3 +70,44 @@ def _devices() -> Iterator[tuple[Any, Any]]:
             yield pynvml, pynvml.nvmlDeviceGetHandleByIndex(number)
     except Exception:  # no library, no driver, no device: NVML has an error class of its own for each
         return
+
+
+class SystemSender:
+    """Sends what the machine is doing while the run trains. It is in no journal: what cannot be sent is lost.
+
+    What may have arrived is sent again as it was, so that it is not there twice.
+    """
+
+    def __init__(self, journal: Journal, *, wanted: bool):
+        self._wanted = wanted
+        self._began = journal.run_info().created_ns
+        self._seen: tuple[int, System] | None = None
+        self._samples: list[Point] = []
+        self._uncertain = False
+        self._next = 0.0
+
+    def send(self, delivery: Delivery, attempt: Attempt) -> None:
+        """Take a sample if one is due, and send what there is."""
+        if not self._wanted or attempt.outcome is not None:
+            return
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _EVERY_S
+            self._samples = [*self._samples, *self._sample(attempt)][-_MOST:]
+        if not self._samples:
+            return
+        samples = sorted(self._samples, key=lambda point: (point.key, point.step))
+        if self._uncertain:
+            samples = delivery.missing(samples)
+        self._uncertain = True
+        with contextlib.suppress(Refused):
+            delivery.points(samples)
+        self._samples, self._uncertain = [], False
+
+    def _sample(self, attempt: Attempt) -> list[Point]:
+        if self._seen is None or self._seen[0] != attempt.attempt:
+            here = attempt.host == socket.gethostname()
+            self._seen = (attempt.attempt, System(attempt.pid if here else 0))
+        now = time.time_ns()
+        step = max(0, now - self._began) // 1_000_000_000  # seconds, which no later attempt repeats
+        values = self._seen[1].sample()
+        return [Point(f"system/{key}", step, now // 1_000_000, value) for key, value in values.items()]
