@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from os import getpid
 from pathlib import Path
 
-from orchestrator.snapshot.storage import CheckpointDamaged, CheckpointFormatError, verify_checkpoint
+from orchestrator.snapshot.storage import (
+    CheckpointDamaged,
+    CheckpointFormatError,
+    parse_checkpoint_name,
+    verify_checkpoint,
+)
 from states.table import State
 from tracking.delivery import Tracker
 from tracking.fetching import (
@@ -66,6 +71,11 @@ def retrieve(
     destination = (tracker if isinstance(tracker, MLflow) else MLflow()).destination()
     with RemoteFiles(destination, wait_s) as remote:
         seen = remote.look(wanted.run_id)
+        if Path(seen.ours).name != seen.ours or RunFolder(Path(seen.ours)).name == seen.ours:
+            raise FetchError(
+                f"{reference}: its tag interlock.run_id is {seen.ours!r}; expected an id such as "
+                "digits-20260131-120000-a1b2"
+            )
         here = RunFolder(root.resolve() / seen.ours)
         if here.journal.is_file():
             say(f"{here.id} is in {root} already, and is gone on with as it is here")
@@ -137,7 +147,9 @@ def _rows(run: RunFolder, seen: Seen) -> list[Checkpoint]:
             raise FetchError(
                 f"the journal of MLflow run {seen.run_id} is that of {journal.run_info().id}; expected {seen.ours}"
             )
-        return journal.checkpoints(include_removed=True)
+        # They become names of folders here.
+        rows = journal.checkpoints(include_removed=True)
+        return [row for row in rows if parse_checkpoint_name(row.name) is not None]
 
 
 def _first_whole(

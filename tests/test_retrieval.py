@@ -19,7 +19,7 @@ import trainings
 from deliveries import Training, until
 from mlflow_server import MLflowServer, RemoteRun
 from orchestrator import Checkpointing
-from orchestrator.commands.resume import ResumeError, _uploaded_command
+from orchestrator.commands.resume import ResumeError, _script, _uploaded_command
 from orchestrator.retrieval import retrieve
 from orchestrator.snapshot.storage import CheckpointDamaged
 from states.table import State
@@ -191,6 +191,7 @@ def test_which_checkpoint_is_meant() -> None:
         choose(parse_reference("mlflow:a"), rows, {})
 
 
+@pytest.mark.long
 def test_a_checkpoint_by_name_and_a_folder_that_is_here(
     tmp_path: Path, server: MLflowServer, remote: RemoteRun
 ) -> None:
@@ -246,6 +247,10 @@ def test_what_cannot_be_had(tmp_path: Path, server: MLflowServer) -> None:
     foreign = client(server, "runs/create", experiment_id="0", run_name="theirs")["run"]["info"]["run_id"]
     with pytest.raises(FetchError, match=r"\(theirs\) was not made by interlock"):
         retrieve(f"mlflow:{foreign}", tracker, tmp_path)
+    for odd in ("../a-20260101-000000-0000", "digits"):
+        client(server, "runs/set-tag", run_id=foreign, key="interlock.run_id", value=odd)
+        with pytest.raises(FetchError, match=f"interlock.run_id is '{odd}'; expected an id such as"):
+            retrieve(f"mlflow:{foreign}", tracker, tmp_path)
     client(server, "runs/set-tag", run_id=foreign, key="interlock.run_id", value="a-20260101-000000-0000")
     with pytest.raises(FetchError, match=r"has no journal.sqlite.gz at the server"):
         retrieve(f"mlflow:{foreign}", tracker, tmp_path)
@@ -322,6 +327,12 @@ def test_interlock_resume_starts_the_script_that_is_here(
     assert_sound(here)
     wait_until_delivered(here)
     assert server.database.run(run.id).tags["interlock.attempt"] == "3"
+
+
+def test_only_a_script_that_is_here_is_started() -> None:
+    assert _script(["-u", "-X", "faulthandler", "train.py", "-c", "1"]) == "train.py"
+    for words in ([], ["-"], ["-c", "print()"], ["-m", "train"], ["-u", "-c", "print()", "train.py"]):
+        assert _script(words) is None
 
 
 def test_a_command_whose_secrets_stayed_behind_is_not_started(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,17 +165,30 @@ def _uploaded_command(run: RunFolder, here: str) -> Command:
             f"{run.id}: was started with secrets, which stayed on that machine; expected them from you. Start it "
             f"yourself, with {MASK} filled in: {by_hand} {shlex.join(argv)}"
         )
-    if not shutil.which(executable):
-        executable, argv = sys.executable, (sys.executable, *argv[1:])
-    script = next((word for word in argv[1:] if word.endswith(".py")), None)
-    folders = [folder for folder in (cwd, Path.cwd()) if folder.is_dir()]
-    folders = [folder for folder in folders if script is None or (folder / script).is_file()]
-    if not folders or len(argv) < 2 or argv[1] == "-" or any("ipykernel" in word for word in argv):
+    # What a server gives is started with an interpreter of this machine, and must be a script that is here.
+    if not (Path(executable).name.startswith("python") and shutil.which(executable)):
+        executable = sys.executable
+    argv = (executable, *argv[1:])
+    script = _script(argv[1:])
+    folders = [folder for folder in (cwd, Path.cwd()) if script and (folder / script).is_file()]
+    if not folders:
         raise ResumeError(
             f"{run.id}: was started by {shlex.join(argv)} in {cwd}; expected {script or 'a script'} there or in this "
             f"folder. Go to where the script is, and: {by_hand} {shlex.join(argv)}"
         )
     return Command(executable, argv, folders[0])
+
+
+def _script(words: Sequence[str]) -> str | None:
+    """The script among the arguments of a Python interpreter; None where there is code, a module, or nothing."""
+    after = ""
+    for word in words:
+        if word in ("-c", "-m", "-"):
+            return None
+        if not word.startswith("-") and after not in ("-X", "-W"):
+            return word
+        after = word
+    return None
 
 
 def _check_open(run: RunFolder) -> None:
