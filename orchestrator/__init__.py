@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from states.errors import InterlockError
     from tracking.delivery import Tracker
     from tracking.mlflow_delivery import MLflow
+    from tracking.tensorboard_delivery import TensorBoard
 
 __all__ = [
     "EMA",
@@ -40,6 +41,7 @@ __all__ = [
     "ParameterDigests",
     "Phase",
     "Result",
+    "TensorBoard",
     "Tracker",
     "Trainer",
     "seed_everything",
@@ -55,6 +57,7 @@ _HOMES = {
     "LRScheduling": "orchestrator.callbacks.lr_scheduling",
     "Logging": "orchestrator.callbacks.logs",
     "MLflow": "tracking.mlflow_delivery",
+    "TensorBoard": "tracking.tensorboard_delivery",
     "MemoryMonitor": "orchestrator.callbacks.memory_monitor",
     "NonFiniteError": "orchestrator.errors",
     "ParameterDigests": "orchestrator.callbacks.parameter_digests",

@@ -22,6 +22,7 @@ import transitions
 from orchestrator.callbacks.checkpointing import best_of, kept
 from orchestrator.configuration import Settings
 from orchestrator.data import BatchStream
+from orchestrator.durability import Durability
 from orchestrator.requests import HaltRequest
 from orchestrator.snapshot.info import CheckpointInfo, not_superseded, readable
 from orchestrator.snapshot.storage import (
@@ -109,6 +110,10 @@ class Attempt:
             clean_leftovers(run.checkpoints)
             self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
             self._saved: tuple[int, SaveHandle] | None = None
+            self._durability: Durability | None = None
+            checkpoint, track = settings.checkpoint, settings.track
+            if track is not None and checkpoint is not None and checkpoint.durable == "remote":
+                self._durability = Durability(run, track.upload, self._tell)
             self._shipper: subprocess.Popen[bytes] | None = None
             if settings.track is not None:
                 self._shipper = start_shipper(run, settings.track)
@@ -125,7 +130,7 @@ class Attempt:
         run = create_run(settings.root, settings.name, parent=parent) if plan.run is None else plan.run
         lease = plan.lease if plan.lease is not None else Lease.acquire(run)
         try:
-            if fresh:
+            if fresh or not run.command.exists():  # one that was fetched has come without
                 _keep_command(run)
             return cls(run, lease, settings, plan, scopes)
         except BaseException:
@@ -274,10 +279,15 @@ class Attempt:
             return
         infos = self.checkpoints()
         keep = kept(infos, settings)
-        for info in infos:
-            if info.name not in keep:
-                remove_checkpoint(info.path)
-                self._journal.checkpoint_removed(info.name)
+        doomed = [info for info in infos if info.name not in keep]
+        for info in doomed if self._durability is None else self._durability.removable(doomed):
+            remove_checkpoint(info.path)
+            self._journal.checkpoint_removed(info.name)
+
+    def _tell(self, message: str) -> None:
+        """Say it at once, and keep it in the journal; also from the thread that writes checkpoints."""
+        self.warn(message)
+        warnings.warn(message, stacklevel=2)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The run's checkpoints on disk that are not superseded, newest first."""

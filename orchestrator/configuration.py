@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def check(given: Mapping[str, Any]) -> Settings:
     # A class has the attributes of its objects, so the protocol alone would take it.
     if track is not None and (isinstance(track, type) or not isinstance(track, Tracker)):
         raise ConfigurationError(f"track is {track!r}; expected a tracker such as MLflow(), or None for none")
+    if (
+        checkpoint is not None
+        and checkpoint.durable == "remote"
+        and (track is None or track.upload == "none")
+    ):
+        found = "track is None" if track is None else 'its tracker has upload="none"'
+        raise ConfigurationError(
+            f'Checkpointing(durable="remote") keeps what is not at the tracking server yet, but {found}; expected a '
+            'tracker that uploads checkpoints, such as MLflow(upload="all")'
+        )
     _check_callbacks(given["callbacks"])
     if given["scheduler"] is not None and not isinstance(given["scheduler"], LRScheduling):
         LRScheduling(given["scheduler"])  # refuses what cannot be scheduled
@@ -393,11 +404,25 @@ def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.d
                 params[f"{prefix}.{key}"] = value
     if given["init_from"] is not None:
         params["init_from"] = os.fspath(given["init_from"])
+    if given["config"] is not None:
+        params["config"] = _config(given["config"])
     scheduler = given["scheduler"]
     if scheduler is not None:
         inner = scheduler.scheduler if isinstance(scheduler, LRScheduling) else scheduler
         params["scheduler"] = type(inner).__name__
     return {key: value for key, value in params.items() if value is not None}
+
+
+def _config(config: Any) -> dict[str, Any]:
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    if isinstance(config, Mapping):
+        return dict(config)
+    if isinstance(config, Namespace):
+        return vars(config)
+    raise ConfigurationError(
+        f"config is {config!r}; expected a dict, a dataclass object, or the Namespace that argparse gives"
+    )
 
 
 def check_schedulers(callbacks: Sequence[Callback]) -> None:

@@ -13,9 +13,11 @@ from orchestrator import configuration, recovery
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.divergence import Divergence
 from orchestrator.errors import ConfigurationError
+from orchestrator.retrieval import retrieve
 from orchestrator.snapshot.tensors import replicas
 from states.errors import InterlockError
 from states.table import TERMINAL, State, Trigger
+from tracking.fetching import is_reference
 from tracking.journal import Journal, settle
 from tracking.rows import Transition
 from tracking.runs import Lease, LeaseHeldError, RunFolder, find_run
@@ -161,7 +163,9 @@ def run_of(trainer: Trainer, named: str | os.PathLike[str] | None) -> RunFolder:
     attempt, settings = trainer._training.attempt, trainer._settings
     if attempt is not None and not attempt.closed:
         attempt.sync()
-    if named is not None:
+    if is_reference(named):
+        run = retrieve(str(named), settings.track, settings.root).run
+    elif named is not None:
         run = find_run(os.fspath(named), settings.root)
     elif trainer._past is not None:
         run = trainer._past.run

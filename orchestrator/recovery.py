@@ -17,6 +17,7 @@ from orchestrator.divergence import Divergence, Expected, same_bits
 from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
+from orchestrator.retrieval import retrieve
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.info import (
     BEFORE_THE_END,
@@ -32,6 +33,7 @@ from orchestrator.state import TrainingState
 from orchestrator.work import Limits, Place
 from states.errors import InterlockError
 from states.table import State
+from tracking.fetching import is_reference
 from tracking.journal import Journal, JournalError, settle
 from tracking.outbox import read_outbox
 from tracking.rows import Attempt
@@ -114,6 +116,7 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     Raises:
         ConfigurationError: `resume` is not one of the forms that `fit` takes.
         RunNotFound, NoCheckpoint: there is nothing of that name to go on from.
+        FetchError: the tracking server does not have it, or cannot be reached.
         LeaseHeldError: another process works on that run.
         NonFiniteAgainError: "auto" would only meet the NaN again that the run ended with.
     """
@@ -121,7 +124,8 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
         return Plan()
     if resume is True or not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(
-            f"resume is {resume!r}; expected False, \"auto\", a run's name or folder, or a checkpoint's path"
+            f"resume is {resume!r}; expected False, \"auto\", a run's name or folder, a checkpoint's path, or "
+            '"mlflow:RUN_ID"'
         )
     auto = resume == "auto"
     checkpoint: Path | None = None
@@ -131,6 +135,9 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
         run = newest_of_name(settings)
         if run is None:
             return Plan()
+    elif is_reference(resume):
+        found = retrieve(str(resume), settings.track, settings.root)
+        run, checkpoint = found.run, found.checkpoint
     elif (Path(resume) / "manifest.json").is_file():
         checkpoint = Path(resume).resolve()
         run = find_run(checkpoint.parent.parent, settings.root)

@@ -93,6 +93,8 @@ class Trainer:
         deterministic: use torch's deterministic algorithms during this training.
         init_from: where a new run takes its weights from, and nothing else: a run's name or folder, a
             checkpoint, a `.safetensors` file or a saved `state_dict()`. A run that is resumed has its own.
+        config: your own settings, to be shown among the parameters, secrets masked: a dict (nested ones too), a
+            dataclass, or what argparse gives. Nothing here reads them.
 
     Raises:
         ConfigurationError: an argument that cannot be honoured; nothing has been written.
@@ -128,6 +130,7 @@ class Trainer:
         device: str | torch.device = "auto",
         deterministic: bool = False,
         init_from: str | os.PathLike[str] | None = None,
+        config: Any = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         settings = configuration.check(given)
@@ -484,7 +487,9 @@ class Trainer:
         Args:
             resume: False starts a new run. "auto" starts the run of this name, continues it where it is
                 unfinished, returns the result where it is done, or extends it where more is asked for. A
-                run's name or folder, or a checkpoint's path, continues from there.
+                run's name or folder, or a checkpoint's path, continues from there. "mlflow:RUN_ID" continues a run
+                that MLflow has, on any machine: its journal and newest checkpoint are downloaded; @best,
+                @epoch=2 or @epoch=2,batch=113 after it mean another checkpoint.
             override: names of what may differ from the checkpoint, and is then this trainer's: "model",
                 "optimizer", "scheduler", "metrics", "data", "accumulate", "accumulate_weighting",
                 "clip_grad_norm", "precision", "validate_every", and hyper-parameters such as "lr".
@@ -598,9 +603,14 @@ class Trainer:
             attempt.say(str(self.warm_start))
 
     def _asked_from_outside(self) -> str | None:
-        """The folder that `interlock resume` names in the environment, if it is a run of this name; once."""
-        folder = os.environ.get(RESUME_VARIABLE)
-        if folder is None or RunFolder(Path(folder)).name != self._settings.name:
+        """The folder or checkpoint that `interlock resume` names in the environment, if of a run of this name; once."""
+        named = os.environ.get(RESUME_VARIABLE)
+        if named is None:
+            return None
+        folder = Path(named)
+        if (folder / "manifest.json").is_file():
+            folder = folder.parent.parent
+        if RunFolder(folder).name != self._settings.name:
             return None
         return os.environ.pop(RESUME_VARIABLE)
 
@@ -703,7 +713,8 @@ class Trainer:
             epoch, batch: counted from 0; `batch` within the epoch.
             state: by default BATCH_START, or EPOCH_START where no batch is given. IDLE is the very beginning.
             phase: the phase whose FORWARD, BACKWARD or STEP is meant; by default the first.
-            run: a run's name or folder; by default the run at hand, or the newest of this trainer's name.
+            run: a run's name or folder, or "mlflow:RUN_ID" as for `fit`; by default the run at hand, or the newest of
+                this trainer's name.
 
         Raises:
             SeekError: the run was never there, or the training went another way this time.

@@ -174,7 +174,16 @@ def test_init_from(tmp_path: Path) -> None:
 
 def test_every_argument_has_a_case() -> None:
     arguments = set(inspect.signature(Trainer).parameters)
-    assert arguments == {*CASES, "scheduler", "track", "root", "device", "on_divergence", "init_from"}
+    assert arguments == {
+        *CASES,
+        "scheduler",
+        "track",
+        "root",
+        "device",
+        "on_divergence",
+        "init_from",
+        "config",
+    }
 
 
 def test_torchmetrics_objects_and_functions_agree(tmp_path: Path) -> None:

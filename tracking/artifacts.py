@@ -5,10 +5,12 @@ import gzip
 import io
 import json
 import math
+from collections.abc import Collection
 from operator import attrgetter
 from pathlib import Path
 
 from tracking.journal import Journal
+from tracking.masking import mask_text
 from tracking.rows import Transition
 
 __all__ = ["METRICS", "TRANSITIONS", "write_metrics", "write_transitions"]
@@ -22,16 +24,17 @@ METRICS = "metrics.csv.gz"
 _METRIC_COLUMNS = ("attempt", "scope", "epoch", "batch", "step", "key", "value", "time_ns")
 
 
-def write_transitions(journal: Journal, file: Path) -> int:
+def write_transitions(journal: Journal, file: Path, secrets: Collection[str] = ()) -> int:
     """Write the run's transitions, superseded ones left out, as gzipped lines of JSON; how many there are.
 
     The fields are the columns of the journal's view `transitions`. JSON has no NaN and no infinity: such a loss
-    is the text 'nan', 'inf' or '-inf'. The same journal gives the same bytes.
+    is the text 'nan', 'inf' or '-inf'. Notes are masked (`secrets` wherever they stand). The same journal gives the
+    same bytes.
     """
     count = 0
     with file.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
         for transition in journal.transitions():
-            packed.write(json.dumps(_fields(transition), separators=(",", ":")).encode() + b"\n")
+            packed.write(json.dumps(_fields(transition, secrets), separators=(",", ":")).encode() + b"\n")
             count += 1
     return count
 
@@ -57,7 +60,7 @@ def write_metrics(journal: Journal, file: Path) -> int:
     return count
 
 
-def _fields(row: Transition) -> dict[str, object]:
+def _fields(row: Transition, secrets: Collection[str]) -> dict[str, object]:
     loss = row.loss if row.loss is None or math.isfinite(row.loss) else str(row.loss)
     return {
         "seq": row.seq,
@@ -72,5 +75,5 @@ def _fields(row: Transition) -> dict[str, object]:
         "time_ns": row.time_ns,
         "duration_ns": row.duration_ns,
         "loss": loss,
-        "note": row.note,
+        "note": mask_text(row.note, secrets) if row.note else "",
     }

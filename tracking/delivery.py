@@ -173,7 +173,7 @@ class Delivery(Protocol):
         """Those of `points` that must be sent again after an answer that did not come."""
 
     def artifact(self, file: Path, folder: str) -> None:
-        """Upload `file` into `folder` ('' for the top), over what was there."""
+        """Upload `file`, which is not changed afterwards, into `folder` ('' for the top), over what was there."""
 
     def remove_artifacts(self, folder: str) -> None:
         """Remove an uploaded folder; does nothing where the store cannot."""

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 from urllib.parse import urlsplit
 
+from tracking.artifact_folder import folder_of, link
 from tracking.delivery import (
     Closed,
     Destination,
@@ -30,6 +32,7 @@ from tracking.delivery import (
     Unavailable,
     Upload,
 )
+from tracking.inputs import DataInput
 
 __all__ = ["MLflow", "MLflowDelivery", "open_delivery"]
 
@@ -38,6 +41,7 @@ _OWNER = "interlock.owner"
 
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
+_LONGEST_PROFILE = 16_000
 _MOST_PARAMS = 100
 _LATE_S = 5.0  # a server that has not answered may still be at work for so long
 _LONGEST_MAKING_S = 120.0
@@ -60,6 +64,7 @@ class MLflow:
         upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
         patience_s: seconds that a server which cannot be reached is tried again after the training has
             ended; after that `interlock sync` delivers what is left.
+        system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains.
 
     Raises TrackerError for a value that makes no sense.
     """
@@ -69,6 +74,7 @@ class MLflow:
     run_id: str | None = None
     upload: Upload = "best+last"
     patience_s: float = 600.0
+    system_metrics: bool = False
 
     backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
 
@@ -105,7 +111,14 @@ class MLflow:
             number = None if name else environment("MLFLOW_EXPERIMENT_ID")
         run_id = self.run_id or found.run_id or environment("MLFLOW_RUN_ID") or None
         place = _absolute(uri)
-        settings = {"tracking_uri": place, "experiment": name, "experiment_id": number, "run_id": run_id}
+        settings: dict[str, Any] = {
+            "tracking_uri": place,
+            "experiment": name,
+            "experiment_id": number,
+            "run_id": run_id,
+        }
+        if self.system_metrics:
+            settings["system_metrics"] = True
         return Destination(place, settings)
 
 
@@ -166,6 +179,7 @@ class MLflowDelivery:
 
     most_points = 1000
     parent_tag = "mlflow.parentRunId"
+    description_tag = "mlflow.note.content"
 
     def __init__(self, settings: Mapping[str, Any]):
         _prepare(settings["tracking_uri"])
@@ -284,9 +298,32 @@ class MLflowDelivery:
         return [p for p in points if p.key not in arrived or (p.step, p.time_ms) > arrived[p.key]]
 
     def artifact(self, file: Path, folder: str) -> None:
-        """Upload one file."""
+        """Upload one file; into a folder of this machine it is linked, where that is possible, and not copied."""
+        here = folder_of(self._artifact_uri)
+        if here is not None and link(file, here / folder):
+            return
         with self._asking(f"upload {file.name}"):
             self._client.log_artifact(self._run_id, str(file), folder or None)
+
+    def inputs(self, inputs: Iterable[DataInput]) -> None:
+        """Data sets, as MLflow's dataset inputs; it keeps each once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        items = [
+            DatasetInput(
+                Dataset(
+                    name=data.name,
+                    digest=data.digest,
+                    source_type="code",
+                    source=json.dumps({"tags": {}}),
+                    profile=json.dumps(data.profile, default=str)[:_LONGEST_PROFILE],
+                ),
+                [InputTag("mlflow.data.context", data.context)],
+            )
+            for data in inputs
+        ]
+        with self._asking("log the data set"):
+            self._client.log_inputs(self._run_id, datasets=items)
 
     def remove_artifacts(self, folder: str) -> None:
         """Remove an uploaded folder, on stores that can (local, S3, Azure, GCS, through the server, ...)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from states.table import State
 from tracking.artifacts import METRICS, TRANSITIONS, write_metrics, write_transitions
 from tracking.delivery import (
     Closed,
@@ -24,12 +25,19 @@ from tracking.delivery import (
     Upload,
     open_delivery,
 )
+from tracking.description import describe
+from tracking.fetching import Fetched, fetched
+from tracking.inputs import DataSender
 from tracking.journal import Attempt, Checkpoint, Journal
+from tracking.journal_copy import JOURNAL, write_journal_copy
+from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
 from tracking.packing import ROW_LENGTH
 from tracking.rows import Metric, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
+from tracking.source import keep_source, read_sources, script_of, source_tags
+from tracking.system_metrics import SystemSender
 from tracking.thinning import Pace
 
 __all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
@@ -84,8 +92,12 @@ def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoin
     newest_first = rows[::-1]
     if upload == "all":
         return newest_first
+    wanted = newest_first[:1]
+    if wanted and wanted[0].state is State.DONE:
+        # Nothing goes on from there: a longer training begins with the one before.
+        wanted += [row for row in newest_first if row.state is not State.DONE][:1]
     best = [row for row in newest_first if row.best][:1]
-    return newest_first[:1] + [row for row in best if row is not newest_first[0]]
+    return wanted + [row for row in best if row not in wanted]
 
 
 def _count_points(run: RunFolder, cursor: int) -> int:
@@ -118,7 +130,8 @@ class Shipment:
         at_once: bool = False,
     ):
         self._run, self._target, self._outbox, self._journal = run, target, outbox, journal
-        self._notice = notice
+        self._secrets = secrets_in(os.environ)
+        self._say = notice
         self._delivery: Delivery | None = None
         self._remote: Remote | None = None
         self._names: dict[str, str] = {}
@@ -129,14 +142,22 @@ class Shipment:
         self._refused: set[str] = set()
         self._skipped: set[str] = set()
         self._job: _Job | None = None
-        self._round: list[str] = []
-        self._round_began = 0.0
         wait = 0.0 if at_once else 1.0
         self._next_tags = self._next_heartbeat = 0.0
         self._heartbeat_at = ""
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
-        self._next_log = time.monotonic() + wait * _LOG_EVERY_S
+        # The next machine is to know of the attempts of one that a run was brought to, however short they are.
+        self._next_log = time.monotonic() + wait * _LOG_EVERY_S * (fetched(run) is None)
+        self._journal_upto = -1
+        self._data = DataSender(run, journal, self._notice)
+        self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
+        attempts = journal.attempts()
+        if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
+            keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)
         self._drop()
+
+    def _notice(self, text: str) -> None:
+        self._say(mask_text(text, self._secrets))
 
     @property
     def _target_text(self) -> str:
@@ -189,30 +210,44 @@ class Shipment:
         if self._delivery is None:
             self._delivery = open_delivery(self._target)
         known = self._outbox.remote_run_id if self._outbox.place == self._target.place else None
+        came_from = self._fetched() if known is None else None
+        known = came_from.remote_run_id if came_from is not None else known
         first, info = self._journal.attempts()[0], self._journal.run_info()
-        identity = Identity(info.id, info.name, first.started_ns, _source(first.command), _user())
+        script = mask_text(script_of(first.command), self._secrets)
+        identity = Identity(info.id, info.name, first.started_ns, script, _user())
         try:
             remote = self._delivery.open(identity, known)
         except Refused as error:
             raise Closed(str(error)) from error
         self._outbox.begin(self._target.place, self._target_text, remote, attempt.attempt)
+        if came_from is not None and remote.run_id == came_from.remote_run_id:
+            for path, size in came_from.artifacts.items():
+                self._outbox.artifact_sent(path, size)
         self._uncertain = self._outbox.flight() is not None
         self._remote = remote
         self._notice(f"delivering {info.id} to {remote.url or self._target.place}, run {remote.run_id}")
 
+    def _fetched(self) -> Fetched | None:
+        """The remote run that the run's folder was made from, if it is at the place that is delivered to."""
+        found = fetched(self._run)
+        return found if found is not None and found.place == self._target.place else None
+
     def _send_params(self) -> None:
         """Parameters are the first attempt's; what later ones changed becomes their tags."""
         attempts = self._journal.attempts()
-        first = _flat(attempts[0].params)
+        first = self._params_of(attempts[0])
         if not self._outbox.params_sent:
             for notice in self._at_server.params(first):
                 self._notice(notice)
         for later in attempts[1:]:
-            changed = {key: value for key, value in _flat(later.params).items() if first.get(key) != value}
+            changed = {key: value for key, value in self._params_of(later).items() if first.get(key) != value}
             self._set_tags(
                 {f"interlock.attempt.{later.attempt}.{key}": value for key, value in changed.items()}
             )
         self._outbox.note(params_sent=attempts[-1].attempt)
+
+    def _params_of(self, attempt: Attempt) -> dict[str, str]:
+        return _flat(mask_tree(attempt.params, self._secrets))
 
     def _send_tags(self, attempt: Attempt) -> None:
         newest = attempt.end_state
@@ -232,10 +267,30 @@ class Shipment:
             **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in self._journal.attempts()},
             **self._parent_tags(),
             **self._checkpoint_tags(),
+            **source_tags(read_sources(self._run), owned=self._remote is None or self._remote.owned),
+            **self._description(),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
+        self._data.send(self._at_server)
+        self._system.send(self._at_server, attempt)
+
+    def _description(self) -> dict[str, str]:
+        """The run in words, where the server has a place for it; a user's run is described by its owner."""
+        tag = getattr(self._at_server, "description_tag", "")
+        if not tag or self._remote is None or self._remote.owned:
+            return {}
+        sources, named = read_sources(self._run), self._checkpoint_tags()
+        text = describe(
+            self._run.id,
+            self._remote.run_id,
+            self._journal.attempts(),
+            {key.rpartition(".")[2]: name for key, name in named.items()},
+            parent=self._journal.run_info().parent,
+            source=sources[max(sources)] if sources else None,
+        )
+        return {tag: text}
 
     def _heartbeat(self, attempt: Attempt) -> str:
         """When the training was last seen to live, which is renewed now and then; at its end, when that was."""
@@ -278,6 +333,7 @@ class Shipment:
         return {f"interlock.checkpoint.{which}": row[0].name for which, row in named.items() if row}
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
+        tags = {key: mask_text(value, self._secrets) for key, value in tags.items()}
         # A tag that was never set and is empty now needs no setting.
         changed = {key: value for key, value in tags.items() if self._outbox.sent_tags.get(key, "") != value}
         if not changed:
@@ -400,35 +456,44 @@ class Shipment:
         over, now = attempt.outcome is not None, time.monotonic()
         if self._outbox.log_sent < attempt.attempt and (over or now >= self._next_log):
             return self._log_job(attempt.attempt if over else 0)
-        if not self._round and (over or now >= self._next_round):
-            self._round = self._missing_checkpoints()
-            self._round_began = now
-        while self._round:
-            job = self._checkpoint_job(self._round.pop(0))
+        if not over and now < self._next_round:
+            return None
+        for row in self._missing_checkpoints():  # looked up each time: the newest comes first
+            job = self._checkpoint_job(row)
             if job is not None:
                 return job
+        self._next_round = now + _ROUND_EVERY_S
         return None
 
-    def _missing_checkpoints(self) -> list[str]:
+    def _missing_checkpoints(self) -> list[Checkpoint]:
         rows = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
         known = self._outbox.artifacts.keys() | self._skipped
-        return [row.name for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
+        return [row for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
 
     def _log_job(self, attempt: int) -> "_Job":
         """`attempt` has ended; 0: none has."""
         began = time.monotonic()
         file = self._stage() / TRANSITIONS
-        write_transitions(self._journal, file)
+        write_transitions(self._journal, file, self._secrets)
         metrics = file.with_name(METRICS)
         write_metrics(self._journal, metrics)
         size = file.stat().st_size + metrics.stat().st_size
-        return _Job(TRANSITIONS, [(metrics, ""), (file, "")], size, attempt, began)
+        return _Job(
+            TRANSITIONS, [(metrics, ""), (file, ""), (self._journal_copy(), "")], size, attempt, began
+        )
 
-    def _checkpoint_job(self, name: str) -> "_Job | None":
-        path = f"{CHECKPOINTS}/{name}"
-        stage = self._stage() / name
+    def _journal_copy(self) -> Path:
+        """What another machine needs beside a checkpoint."""
+        file = self._stage() / JOURNAL
+        self._journal_upto = write_journal_copy(self._run, file, self._secrets)
+        return file
+
+    def _checkpoint_job(self, row: Checkpoint) -> "_Job | None":
+        path = f"{CHECKPOINTS}/{row.name}"
+        stage = self._stage() / row.name
+        began = time.monotonic()
         try:
-            _pin(self._run.checkpoints / name, stage)
+            _pin(self._run.checkpoints / row.name, stage)
         except FileNotFoundError:
             # Retention was quicker; or a person was: then no row of the journal will ever say so.
             self._skipped.add(path)
@@ -436,7 +501,9 @@ class Shipment:
             return None
         files = sorted((file for file in stage.rglob("*") if file.is_file()), key=_manifest_last)
         places = [(file, (path / file.relative_to(stage).parent).as_posix()) for file in files]
-        return _Job(path, places, sum(file.stat().st_size for file in files), 0, time.monotonic())
+        if row.seq > self._journal_upto:
+            places.insert(-1, (self._journal_copy(), ""))  # a checkpoint that is whole can be gone on from
+        return _Job(path, places, sum(file.stat().st_size for file in files), 0, began)
 
     def _finish(self, job: "_Job") -> None:
         now = time.monotonic()
@@ -444,8 +511,8 @@ class Shipment:
             if job.attempt:
                 self._outbox.note(log_sent=job.attempt)
             self._next_log = now + max(_LOG_EVERY_S, _MOST_OF_THE_TIME * (now - job.began))
-        elif not self._round:
-            self._next_round = now + max(_ROUND_EVERY_S, _MOST_OF_THE_TIME * (now - self._round_began))
+        else:
+            self._next_round = now + _MOST_OF_THE_TIME * (now - job.began)
         self._outbox.artifact_sent(job.path, job.size_bytes)
         self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
         self._drop()
@@ -459,7 +526,8 @@ class Shipment:
         if self._target.upload != "best+last":
             return False
         tags = self._checkpoint_tags()
-        keep = {f"{CHECKPOINTS}/{name}" for name in tags.values()}
+        wanted = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
+        keep = {f"{CHECKPOINTS}/{name}" for name in (*tags.values(), *(row.name for row in wanted))}
         surplus = sorted(path for path in self._outbox.artifacts if path.startswith(f"{CHECKPOINTS}/"))
         surplus = [path for path in surplus if path not in keep]
         if not surplus or any(self._outbox.sent_tags.get(key) != value for key, value in tags.items()):
@@ -547,13 +615,6 @@ def _flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return found
-
-
-def _source(command: Any) -> str:
-    """The script of a recorded command; the arguments may hold secrets, and stay here."""
-    words = command.get("argv", []) if isinstance(command, dict) else command
-    words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
-    return next((word for word in words if word.endswith((".py", ".ipynb"))), words[0] if words else "")
 
 
 def _user() -> str:

@@ -28,6 +28,7 @@ from states.errors import InterlockError
 from tracking.delivery import Closed, Target, Tracker
 from tracking.journal import Attempt, Journal, settle
 from tracking.line import Line
+from tracking.masking import mask_text
 from tracking.outbox import NOTHING_SENT, Outbox, OutboxError, OutboxView, read_outbox
 from tracking.runs import Holder, Lease, LeaseHeldError, RunFolder, lease_holder
 from tracking.shipment import Shipment, Waiting, waiting
@@ -419,7 +420,7 @@ def _say_what_is_left(run: RunFolder, shipment: Shipment, outbox: Outbox) -> Non
 
 
 def _notice(text: str) -> None:
-    _log.warning(text)
+    _log.warning(mask_text(text))
 
 
 def _take_lease(run: RunFolder, target: Target, timeout: float | None) -> Lease | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_positive, check_whole
@@ -41,8 +41,12 @@ class Checkpointing(Callback):
         keep_first: whether the checkpoint of IDLE stays, so that `seek` can reach every moment of the run.
         at: a state, or several, to save in: those of a batch go with `every_batches` and `every_seconds`, those of
             an epoch with `every_epochs`; HALTED is saved whenever the training halts.
+        durable: "remote": remove nothing here before it is safe at the tracking server, where it is uploaded anyway
+            (`MLflow(upload=...)`). Nothing waits for the server; what it has not got yet stays, as long as the disk
+            has room for three more. "local": what is not kept is removed at once.
 
-    Raises ConfigurationError for numbers below 1, and a state `at` which nothing says how often to save.
+    Raises ConfigurationError for numbers below 1, a state `at` which nothing says how often to save, and another
+    word for `durable`.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Checkpointing(Callback):
         keep_every_epochs: int | None = None,
         keep_first: bool = True,
         at: State | Collection[State] | None = None,
+        durable: Literal["local", "remote"] = "local",
     ) -> None:
         for name, value in (
             ("every_batches", every_batches),
@@ -73,6 +78,9 @@ class Checkpointing(Callback):
         self.keep_every_epochs = keep_every_epochs
         self.keep_first = keep_first
         self.at = _states(at)
+        if durable not in ("local", "remote"):
+            raise ConfigurationError(f'Checkpointing: durable is {durable!r}; expected "local" or "remote"')
+        self.durable = durable
         if self.at & _OF_A_BATCH and not (every_batches or every_seconds):
             raise ConfigurationError(
                 f"Checkpointing: at is {_named(self.at)}, with nothing to say how often; expected every_batches= or "

@@ -1,0 +1,221 @@
+"""Beside what a user has already: a run begun by the user, servers with passwords, servers of an older MLflow."""
+
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from deliveries import BATCHES, Training, assert_once, train_in_child, until
+from mlflow_server import Database, MLflowServer
+from orchestrator.retrieval import retrieve
+from tracking.fetching import FetchError
+from tracking.mlflow_delivery import MLflow
+from tracking.runs import RunFolder, create_run
+from tracking.shipper import start_shipper, status, sync
+
+OLDER = os.environ.get("MLFLOW2_PYTHON", "")
+"""The interpreter of an environment with mlflow 2.x, whose server is to be tried."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return create_run(tmp_path, "digits")
+
+
+class OtherServer(MLflowServer):
+    """`mlflow server` with another interpreter, more arguments, and variables of its own."""
+
+    def __init__(self, folder: Path, python: str, *more: str, **environment: str):
+        super().__init__(folder)
+        self._command = [python, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command += ["--workers", "1", "--backend-store-uri", self.database.uri, *more]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **environment}
+        self._environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        self._environment.pop("PYTHONPATH", None)
+
+    def start(self, wait_s: float = 120.0) -> None:
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self._environment,
+                cwd=self.folder,
+            )
+        deadline = time.monotonic() + wait_s
+        while not self.answers():
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "the MLflow server did not start"
+            time.sleep(0.2)
+
+
+def test_inside_a_run_of_the_users(run: RunFolder, tmp_path: Path) -> None:
+    """`with mlflow.start_run():` around the training: that run is used, and left open."""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    body = f"""
+import mlflow
+mlflow.set_tracking_uri({store!r})
+mlflow.set_experiment("mine")
+with mlflow.start_run(run_name="by hand") as mine:
+    mlflow.log_param("theirs", 1)
+    training = Training(run)
+    shipper = start_shipper(run, MLflow())
+    for _ in range(BATCHES):
+        training.batch()
+    training.end("done", "finished")
+    assert shipper.wait(120) == 0
+    mlflow.log_metric("after", 1.0)
+    assert mlflow.get_run(mine.info.run_id).info.status == "RUNNING", "left open for its owner"
+"""
+    assert train_in_child(run, body).wait(200) == 0, (run.path / "shipper.log").read_text()
+    remote = Database(tmp_path / "mlflow.db").run(run.id)
+    assert (remote.name, remote.experiment, remote.status) == ("by hand", "mine", "FINISHED")
+    assert remote.params == {"theirs": "1", "lr": "0.1"}
+    assert remote.tags["interlock.owner"] == "user"
+    assert [step for key, step, *_ in remote.points if key == "batch/loss"] == list(range(1, BATCHES + 1))
+
+
+def test_system_metrics_if_asked_for(run: RunFolder, tmp_path: Path) -> None:
+    database = Database(tmp_path / "mlflow.db")
+    training = Training(run)
+    shipper = start_shipper(run, MLflow(database.uri, system_metrics=True))
+    training.batch()
+    until(
+        lambda: any(key.startswith("system/") for found in database.runs(run.id) for key, *_ in found.points),
+        120,
+    )
+    training.end()
+    assert shipper is not None
+    assert shipper.wait(120) == 0, (run.path / "shipper.log").read_text()
+    points = [(key, step) for key, step, *_ in database.run(run.id).points if key.startswith("system/")]
+    assert len(points) == len(set(points))
+    keys = {key for key, _ in points}
+    assert {"system/cpu_utilization_percentage", "system/process_memory_megabytes"} <= keys
+    assert MLflow(database.uri).destination().settings.get("system_metrics") is None
+
+
+@pytest.mark.long
+def test_a_server_with_passwords(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flask_wtf")
+    folder = tmp_path / "server"
+    folder.mkdir()
+    password = "correct-horse-battery"
+    server = OtherServer(
+        folder,
+        sys.executable,
+        "--app-name",
+        "basic-auth",
+        MLFLOW_AUTH_ADMIN_PASSWORD=password,
+        MLFLOW_FLASK_SERVER_SECRET_KEY="for-this-test-only",
+    )
+    with server:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-horse-battery")
+        training = Training(run)
+        shipper = start_shipper(run, MLflow(server.uri, "guarded", patience_s=1.0))
+        training.batch()
+        until(lambda: "tracking server: cannot" in (run.path / "shipper.log").read_text(), 60)
+        training.end("done", "finished")
+        assert shipper is not None
+        assert shipper.wait(60) == 1
+        log = (run.path / "shipper.log").read_text()
+        assert log.count("tracking server: cannot") == 1, log
+        assert "401" in log or "not authenticated" in log.lower() or "UNAUTHENTICATED" in log, log
+        assert "horse" not in log
+        with pytest.raises(FetchError, match="are the credentials in the environment"):
+            retrieve("mlflow:0f3c", MLflow(server.uri), tmp_path / "here", wait_s=2.0)
+
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        assert sync(run, timeout=60).complete
+        remote = server.database.run(run.id)
+        assert remote.status == "FINISHED"
+        assert_once(run, remote)
+        seen = status(run)
+        assert password not in f"{seen}{(run.path / 'tracker.json').read_text()}", (
+            "it stays in the environment"
+        )
+        with pytest.raises(FetchError, match="no checkpoint of this run"):
+            retrieve(f"mlflow:{remote.id}", MLflow(server.uri), tmp_path / "here", wait_s=30.0)
+
+
+class TLSServer(OtherServer):
+    """One that is spoken to by https, with a certificate that nobody has signed but itself."""
+
+    def __init__(self, folder: Path):
+        self.certificate, key = folder / "certificate.pem", folder / "key.pem"
+        words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+        command = ["openssl", *words.split(), "-keyout", key, "-out", self.certificate]
+        subprocess.run(command, check=True, capture_output=True)
+        options = f"--ssl-keyfile={key} --ssl-certfile={self.certificate}"
+        super().__init__(folder, sys.executable, "--uvicorn-opts", options)
+        self.uri = f"https://127.0.0.1:{self.port}"
+
+    def answers(self) -> bool:
+        context = ssl.create_default_context(cafile=self.certificate)
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2, context=context) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not shutil.which("openssl"), reason="openssl, which makes the certificate, is not installed"
+)
+def test_a_server_with_tls(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with TLSServer(folder) as server:
+        training = Training(run)
+        training.batch()
+        training.end("done", "finished")
+        report = sync(run, tracker=MLflow(server.uri), timeout=2)
+        assert not report.complete
+        assert "CERTIFICATE_VERIFY_FAILED" in (run.path / "shipper.log").read_text()
+        with monkeypatch.context() as insecure:
+            insecure.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+            assert sync(run, timeout=60).complete
+        training = Training(run, position=0)
+        training.batch()
+        training.end("done", "finished")
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(server.certificate))
+        assert sync(run, timeout=60).complete
+        assert server.database.run(run.id).tags["interlock.attempt"] == "2"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not OLDER, reason="MLFLOW2_PYTHON does not name an interpreter with mlflow 2.x")
+def test_a_server_of_mlflow_2(run: RunFolder, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [OLDER, "-c", "import mlflow; print(mlflow.__version__)"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.startswith("2.")
+    folder = tmp_path / "server"
+    folder.mkdir()
+    with OtherServer(folder, OLDER) as server:
+        training = Training(run)
+        shipper = start_shipper(run, MLflow(server.uri, "older", upload="all"))
+        for _ in range(2 * BATCHES):
+            training.batch()
+        name = training.checkpoint(best=True)
+        training.end("done", "finished")
+        assert shipper is not None
+        assert shipper.wait(120) == 0, (run.path / "shipper.log").read_text()
+        remote = server.database.run(run.id)
+        assert (remote.status, remote.experiment) == ("FINISHED", "older")
+        assert_once(run, remote)
+        assert remote.tags["interlock.checkpoint.best"] == name
+        (there,) = (folder / "artifacts").rglob(f"checkpoints/{name}/manifest.json")
+        assert there.read_bytes() == b"{}"
+        # What this training calls a checkpoint is none that could be read: the journal is, which is as far as it gets.
+        with pytest.raises(FetchError, match="no checkpoint of this run is at the server"):
+            retrieve(f"mlflow:{remote.id}", MLflow(server.uri), tmp_path / "here", say=lambda text: None)
