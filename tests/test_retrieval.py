@@ -49,8 +49,8 @@ def note():
 @trainer.after(Trigger.STEP)
 def kill():
     if resume == "kill" and trainer.batches == 14:
-        trainer._attempt.wait_for_save()  # of batch 12; what is uploaded does not hang on the machine's load
-        trainer._attempt.sync()
+        trainer._training.attempt.wait_for_save()  # of batch 12; what is uploaded does not hang on the machine's load
+        trainer._training.attempt.sync()
         os.kill(os.getpid(), signal.SIGKILL)
 trainer.fit(resume=resume if ":" in resume else False)
 assert "mlflow" not in sys.modules

@@ -162,14 +162,14 @@ def test_nothing_is_removed_here_before_it_is_there(tmp_path: Path, store: Datab
         assert sum("stay here" in record.message for record in journal.logs()) == 1
     here = {path.name for path in list_checkpoints(run.checkpoints)}
     assert here == set(made), "none is removed: the server has none"
-    shipper = trainer._attempt._shipper  # type: ignore[union-attr]
+    shipper = trainer._training.attempt._shipper  # type: ignore[union-attr]
     assert shipper is not None
     shipper.kill()
     shipper.wait()
     assert sync(run, tracker=MLflow(store.uri, upload="all")).complete
     with trainer_of(tmp_path, store.uri, batches=10) as longer:
         longer.fit(resume="auto")
-        shipper = longer._attempt._shipper  # type: ignore[union-attr]
+        shipper = longer._training.attempt._shipper  # type: ignore[union-attr]
     assert shipper is not None
     assert shipper.wait(60) == 0
     there = {path.name for path in (store.run(run.id).artifacts / "checkpoints").iterdir()}
