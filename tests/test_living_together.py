@@ -176,7 +176,7 @@ def test_a_server_with_tls(run: RunFolder, tmp_path: Path, monkeypatch: pytest.M
     folder.mkdir()
     with TLSServer(folder) as server:
         training = Training(run)
-        training.batch()
+        position = training.batch()
         training.end("done", "finished")
         report = sync(run, tracker=MLflow(server.uri), timeout=2)
         assert not report.complete
@@ -184,7 +184,7 @@ def test_a_server_with_tls(run: RunFolder, tmp_path: Path, monkeypatch: pytest.M
         with monkeypatch.context() as insecure:
             insecure.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
             assert sync(run, timeout=60).complete
-        training = Training(run, position=0)
+        training = Training(run, position, done=1)
         training.batch()
         training.end("done", "finished")
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(server.certificate))
