@@ -345,7 +345,7 @@ def test_a_postgresql_store_without_a_server(
     """The database is away at the start, and in the middle."""
     cluster.stop()
     training = Training(run)
-    shipper = start_shipper(run, MLflow(cluster.uri, upload="none"))
+    shipper = start_shipper(run, MLflow(cluster.uri, "direct", upload="none"))
     training.batch()
     until(lambda: "tracking server: cannot" in log_of(run), 60)
     cluster.start()
