@@ -18,9 +18,10 @@ __all__ = ["PostgresCluster", "PostgresDatabase", "find_binaries"]
 
 def find_binaries() -> Path | None:
     """The folder with `initdb` and `postgres`; Debian does not put it into PATH."""
-    found = [Path(path).parent for path in [shutil.which("initdb")] if path]
+    found = [Path(path).resolve().parent for path in [shutil.which("initdb")] if path]
     found += sorted((path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")), reverse=True)
-    return next((folder for folder in found if (folder / "postgres").exists()), None)
+    needed = ("initdb", "postgres", "pg_isready")
+    return next((folder for folder in found if all((folder / name).exists() for name in needed)), None)
 
 
 class PostgresCluster:

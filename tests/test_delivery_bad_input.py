@@ -3,7 +3,6 @@
 import json
 import sqlite3
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from tracking.runs import RunFolder, create_run, list_runs
 from tracking.shipper import status, sync
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    with MLflowServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
+@pytest.fixture
+def server(shared_server: MLflowServer) -> MLflowServer:
+    return shared_server
 
 
 @pytest.fixture
@@ -225,6 +223,7 @@ def test_params_that_are_refused_or_differ_are_said_and_the_rest_arrives(
         assert len([line for line in log_of(run) if f"param {param}" in line]) == 1, param
 
 
+@pytest.mark.long
 def test_a_param_that_a_resume_changes_is_a_tag(run: RunFolder, server: MLflowServer) -> None:
     training = Training(run)
     seq = training.batch()

@@ -34,10 +34,9 @@ REQUESTS = {
 """What the shipper asks that changes something, but for removals, which are tried below."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    with MLflowServer(tmp_path_factory.mktemp("server")) as server:
-        yield server
+@pytest.fixture
+def server(shared_server: MLflowServer) -> MLflowServer:
+    return shared_server
 
 
 @pytest.fixture
@@ -224,25 +223,22 @@ def memory_kb(process: int) -> int:
 # -- everything dies ---------------------------------------------------------------------------------------
 
 
-def test_trainer_shipper_and_server_are_killed(run: RunFolder, tmp_path: Path) -> None:
-    everything_dies(run, tmp_path, random.Random(1), attempts=2)
+def test_trainer_shipper_and_server_are_killed(run: RunFolder, server: MLflowServer) -> None:
+    everything_dies(run, server, random.Random(1), attempts=2)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(3))
-def test_everything_is_killed_again_and_again(run: RunFolder, tmp_path: Path, seed: int) -> None:
-    everything_dies(run, tmp_path, random.Random(seed), attempts=5)
+def test_everything_is_killed_again_and_again(run: RunFolder, server: MLflowServer, seed: int) -> None:
+    everything_dies(run, server, random.Random(seed), attempts=5)
 
 
-def everything_dies(run: RunFolder, folder: Path, chance: random.Random, attempts: int) -> None:
+def everything_dies(run: RunFolder, server: MLflowServer, chance: random.Random, attempts: int) -> None:
     """Trainings that are killed and go back, each time perhaps on a machine that has no outbox."""
     position: int | None = None
     done = highest = 0
-    with (
-        MLflowServer(folder) as server,
-        FaultyProxy(server.port, at_random(chance.randrange(99), 0.2)) as proxy,
-    ):
+    with FaultyProxy(server.port, at_random(chance.randrange(99), 0.2)) as proxy:
         tracker = MLflow(proxy.uri, "deaths", upload="none")
         for number in range(attempts):
             trainer = train_in_child(
@@ -349,7 +345,7 @@ def test_a_postgresql_store_without_a_server(
     """The database is away at the start, and in the middle."""
     cluster.stop()
     training = Training(run)
-    shipper = start_shipper(run, MLflow(cluster.uri, upload="none"))
+    shipper = start_shipper(run, MLflow(cluster.uri, "direct", upload="none"))
     training.batch()
     until(lambda: "tracking server: cannot" in log_of(run), 60)
     cluster.start()

@@ -467,11 +467,12 @@ def _cut(value: str, longest: int) -> str:
 
 
 def _expect_outages(uri: str) -> None:
-    """Have MLflow report at once that a database is away: it would try ten times first, with a page of warnings."""
+    """Have MLflow report at once, and to us only, that a database is away: it would try ten times, on pages of log."""
     if urlsplit(uri).scheme.partition("+")[0] in _SQL:
         with contextlib.suppress(ImportError):
             utils = import_module("mlflow.store.db.utils")
             utils.MAX_RETRY_COUNT = 1  # type: ignore[attr-defined]
+            logging.getLogger(utils.__name__).setLevel(logging.CRITICAL)
 
 
 @contextmanager
