@@ -1,17 +1,82 @@
-"""What a run leaves to look at: files made from its journal. For now the log of its transitions."""
+"""What a run leaves to look at: files made from its journal, by a process of their own.
+
+`REPORTS` lists them. The process is `python -m tracking.artifacts RUN_FOLDER INTO`: the shipper starts it, goes on
+delivering meanwhile, and uploads what it finds there afterwards. It may fail, or be killed, without harm.
+"""
 
 import gzip
 import json
 import math
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 
+from states.diagram import svg
+from states.table import TRAINING
+from tracking.curves import write_curves
 from tracking.journal import Journal
+from tracking.one_off import go_with_parent
 from tracking.rows import Transition
+from tracking.runs import RunFolder
+from tracking.tally import Tally, tally
+from tracking.timeline import write_timeline
 
-__all__ = ["TRANSITIONS", "write_transitions"]
+__all__ = ["REPORTS", "TRANSITIONS", "Subject", "make_reports", "write_transitions"]
 
 TRANSITIONS = "transitions.jsonl.gz"
 """The name of the log of transitions."""
+
+
+class Subject:
+    """The run that is reported on, and what several reports need of it."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    @cached_property
+    def tally(self) -> Tally:
+        """Its time, added up."""
+        return tally(self.run)
+
+
+def _transitions(subject: Subject, file: Path) -> None:
+    with Journal.open(subject.run) as journal:
+        write_transitions(journal, file)
+
+
+def _timeline(subject: Subject, file: Path) -> None:
+    write_timeline(subject.run, file, subject.tally)
+
+
+def _machine(subject: Subject, file: Path) -> None:
+    file.write_text(svg(TRAINING, *subject.tally.of_training()), encoding="utf-8")
+
+
+def _curves(subject: Subject, file: Path) -> None:
+    write_curves(subject.run, file)
+
+
+REPORTS: Mapping[str, Callable[[Subject, Path], None]] = {
+    "timeline.html": _timeline,
+    "machine.svg": _machine,
+    "curves.png": _curves,
+    TRANSITIONS: _transitions,
+}
+"""The reports by the names that they have at the server, each with what writes it into a file."""
+
+
+def make_reports(run: RunFolder, folder: Path) -> dict[str, str]:
+    """Write all reports of `run` into `folder`, each whole or not at all; why some are missing, by their names."""
+    subject, failures = Subject(run), {}
+    for name, write in REPORTS.items():
+        draft = folder / f".{name}"
+        try:
+            write(subject, draft)
+            draft.replace(folder / name)
+        except Exception as error:  # whatever it is, the others are made
+            failures[name] = f"{type(error).__name__}: {error}"
+    return failures
 
 
 def write_transitions(journal: Journal, file: Path) -> int:
@@ -45,3 +110,14 @@ def _fields(row: Transition) -> dict[str, object]:
         "loss": loss,
         "note": row.note,
     }
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m tracking.artifacts RUN_FOLDER INTO`; prints a line of JSON: the names of what failed, and why."""
+    go_with_parent()
+    run, folder = map(Path, arguments)
+    print(json.dumps(make_reports(RunFolder(run), folder)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

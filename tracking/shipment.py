@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracking.artifacts import TRANSITIONS, write_transitions
+from tracking.artifacts import REPORTS
 from tracking.delivery import (
     Closed,
     Delivery,
@@ -24,6 +24,7 @@ from tracking.delivery import (
     open_delivery,
 )
 from tracking.journal import Attempt, Checkpoint, Journal
+from tracking.one_off import OneOff
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, read_outbox, select
 from tracking.packing import ROW_LENGTH
 from tracking.rows import Outcome, Parent
@@ -35,10 +36,13 @@ __all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints at the server; each lies in one of its own name, complete, manifest last."""
 
+_REPORTS = "reports"
 _STAGE = "uploading"
+_FAILURES = "failures.json"
 _TAGS_EVERY_S = 2.0
 _ROUND_EVERY_S = 15.0
-_LOG_EVERY_S = 60.0
+_REPORTS_EVERY_S = 60.0
+_GLANCE_S = 0.2  # how long to wait at a time for a process that makes something
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
 
 _ENDINGS: dict[Outcome, Ending] = {
@@ -65,8 +69,8 @@ def waiting(run: RunFolder, journal: Journal, sent: OutboxView, upload: Upload) 
     attempts = journal.attempts()
     artifacts = [f"{CHECKPOINTS}/{row.name}" for row in wanted_checkpoints(journal.checkpoints(), upload)]
     missing = [path for path in artifacts if path not in sent.artifacts]
-    if attempts and attempts[-1].outcome and sent.log_sent < attempts[-1].attempt:
-        missing.append(TRANSITIONS)
+    if attempts and attempts[-1].outcome and sent.reports_sent < attempts[-1].attempt:
+        missing += REPORTS
     return Waiting(_count_points(run, sent.cursor), tuple(missing))
 
 
@@ -124,7 +128,8 @@ class Shipment:
         wait = 0.0 if at_once else 1.0
         self._next_tags = 0.0
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
-        self._next_log = time.monotonic() + wait * _LOG_EVERY_S
+        self._next_reports = time.monotonic() + wait * _REPORTS_EVERY_S
+        self._told: set[str] = set()
         self._drop()
 
     @property
@@ -327,6 +332,8 @@ class Shipment:
         job = self._job
         if job is None:
             return self._prune()
+        if job.maker is not None and not self._made(job, job.maker):
+            return True
         if not job.files:
             self._finish(job)
             return True
@@ -335,17 +342,27 @@ class Shipment:
             self._at_server.artifact(file, folder)
         except Refused as error:
             self._at_server.check()
-            self._notice(f"artifact {job.path}: {error}")
-            self._skipped.add(job.path)
-            self._drop()
+            self._refuse(job, file, error)
             return True
         job.files.pop(0)
+        if job.path == _REPORTS:
+            self._outbox.artifact_sent(file.name, file.stat().st_size)
         return True
+
+    def _refuse(self, job: "_Job", file: Path, error: Refused) -> None:
+        """A report is refused alone, of a checkpoint all."""
+        name = file.name if job.path == _REPORTS else job.path
+        self._notice(f"artifact {name}: {error}")
+        self._skipped.add(name)
+        if job.path == _REPORTS:
+            job.files.pop(0)
+        else:
+            self._drop()
 
     def _next_job(self, attempt: Attempt) -> "_Job | None":
         over, now = attempt.outcome is not None, time.monotonic()
-        if self._outbox.log_sent < attempt.attempt and (over or now >= self._next_log):
-            return self._log_job(attempt.attempt if over else 0)
+        if self._outbox.reports_sent < attempt.attempt and (over or now >= self._next_reports):
+            return self._reports_job(attempt.attempt if over else 0)
         if not self._round and (over or now >= self._next_round):
             self._round = self._missing_checkpoints()
             self._round_began = now
@@ -360,12 +377,30 @@ class Shipment:
         known = self._outbox.artifacts.keys() | self._skipped
         return [row.name for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
 
-    def _log_job(self, attempt: int) -> "_Job":
-        """`attempt` has ended; 0: none has."""
-        began = time.monotonic()
-        file = self._stage() / TRANSITIONS
-        write_transitions(self._journal, file)
-        return _Job(TRANSITIONS, [(file, "")], file.stat().st_size, attempt, began)
+    def _reports_job(self, attempt: int) -> "_Job":
+        """All reports, made anew; `attempt` has ended; 0: none has."""
+        began, stage = time.monotonic(), self._stage()
+        maker = OneOff("tracking.artifacts", str(self._run.path), str(stage), output=stage / _FAILURES)
+        return _Job(_REPORTS, [], 0, attempt, began, maker)
+
+    def _made(self, job: "_Job", maker: OneOff) -> bool:
+        """Have the reports been made? What could not be is said once."""
+        status = maker.wait(_GLANCE_S)
+        if status is None:
+            return False
+        job.maker, stage = None, self._stage()
+        try:
+            failures = json.loads((stage / _FAILURES).read_text())
+        except (OSError, ValueError):
+            failures = {}
+        for name in REPORTS:
+            if (stage / name).is_file():
+                job.files.append((stage / name, ""))
+            elif name not in self._told:
+                self._told.add(name)
+                reason = failures.get(name, f"the process that makes it ended with status {status}")
+                self._notice(f"artifact {name}: cannot be made ({reason})")
+        return True
 
     def _checkpoint_job(self, name: str) -> "_Job | None":
         path = f"{CHECKPOINTS}/{name}"
@@ -383,11 +418,13 @@ class Shipment:
 
     def _finish(self, job: "_Job") -> None:
         now = time.monotonic()
-        if job.path == TRANSITIONS:
+        if job.path == _REPORTS:
             if job.attempt:
-                self._outbox.note(log_sent=job.attempt)
-            self._next_log = now + max(_LOG_EVERY_S, _MOST_OF_THE_TIME * (now - job.began))
-        elif not self._round:
+                self._outbox.note(reports_sent=job.attempt)
+            self._next_reports = now + max(_REPORTS_EVERY_S, _MOST_OF_THE_TIME * (now - job.began))
+            self._drop()
+            return
+        if not self._round:
             self._next_round = now + max(_ROUND_EVERY_S, _MOST_OF_THE_TIME * (now - self._round_began))
         self._outbox.artifact_sent(job.path, job.size_bytes)
         self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
@@ -432,9 +469,10 @@ class Shipment:
 
 @dataclass
 class _Job:
-    """An artifact on its way: the files that are left, each with its folder at the server.
+    """Files on their way, those that are left, each with its folder at the server.
 
-    For the log of transitions, `attempt` is the one whose end is in it (0: none).
+    `path` is what they are together. For reports, `attempt` is the one whose end is in them (0: none), and `maker`
+    the process that makes them, None when it is done.
     """
 
     path: str
@@ -442,6 +480,7 @@ class _Job:
     size_bytes: int
     attempt: int
     began: float
+    maker: OneOff | None = None
 
 
 def _pin(folder: Path, stage: Path) -> None:

@@ -159,7 +159,9 @@ class _Adding:
         length = max(_SHORTEST_STRETCH, -(-self._end // _MOST_STRETCHES))
         halts, skips = deque[int](maxlen=_MOST_EVENTS), deque[int](maxlen=_MOST_EVENTS)
         turning = {Trigger.HALT, Trigger.RESUME}
-        marked = {word for word, arcs in self._words.items() if any(arc.trigger in turning for arc, _ in arcs)}
+        marked = {
+            word for word, arcs in self._words.items() if any(arc.trigger in turning for arc, _ in arcs)
+        }
         for first in range(1, self._end, length):
             until = min(first + length, self._end)
             self._stretch(first, until)
@@ -282,7 +284,9 @@ class _Adding:
         """Passes are part of the `end_epoch` that they ran in, or of the `end_batch`, a little later in the journal."""
         totals = self._totals.items()
         validated = sum(total.ns for (scope, _, _), total in totals if scope != TRAIN)
-        ends = sum(t.ns for (scope, arc, _), t in totals if scope == TRAIN and arc.trigger is Trigger.END_EPOCH)
+        ends = sum(
+            t.ns for (scope, arc, _), t in totals if scope == TRAIN and arc.trigger is Trigger.END_EPOCH
+        )
         around = Trigger.END_EPOCH if ends >= validated else Trigger.END_BATCH
         carry: dict[tuple[int, bool], int] = defaultdict(int)
         for stretch in self._stretches:
