@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator import configuration, errands, past, recovery, warm_start
+from orchestrator import configuration, errands, final_model, past, recovery, warm_start
 from orchestrator.attempt import Attempt
 from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
@@ -23,7 +23,7 @@ from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.compatibility import check_names
 from orchestrator.configuration import UNSET
-from orchestrator.data import BatchStream
+from orchestrator.data import BatchStream, to_device
 from orchestrator.divergence import Divergence, DivergenceError, Expected
 from orchestrator.errors import ConfigurationError, NonFiniteError, TaintedError
 from orchestrator.evaluation import Evaluation
@@ -44,7 +44,7 @@ from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import SAVEABLE, TrainingState, callback_names
 from orchestrator.warm_start import WarmStart
-from orchestrator.work import Limits, Place, TrainingWork
+from orchestrator.work import BatchWork, Limits, Place, TrainingWork
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.delivery import Tracker
 from tracking.rows import Outcome, Parent
@@ -588,6 +588,8 @@ class Trainer:
         parent = None if self.warm_start is None else self.warm_start.source.parent
         self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes(), parent)
         self.run = self._attempt.run
+        if getattr(settings.track, "log_model", False):
+            self._first_evaluated().wants_example = True
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)
             self._attempt.say(str(self.warm_start))
@@ -790,7 +792,34 @@ class Trainer:
         self._requests.halt = None
         if self.state is State.HALTED:
             self._requests.stop = None
-        attempt.close(outcome, self._ended, error)
+        try:
+            if outcome == "done" and getattr(self._settings.track, "log_model", False):
+                self._hand_over_model(attempt)
+        finally:
+            attempt.close(outcome, self._ended, error)
+
+    def _first_evaluated(self) -> BatchWork:
+        """What takes the batch that shows how the model is called."""
+        return next((evaluation.work for evaluation in self._evaluations.values()), self._work)
+
+    def _hand_over_model(self, attempt: Attempt) -> None:
+        """Leave the final model to the process that delivers; whatever goes wrong is a notice."""
+
+        def call(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            example = self._first_evaluated().example
+            if example is None:
+                raise final_model.HandOverError("no batch was taken that shows how it is called")
+            forward = self._settings.evaluation_forward(next(iter(self._evaluations), "the final model"))
+            return final_model.call_of(forward, model, to_device(example, self.device))
+
+        facts = {"run": attempt.run.id, "attempt": attempt.number, "batches": self.batches}
+        try:
+            reason = final_model.hand_over(attempt.run, self.validation_model, call, facts)
+        except Exception as error:
+            attempt.warn(f"the final model is not delivered: {type(error).__name__}: {error}")
+        else:
+            if reason:
+                attempt.warn(f"of the final model only the weights are delivered: {reason}")
 
     def __enter__(self) -> Trainer:
         return self

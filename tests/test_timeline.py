@@ -261,14 +261,13 @@ def test_two_million_transitions_take_seconds_and_make_a_small_page(tmp_path: Pa
 def test_curves_are_the_journal_s_metrics(run: RunFolder, tmp_path: Path) -> None:
     found = curves(run)
     assert found["loss"].keys() == {"batch", "train", "val"}
-    batches = {
-        step: value
-        for step, value in rows_of(
+    batches = dict(
+        rows_of(
             run,
             """SELECT step, value FROM metrics WHERE key = 'loss' AND scope = 'train' AND batch >= 0
                AND typeof(value) = 'real'""",
         )
-    }
+    )
     assert dict(zip(found["loss"]["batch"].x, found["loss"]["batch"].mean, strict=True)) == batches
     assert 3 not in batches, "the third batch's was NaN"
     assert found["loss"]["val"].x == [6, 12, 18]

@@ -16,6 +16,7 @@ from tracking.delivery import (
     Delivery,
     Ending,
     Identity,
+    ModelDelivery,
     Point,
     Refused,
     Remote,
@@ -31,14 +32,19 @@ from tracking.rows import Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
 
-__all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
+__all__ = ["CHECKPOINTS", "MODEL", "Shipment", "Waiting", "waiting"]
 
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints at the server; each lies in one of its own name, complete, manifest last."""
 
+MODEL = "model"
+"""What the final model is called here."""
+
 _REPORTS = "reports"
+_LONGEST_EXPORT_S = 1800.0
 _STAGE = "uploading"
 _FAILURES = "failures.json"
+_EXPORTED = "exported.json"
 _TAGS_EVERY_S = 2.0
 _ROUND_EVERY_S = 15.0
 _REPORTS_EVERY_S = 60.0
@@ -71,6 +77,8 @@ def waiting(run: RunFolder, journal: Journal, sent: OutboxView, upload: Upload) 
     missing = [path for path in artifacts if path not in sent.artifacts]
     if attempts and attempts[-1].outcome and sent.reports_sent < attempts[-1].attempt:
         missing += REPORTS
+    if run.final_model.exists():
+        missing.append(MODEL)
     return Waiting(_count_points(run, sent.cursor), tuple(missing))
 
 
@@ -334,6 +342,9 @@ class Shipment:
             return self._prune()
         if job.maker is not None and not self._made(job, job.maker):
             return True
+        if job.path == MODEL:
+            self._deliver_model(job)
+            return True
         if not job.files:
             self._finish(job)
             return True
@@ -370,6 +381,8 @@ class Shipment:
             job = self._checkpoint_job(self._round.pop(0))
             if job is not None:
                 return job
+        if over and self._run.final_model.exists() and MODEL not in self._skipped:
+            return self._model_job(attempt)
         return None
 
     def _missing_checkpoints(self) -> list[str]:
@@ -389,10 +402,9 @@ class Shipment:
         if status is None:
             return False
         job.maker, stage = None, self._stage()
-        try:
-            failures = json.loads((stage / _FAILURES).read_text())
-        except (OSError, ValueError):
-            failures = {}
+        if job.path == MODEL:
+            return True
+        failures = _json_of(stage / _FAILURES)
         for name in REPORTS:
             if (stage / name).is_file():
                 job.files.append((stage / name, ""))
@@ -401,6 +413,45 @@ class Shipment:
                 reason = failures.get(name, f"the process that makes it ended with status {status}")
                 self._notice(f"artifact {name}: cannot be made ({reason})")
         return True
+
+    def _model_job(self, attempt: Attempt) -> "_Job":
+        """The final model, exported if that was not done before; the run's status does not wait for it."""
+        self.conclude(attempt)
+        folder, maker = self._run.final_model, None
+        request = _json_of(folder / "request.json")
+        if not (folder / "mlflow").exists() and not request.get("reason", True):
+            maker = OneOff(
+                request["module"], str(folder), output=folder / _EXPORTED, limit_s=_LONGEST_EXPORT_S
+            )
+        return _Job(MODEL, [], 0, attempt.attempt, time.monotonic(), maker)
+
+    def _deliver_model(self, job: "_Job") -> None:
+        """In the format that it could be exported to, else its weights, with the reason."""
+        folder = self._run.final_model
+        request, exported = _json_of(folder / "request.json"), (folder / "mlflow").exists()
+        reason = request.get("reason") or _json_of(folder / _EXPORTED).get("reason")
+        tags = {
+            "interlock.model": f"{self._run.id}/{request.get('attempt')}",
+            "interlock.run_id": self._run.id,
+            "interlock.format": "pt2" if exported else "safetensors",
+        }
+        if not exported:
+            tags["interlock.reason"] = reason or "the process that exports it did not finish"
+            self._notice(f"the final model is delivered as its weights: {tags['interlock.reason']}")
+        files = folder / ("mlflow" if exported else "weights")
+        try:
+            if not isinstance(self._at_server, ModelDelivery):
+                raise Refused("this backend takes no models")
+            self._at_server.model(files, tags, request.get("batches", 0))
+        except Refused as error:
+            self._at_server.check()
+            self._notice(f"the final model: {error}")
+            self._skipped.add(MODEL)
+            self._drop()
+            return
+        self._outbox.artifact_sent(MODEL, sum(file.stat().st_size for file in files.rglob("*")))
+        shutil.rmtree(folder, ignore_errors=True)
+        self._drop()
 
     def _checkpoint_job(self, name: str) -> "_Job | None":
         path = f"{CHECKPOINTS}/{name}"
@@ -498,6 +549,15 @@ def _link(source: str, target: str) -> None:
         raise
     except OSError:
         shutil.copy2(source, target)
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    """What the file holds; {} where it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _manifest_last(file: Path) -> tuple[bool, str]:

@@ -1,0 +1,162 @@
+"""The final model, handed over by the trainer at DONE to a process that exports it.
+
+What is handed over is a folder in the run's: the weights (safetensors), the model's structure and one example call
+(a pickle without tensors, which lives until the model is delivered), and `request.json`, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.phase import Forward
+from orchestrator.snapshot.tensor_file import DTYPES, buffers
+from tracking.runs import RunFolder
+
+__all__ = ["FOLDER_FILES", "HandOverError", "call_of", "hand_over"]
+
+FOLDER_FILES = ("weights/model.safetensors", "other.safetensors", "structure.pickle", "request.json")
+_MOST_STRUCTURE = 64 << 20
+
+
+class HandOverError(Exception):
+    """Why a model cannot be handed over whole."""
+
+
+class _Called(BaseException):
+    """Raised out of the user's forward when it has come to call the model."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.args_given, self.kwargs_given = args, kwargs
+
+
+class _StandIn:
+    """Is called in the model's place, and is the model in all other ways."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(args, kwargs)
+
+
+def call_of(forward: Forward, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `forward(model, batch)` calls the model with; the model is not run.
+
+    Raises HandOverError where it does not call it.
+    """
+    try:
+        with torch.no_grad():
+            forward(_StandIn(model), batch)  # type: ignore[arg-type]
+    except _Called as called:
+        return called.args_given, called.kwargs_given
+    except Exception as error:
+        raise HandOverError(
+            f"forward could not be asked how it calls the model ({type(error).__name__}: {error})"
+        ) from error
+    raise HandOverError("forward does not call the model itself, only parts of it")
+
+
+def hand_over(
+    run: RunFolder, model: nn.Module, find_call: Callable[[nn.Module], Any], facts: Mapping[str, Any]
+) -> str:
+    """Write down `model` for the process that exports it; why that will only have its weights, '' if it has all.
+
+    `find_call(model)` gives the arguments of one call of it. `facts` are added to the request. Raises OSError where
+    the folder cannot be written, HandOverError where not even the weights can be stored.
+    """
+    model = _unwrapped(model)
+    draft = run.final_model.with_suffix(".new")
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / "weights").mkdir(parents=True)
+    named = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if _plain(tensor)}
+    _write(draft / FOLDER_FILES[0], named)
+    reason = ""
+    try:
+        args, kwargs = find_call(model)
+        _write_structure(draft, named, (model, args, kwargs))
+    except Exception as error:  # anything that the user's classes do when they are pickled
+        reason = str(error) if isinstance(error, HandOverError) else f"{type(error).__name__}: {error}"
+    request = {
+        "module": "orchestrator.model_export",
+        "reason": reason,
+        "class": type(model).__name__,
+        "sys_path": [os.path.abspath(entry) for entry in sys.path],
+        **facts,
+    }
+    (draft / "request.json").write_text(json.dumps(request))
+    shutil.rmtree(run.final_model, ignore_errors=True)
+    draft.rename(run.final_model)
+    return reason
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside `torch.compile` and data-parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _plain(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in DTYPES and tensor.layout is torch.strided
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    with file.open("wb") as stream:
+        stream.writelines(buffers(tensors))
+
+
+def _write_structure(draft: Path, named: Mapping[str, Tensor], what: Any) -> None:
+    import cloudpickle
+
+    names = {id(tensor): name for name, tensor in reversed(list(named.items()))}
+    others: dict[str, Tensor] = {}
+    kept: list[Tensor] = []  # so that no id is given twice
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        """Leaves tensors out, but for their names; one tensor has one name."""
+
+        def persistent_id(self, item: Any) -> Any:
+            if type(item) not in (Tensor, nn.Parameter, nn.Buffer) or not _plain(item):
+                return None
+            name = names.get(id(item))
+            if name is None:
+                name = names[id(item)] = f"other/{len(others)}"
+                others[name] = item.detach()
+                kept.append(item)
+            return type(item).__name__, name, item.requires_grad
+
+    with (draft / "structure.pickle").open("wb") as stream:
+        os.chmod(draft / "structure.pickle", 0o600)
+        Pickler(_Bounded(stream)).dump(what)
+    _write(draft / "other.safetensors", others)
+
+
+class _Bounded:
+    """A file that takes only so much: a model that refers to its data set is not to be written with it."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream, self._left = stream, _MOST_STRUCTURE
+
+    def write(self, data: Any) -> int:
+        self._left -= memoryview(data).nbytes
+        if self._left < 0:
+            raise HandOverError(
+                f"without its tensors the model is larger than {_MOST_STRUCTURE >> 20} MiB: does it refer to its data?"
+            )
+        return self._stream.write(data)
