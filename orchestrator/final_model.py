@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.phase import Forward
+from orchestrator.snapshot.names import unwrapped
 from orchestrator.snapshot.tensor_file import DTYPES, buffers
 from tracking.runs import RunFolder
 
@@ -76,7 +77,7 @@ def hand_over(
     `find_call(model)` gives the arguments of one call of it. `facts` are added to the request. Raises OSError where
     the folder cannot be written, HandOverError where not even the weights can be stored.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     draft = run.final_model.with_suffix(".new")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "weights").mkdir(parents=True)
@@ -99,17 +100,6 @@ def hand_over(
     shutil.rmtree(run.final_model, ignore_errors=True)
     draft.rename(run.final_model)
     return reason
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What is inside `torch.compile` and data-parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _plain(tensor: Any) -> bool:

@@ -588,8 +588,7 @@ class Trainer:
         parent = None if self.warm_start is None else self.warm_start.source.parent
         self._attempt = Attempt.open(replace(plan, checkpoint=self._found), settings, self._scopes(), parent)
         self.run = self._attempt.run
-        if getattr(settings.track, "log_model", False):
-            self._first_evaluated().wants_example = True
+        self._want_example()
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)
             self._attempt.say(str(self.warm_start))
@@ -653,6 +652,7 @@ class Trainer:
         parent = Parent(past.run.id, str(past.run.path), past.moment.seq, past.checkpoint, "branch")
         self._attempt = Attempt.open(recovery.Plan(), self._settings, self._scopes(), parent)
         self.run, self._past = self._attempt.run, None
+        self._want_example()
         try:
             self._beginning = True
             for hook in self._on_train_begin:
@@ -793,10 +793,18 @@ class Trainer:
         if self.state is State.HALTED:
             self._requests.stop = None
         try:
-            if outcome == "done" and getattr(self._settings.track, "log_model", False):
+            if outcome == "done" and self._logs_model:
                 self._hand_over_model(attempt)
         finally:
             attempt.close(outcome, self._ended, error)
+
+    @property
+    def _logs_model(self) -> bool:
+        """Whether the tracker takes the final model."""
+        return bool(getattr(self._settings.track, "log_model", False))
+
+    def _want_example(self) -> None:
+        self._first_evaluated().wants_example = self._logs_model
 
     def _first_evaluated(self) -> BatchWork:
         """What takes the batch that shows how the model is called."""

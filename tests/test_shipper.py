@@ -351,7 +351,7 @@ def test_the_status_is_told_where_only_files_cannot_be_delivered(
     report = sync(run, timeout=0)
     assert report.artifacts_left == tuple(REPORTS)
     assert report.points_left == 0
-    assert "artifact store: cannot upload timeline.html" in log_of(run)
+    assert "artifact store: cannot upload transitions.jsonl.gz" in log_of(run)
     assert store.run(run.id).status == "FAILED"
     (tmp_path / "file").unlink()
     assert sync(run).complete

@@ -17,8 +17,12 @@ from orchestrator import Checkpointing
 from states.table import State, Trigger
 from tracking import tally as tallying
 from tracking import timeline
+from tracking.artifacts import REPORTS, make_reports
 from tracking.curves import curves, write_curves
+from tracking.mlflow_delivery import MLflow
+from tracking.outbox import read_outbox
 from tracking.runs import RunFolder, create_run, find_run
+from tracking.shipper import sync
 from tracking.tally import BETWEEN, GONE, VALIDATION, tally
 from tracking.timeline import write_timeline
 
@@ -310,3 +314,29 @@ def test_the_diagram_s_counts_are_those_that_stand(run: RunFolder) -> None:
         ]
         assert counts[arc] == count
         assert times[arc] == pytest.approx(mean)
+
+
+def test_a_report_that_cannot_be_made_keeps_no_other_from_being(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / ".timeline.html").mkdir()
+    failures = make_reports(run, tmp_path)
+    assert failures.keys() == {"timeline.html"}
+    assert "IsADirectoryError" in failures["timeline.html"]
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == REPORTS.keys() - {"timeline.html"}
+
+
+@pytest.mark.long
+def test_without_matplotlib_all_but_the_curves_arrive(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken" / "matplotlib").mkdir(parents=True)
+    (tmp_path / "broken" / "matplotlib" / "__init__.py").write_text(
+        "import os, signal; os.kill(os.getpid(), 9)"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    report = sync(run, tracker=MLflow(f"sqlite:///{tmp_path}/mlflow.db"))
+    assert report.complete
+    assert {*REPORTS} - read_outbox(run.outbox).artifacts.keys() == {"curves.png"}
+    assert (
+        "curves.png: cannot be made (the process that makes it ended"
+        in (run.path / "shipper.log").read_text()
+    )

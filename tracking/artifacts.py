@@ -58,10 +58,10 @@ def _curves(subject: Subject, file: Path) -> None:
 
 
 REPORTS: Mapping[str, Callable[[Subject, Path], None]] = {
+    TRANSITIONS: _transitions,
     "timeline.html": _timeline,
     "machine.svg": _machine,
     "curves.png": _curves,
-    TRANSITIONS: _transitions,
 }
 """The reports by the names that they have at the server, each with what writes it into a file."""
 

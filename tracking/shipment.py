@@ -439,10 +439,14 @@ class Shipment:
             tags["interlock.reason"] = reason or "the process that exports it did not finish"
             self._notice(f"the final model is delivered as its weights: {tags['interlock.reason']}")
         files = folder / ("mlflow" if exported else "weights")
+        delivery = self._at_server
+        if not isinstance(delivery, ModelDelivery):
+            self._notice("the final model: this backend takes no models")
+            shutil.rmtree(folder, ignore_errors=True)
+            self._drop()
+            return
         try:
-            if not isinstance(self._at_server, ModelDelivery):
-                raise Refused("this backend takes no models")
-            self._at_server.model(files, tags, request.get("batches", 0))
+            delivery.model(files, tags, request.get("batches", 0))
         except Refused as error:
             self._at_server.check()
             self._notice(f"the final model: {error}")
