@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,20 @@ class _Positional(nn.Module):
         super().__init__()
         self.model, self._leaves, self._structure = model, leaves, structure
 
-    def forward(self, *tensors: Tensor) -> Any:
+    def call(self, *tensors: Tensor) -> Any:
+        """The model's answer, the tensors put where they belong among the arguments."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         return self.model(*args, **kwargs)
+
+
+def _positional(model: nn.Module, leaves: list[Any], structure: pytree.TreeSpec) -> nn.Module:
+    """`_Positional` with a forward of just as many arguments: torch.export asks for its signature."""
+    names = ", ".join(f"input_{n}" for n in range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
+    forward = eval(f"lambda self, {names}: self.call({names})")
+    kind = type("Positional", (_Positional,), {"forward": forward})
+    return cast(nn.Module, kind(model, leaves, structure))
 
 
 def load(folder: Path) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -75,7 +84,7 @@ def export(folder: Path) -> None:
     if not example:
         raise ExportError("it is called without tensors")
     if kwargs or len(example) != len(args):
-        model = _Positional(model, leaves, structure).eval()
+        model = _positional(model, leaves, structure).eval()
     with torch.no_grad():
         expected = model(*example)
     draft = folder / "mlflow.new"
