@@ -159,10 +159,10 @@ def write_curves(run: RunFolder, file: Path) -> None:
     found = curves(run)
     order = sorted(found, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), key))
     shown, rest = order[:_MOST_PANELS], order[_MOST_PANELS:]
-    columns = 1 if len(shown) < 2 else 2 if len(shown) < 5 else 3
+    columns = min(2, max(1, len(shown)))  # a viewer of artifacts is not wide
     rows = max(1, -(-len(shown) // columns))
-    width, height = 5.2 * columns + 0.4, 3.1 * rows + 0.7
-    figure = Figure(figsize=(width, height), dpi=110)
+    width, height = 4.5 * columns + 0.3, 2.8 * rows + 0.6
+    figure = Figure(figsize=(width, height), dpi=120)
     FigureCanvasAgg(figure)
     figure.subplots_adjust(  # measured in inches: laying it out by what is drawn would draw it twice
         left=0.7 / width,
