@@ -227,6 +227,8 @@ def trained(root: Path, store: str, body: str) -> RunFolder:
     return run
 
 
+_MAKE_DATABASE = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
+
 _LOOK = """
 import json, sys
 import mlflow, numpy
@@ -323,8 +325,9 @@ trainings.make(Path(sys.argv[1]), track=MLflow()).fit()
         cwd=tmp_path,
     )
     (run,) = list_runs(tmp_path / "runs")
+    # MLflow does not survive that the making of its tables is killed.
+    subprocess.run([sys.executable, "-c", _MAKE_DATABASE, store], check=True, env=ENVIRONMENT, cwd=tmp_path)
     chance = random.Random(5)
-    first = threading.Thread(target=_sync, args=(run, store))
     for _ in range(6):
         first = threading.Thread(target=_sync, args=(run, store))
         first.start()

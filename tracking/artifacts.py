@@ -11,16 +11,15 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from states.diagram import svg
-from states.table import TRAINING
-from tracking.curves import write_curves
 from tracking.journal import Journal
 from tracking.one_off import go_with_parent
 from tracking.rows import Transition
 from tracking.runs import RunFolder
-from tracking.tally import Tally, tally
-from tracking.timeline import write_timeline
+
+if TYPE_CHECKING:
+    from tracking.tally import Tally
 
 __all__ = ["REPORTS", "TRANSITIONS", "Subject", "make_reports", "write_transitions"]
 
@@ -35,9 +34,14 @@ class Subject:
         self.run = run
 
     @cached_property
-    def tally(self) -> Tally:
+    def tally(self) -> "Tally":
         """Its time, added up."""
+        from tracking.tally import tally
+
         return tally(self.run)
+
+
+# What makes them is imported when they are made: most who import this module want their names.
 
 
 def _transitions(subject: Subject, file: Path) -> None:
@@ -46,14 +50,21 @@ def _transitions(subject: Subject, file: Path) -> None:
 
 
 def _timeline(subject: Subject, file: Path) -> None:
+    from tracking.timeline import write_timeline
+
     write_timeline(subject.run, file, subject.tally)
 
 
 def _machine(subject: Subject, file: Path) -> None:
+    from states.diagram import svg
+    from states.table import TRAINING
+
     file.write_text(svg(TRAINING, *subject.tally.of_training()), encoding="utf-8")
 
 
 def _curves(subject: Subject, file: Path) -> None:
+    from tracking.curves import write_curves
+
     write_curves(subject.run, file)
 
 
