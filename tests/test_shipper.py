@@ -432,6 +432,8 @@ def test_a_deleted_run_is_said_and_not_made_again(run: RunFolder, store: Databas
     training.batch()
     training.writer.sync()
     assert sync(run, tracker=MLflow(store.uri)).complete
+    reports = {file.name for file in store.run(run.id).artifacts.iterdir()}
+    assert reports == set(REPORTS), "also while it trains"
     connection = sqlite3.connect(store.path)
     with connection:
         connection.execute(
