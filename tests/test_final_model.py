@@ -262,6 +262,7 @@ def look(store: str, *inputs: str) -> dict[str, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["plain", "named arguments"])
 def test_the_logged_model_loads_and_serves(kind: str, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
@@ -283,6 +284,7 @@ def test_the_logged_model_loads_and_serves(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_model_that_cannot_be_exported_is_logged_as_its_weights(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
     run = trained(
@@ -306,6 +308,7 @@ trainings.make(Path(sys.argv[1]), model=test_final_model.Branching(), track=MLfl
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_killed_at_any_moment_the_model_is_there_once(tmp_path: Path) -> None:
     """The delivery is killed at random, with whatever process it has started."""
     store = f"sqlite:///{tmp_path}/mlflow.db"
