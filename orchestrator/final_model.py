@@ -22,7 +22,7 @@ from orchestrator.snapshot.names import unwrapped
 from orchestrator.snapshot.tensor_file import DTYPES, buffers
 from tracking.runs import RunFolder
 
-__all__ = ["FOLDER_FILES", "HandOverError", "call_of", "hand_over"]
+__all__ = ["FOLDER_FILES", "HandOverError", "call_of", "hand_over", "this_boot"]
 
 FOLDER_FILES = ("weights/model.safetensors", "other.safetensors", "structure.pickle", "request.json")
 _MOST_STRUCTURE = 64 << 20
@@ -69,6 +69,18 @@ def call_of(forward: Forward, model: nn.Module, batch: Any) -> tuple[tuple[Any, 
     raise HandOverError("forward does not call the model itself, only parts of it")
 
 
+def this_boot() -> str:
+    """What names this machine since it was started; '' where nothing does.
+
+    A pickle can do anything when it is read. The structure's is read where and while this is what it was when it was
+    written: one that came with a run's folder from elsewhere never is.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def hand_over(
     run: RunFolder, model: nn.Module, find_call: Callable[[nn.Module], Any], facts: Mapping[str, Any]
 ) -> str:
@@ -92,6 +104,7 @@ def hand_over(
     request = {
         "module": "orchestrator.model_export",
         "reason": reason,
+        "boot": this_boot(),
         "class": type(model).__name__,
         "sys_path": [os.path.abspath(entry) for entry in sys.path],
         **facts,

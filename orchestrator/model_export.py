@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from orchestrator.final_model import FOLDER_FILES
+from orchestrator.final_model import FOLDER_FILES, this_boot
 from orchestrator.snapshot.tensor_file import read_tensors
 from tracking.one_off import go_with_parent
 
@@ -173,6 +173,8 @@ def main(folder: Path) -> None:
     request = json.loads((folder / FOLDER_FILES[3]).read_text())
     sys.path += [entry for entry in request["sys_path"] if entry not in sys.path]
     reason = request["reason"]
+    if not reason and (not request["boot"] or request["boot"] != this_boot()):
+        reason = "it was to be exported on the machine that trained it, before that is restarted"
     if not reason:
         try:
             export(folder)

@@ -94,6 +94,23 @@ def test_what_is_handed_over_is_the_model(run: RunFolder) -> None:
     assert torch.equal(found(*args, **kwargs), model(torch.ones(2, 6), extra=extra))
 
 
+def test_the_pickle_of_another_machine_is_not_read(run: RunFolder) -> None:
+    hand_over(run, nn.Linear(6, 3), inputs_of, {})
+    file = run.final_model / "request.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "boot": "another"}))
+    (run.final_model / "structure.pickle").write_bytes(
+        b"cposix\n_exit\n(I7\ntR."
+    )  # os._exit(7), if it is read
+    answer = subprocess.run(
+        [sys.executable, "-m", "orchestrator.model_export", str(run.final_model)],
+        env=ENVIRONMENT,
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    assert "on the machine that trained it" in json.loads(answer.stdout)["reason"]
+    assert not (run.final_model / "mlflow").exists()
+
+
 def test_a_model_that_cannot_be_pickled_leaves_its_weights(run: RunFolder) -> None:
     assert "pickle" in hand_over(run, Locked(), inputs_of, {})
     assert "pickle" in json.loads((run.final_model / "request.json").read_text())["reason"]
