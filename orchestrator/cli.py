@@ -20,6 +20,7 @@ _COMMANDS = {
     "check": "orchestrator.commands.check",
     "diff": "orchestrator.commands.diff",
     "diagram": "orchestrator.commands.diagram",
+    "timeline": "orchestrator.commands.timeline",
     "resume": "orchestrator.commands.resume",
     "seek": "orchestrator.commands.seek",
     "replay": "orchestrator.commands.replay",

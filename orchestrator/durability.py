@@ -10,7 +10,7 @@ from orchestrator.snapshot.info import CheckpointInfo
 from tracking.delivery import Upload
 from tracking.outbox import OutboxError, read_outbox
 from tracking.runs import RunFolder
-from tracking.shipment import CHECKPOINTS
+from tracking.uploads import CHECKPOINTS
 
 __all__ = ["Durability", "not_safe"]
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orchestrator import configuration, errands, past, recovery, warm_start
+from orchestrator.attempt import Attempt
 from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -28,6 +29,7 @@ from orchestrator.divergence import Divergence
 from orchestrator.errors import ConfigurationError, TaintedError
 from orchestrator.evaluation import Evaluation
 from orchestrator.exactness import risks
+from orchestrator.final_model import HandingOver
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
 from orchestrator.past import Past, Replay, Stretch
@@ -192,6 +194,7 @@ class Trainer:
             device=self.device,
             precision=shared_precision,
         )
+        self._final_model = HandingOver(self._training, settings)
         self._add_callbacks(scheduler, callbacks)
 
     def _validate(self) -> dict[str, float]:
@@ -598,6 +601,7 @@ class Trainer:
         parent = None if self.warm_start is None else self.warm_start.source.parent
         attempt = training.open(replace(plan, checkpoint=training.found), settings, parent)
         self.run = attempt.run
+        self._final_model.begin()
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)
             attempt.say(str(self.warm_start))
@@ -669,6 +673,7 @@ class Trainer:
         parent = Parent(past.run.id, str(past.run.path), past.moment.seq, past.checkpoint, "branch")
         attempt = training.open(recovery.Plan(), self._settings, parent)
         self.run, self._past = attempt.run, None
+        self._final_model.begin()
         try:
             self._beginning = True
             for hook in self._on_train_begin:
@@ -793,10 +798,15 @@ class Trainer:
             ending.callback(training.validation.close)
             ending.callback(training.work.stream.close)
             ending.callback(training.end_attempt, training.attempt)
+            ending.callback(self._hand_over, training.attempt)
             if self.state not in TERMINAL:
                 self.halt("closed before the end")
                 while training.fire_next():
                     pass
+
+    def _hand_over(self, attempt: Attempt) -> None:
+        if self._training.outcome == "done":
+            self._final_model.carry_out(attempt, self.validation_model)
 
     def __enter__(self) -> Trainer:
         return self

@@ -269,18 +269,24 @@ class Training:
         """A signal asks to halt."""
         self.requests.add_halt(HaltRequest(f"signal {which.name}", error=leave(which), signal=True))
 
+    @property
+    def outcome(self) -> Outcome:
+        """How the attempt ends, as things stand."""
+        error = self.requests.halt.error if self.requests.halt is not None else None
+        asked = isinstance(error, SystemExit | KeyboardInterrupt)
+        if self.tainted or error is not None:
+            return "stopped" if asked else "failed"
+        return "done" if self.state is State.DONE else "stopped"
+
     def end_attempt(self, attempt: Attempt) -> None:
         """Write down how it ended; what was asked of it is asked no more."""
-        halt = self.left = self.requests.halt
-        error = halt.error if halt is not None else None
-        outcome: Outcome = "done" if self.state is State.DONE else "stopped"
-        if self.tainted or (error is not None and not isinstance(error, SystemExit | KeyboardInterrupt)):
-            outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
+        outcome, halt = self.outcome, self.requests.halt
+        self.left = halt
         self.requests.abandon_all_saves("the attempt has ended")
         self.requests.halt = None
         if self.state is State.HALTED:
             self.requests.stop = None
-        attempt.close(outcome, self.ended, error)
+        attempt.close(outcome, self.ended, halt.error if halt is not None else None)
 
     def _journal(self, arc: int) -> None:
         if self.attempt is not None:

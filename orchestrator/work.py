@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import numerics
-from orchestrator.data import BatchStream, count_samples, to_device
+from orchestrator.data import BatchStream, count_samples, first_samples, to_device
 from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
@@ -136,6 +136,9 @@ class BatchWork:
         self.note = ""
         self.started = 0.0
         self._reserved = RESERVED | metrics.names
+        self.wants_example = False
+        """Whether two samples of the next batch are to be kept in `example`, once."""
+        self.example: Any = None
 
     def _begin_pass(self, epoch: int) -> None:
         self.stream.begin_epoch(epoch)
@@ -157,6 +160,15 @@ class BatchWork:
         self.samples = 0 if batch is None else count_samples(batch)
         self.situation.empty = self.samples == 0
         self.situation.has_batch = self.stream.has_next
+        if self.wants_example and self.samples:
+            self._keep_example(batch)
+
+    def _keep_example(self, batch: Any) -> None:
+        self.wants_example = False
+        try:
+            self.example = first_samples(batch, self.samples)
+        except Exception:  # a batch of the user's own kind, which cannot be cut
+            self.example = None
 
     def log(self, name: str, value: Any) -> None:
         """Add a named value to the batch at hand; averaged over the epoch like the loss."""

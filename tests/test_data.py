@@ -37,6 +37,7 @@ from orchestrator.data import (
     DataError,
     compare_fingerprints,
     count_samples,
+    first_samples,
     to_device,
 )
 from orchestrator.data.fingerprint import digest
@@ -943,6 +944,20 @@ class Record:
 )
 def test_counts_samples(batch: Any, samples: int) -> None:
     assert count_samples(batch) == samples
+
+
+def test_first_samples_are_copies_of_two() -> None:
+    x, shared = torch.arange(10.0).reshape(5, 2), torch.ones(3)
+    batch = {"x": x, "pair": Pair(torch.arange(5), "text"), "shared": shared, "scale": torch.tensor(2.0)}
+    found = first_samples(batch, 5)
+    x.zero_()
+    assert found["x"].tolist() == [[0, 1], [2, 3]]
+    assert found["pair"].x.tolist() == [0, 1]
+    assert found["shared"] is shared
+    assert found["scale"].item() == 2.0
+    assert first_samples([torch.tensor([7.0])], 1)[0].tolist() == [7, 7], (
+        "one is not told from no batch at all"
+    )
 
 
 class Movable:

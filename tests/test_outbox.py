@@ -172,7 +172,7 @@ def test_what_others_see(tmp_path: Path) -> None:
         outbox.artifact_sent("x", 3)
         outbox.artifact_sent("y", 4)
         outbox.artifact_removed("y")
-        outbox.note(status="1:running", log_sent=1)
+        outbox.note(status="1:running", reports_sent=1)
         assert read_outbox(path) == outbox.view()
     assert read_outbox(path).artifacts == {"x": 3}
     assert read_outbox(path).command == "mlflow ui"

@@ -21,6 +21,7 @@ import pytest
 from deliveries import BATCHES, ENVIRONMENT, Training, assert_once, expected_points, train_in_child, until
 from mlflow_server import Database, MLflowServer, RemoteRun
 from states.table import State
+from tracking.artifacts import REPORTS
 from tracking.delivery import TrackerError
 from tracking.journal import Journal, Parent
 from tracking.mlflow_delivery import MLflow
@@ -137,6 +138,9 @@ def test_a_run_arrives_whole(
         "seq": 3, "attempt": 1, "scope": "train", "epoch": 0, "batch": 0, "phase": "", "trigger": "forward",
         "source": "BATCH_START", "dest": "FORWARD", "time_ns": 0, "duration_ns": 1001, "loss": 1.0, "note": "",
     }  # fmt: skip
+    assert "<svg" in (remote.artifacts / "machine.svg").read_text()
+    assert (remote.artifacts / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert run.id in (remote.artifacts / "timeline.html").read_text()
     assert not (run.path / "uploading").exists()
     wal = run.journal.with_name("journal.sqlite-wal")
     assert not wal.exists() or not wal.stat().st_size, "the journal is one file"
@@ -144,7 +148,7 @@ def test_a_run_arrives_whole(
 
     now = status(run)
     assert (now.points_delivered, now.points_waiting) == (len(remote.points), 0)
-    assert (now.artifacts_delivered, now.artifacts_waiting) == (3, ())
+    assert (now.artifacts_delivered, now.artifacts_waiting) == (2 + len(REPORTS), ())
     assert (now.remote_run_id, now.trouble) == (remote.id, "")
     assert now.command == f"mlflow ui --backend-store-uri {store.uri}"
     assert "INFO" not in log_of(run)
@@ -312,14 +316,14 @@ def test_a_server_that_is_down_at_the_start_in_the_middle_and_at_the_end(
     assert f"interlock sync {run.id}" in log_of(run)
     waiting = status(run)
     assert waiting.points_waiting
-    assert waiting.artifacts_waiting == (f"checkpoints/{last}", "transitions.jsonl.gz")
+    assert waiting.artifacts_waiting == (f"checkpoints/{last}", *REPORTS)
     assert "could not be reached" in waiting.trouble
     assert server.database.run(run.id).status == "RUNNING"
 
     server.start()
     report = sync(run, timeout=30)
     assert report.complete
-    assert (report.artifacts_delivered, report.points_delivered) == (2, waiting.points_waiting)
+    assert (report.artifacts_delivered, report.points_delivered) == (1 + len(REPORTS), waiting.points_waiting)
     remote = server.database.run(run.id)
     assert remote.status == "FINISHED"
     assert report.url == f"{server.uri}/#/experiments/1/runs/{remote.id}"
@@ -350,7 +354,7 @@ def test_the_status_is_told_where_only_files_cannot_be_delivered(
     training.checkpoint()
     training.end("failed", "because", "ValueError")
     report = sync(run, timeout=0)
-    assert report.artifacts_left == ("transitions.jsonl.gz",)
+    assert report.artifacts_left == tuple(REPORTS)
     assert report.points_left == 0
     assert "artifact store: cannot upload transitions.jsonl.gz" in log_of(run)
     assert store.run(run.id).status == "FAILED"
@@ -433,6 +437,8 @@ def test_a_deleted_run_is_said_and_not_made_again(run: RunFolder, store: Databas
     training.batch()
     training.writer.sync()
     assert sync(run, tracker=MLflow(store.uri)).complete
+    reports = {file.name for file in store.run(run.id).artifacts.iterdir()}
+    assert reports == set(REPORTS), "also while it trains"
     connection = sqlite3.connect(store.path)
     with connection:
         connection.execute(
@@ -616,7 +622,7 @@ def test_best_and_last_replace_those_before(run: RunFolder, store: Database) -> 
     training.end()
     assert sync(run).complete
     assert folders(store.run(run.id)) == {best, last}
-    assert status(run).artifacts_delivered == 3
+    assert status(run).artifacts_delivered == 2 + len(REPORTS)
 
 
 @pytest.mark.long

@@ -77,7 +77,14 @@ def test_killed_with_its_shipper_then_resumed_every_point_arrives_once(tmp_path:
     assert report.complete
     with sqlite3.connect(file) as connection:
         ((run_id, ended),) = connection.execute("SELECT run_uuid, status FROM runs").fetchall()
+        models = connection.execute(
+            """SELECT source_run_id, name, (SELECT count(*) FROM inputs WHERE destination_id = model_id)
+               FROM logged_models"""
+        ).fetchall()
     assert (run_id, ended) == (report.remote_run_id, "FINISHED")
+    assert models == [(run_id, "model", 1)], "the final model, once, an output of the run"
+    assert not run.final_model.exists()
+    assert "delivered as its weights" not in (run.path / "shipper.log").read_text()
     found = points(file, run_id)
     for key in ("batch/loss", "batch/grad_norm", "batch/batch_time"):
         assert found[key] == list(range(1, 19)), key

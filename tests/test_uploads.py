@@ -23,8 +23,8 @@ from tracking.artifact_folder import folder_of, link
 from tracking.journal import Journal
 from tracking.outbox import Outbox
 from tracking.runs import RunFolder, create_run
-from tracking.shipment import wanted_checkpoints
 from tracking.shipper import sync
+from tracking.uploads import wanted_checkpoints
 
 _MAKE_DATABASE = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
 

@@ -19,6 +19,7 @@ __all__ = [
     "Destination",
     "Ending",
     "Identity",
+    "ModelDelivery",
     "Point",
     "Refused",
     "Remote",
@@ -186,6 +187,17 @@ class Delivery(Protocol):
 
     def check(self) -> None:
         """Raise Closed if the run cannot be written to any more."""
+
+
+@runtime_checkable
+class ModelDelivery(Protocol):
+    """A `Delivery` that takes the final model too. Its tracker has an attribute `log_model`, which is true."""
+
+    def model(self, folder: Path, tags: Mapping[str, str], step: int) -> None:
+        """Deliver the model in `folder`, after `step` batches, once: it is known by `tags["interlock.model"]`.
+
+        Raises as the methods of `Delivery` do.
+        """
 
 
 def open_delivery(target: Target) -> Delivery:

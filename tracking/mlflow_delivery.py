@@ -65,6 +65,8 @@ class MLflow:
         patience_s: seconds that a server which cannot be reached is tried again after the training has
             ended; after that `interlock sync` delivers what is left.
         system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains.
+        log_model: log the final model (the one that is validated), as an MLflow model in the format pt2, or as
+            its weights where torch.export cannot export it.
 
     Raises TrackerError for a value that makes no sense.
     """
@@ -75,6 +77,7 @@ class MLflow:
     upload: Upload = "best+last"
     patience_s: float = 600.0
     system_metrics: bool = False
+    log_model: bool = True
 
     backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
 
@@ -336,6 +339,47 @@ class MLflowDelivery:
         except (Refused, Closed, NotImplementedError, TypeError):
             return
 
+    def model(self, folder: Path, tags: Mapping[str, str], step: int) -> None:
+        """Log the model in `folder` as a LoggedModel of the run, found by its tag `interlock.model`, or made.
+
+        A store that has no LoggedModels (MLflow 2.x) gets it as the run's artifact `model/`.
+        """
+        with _explained("log the model"):
+            try:
+                found = self._logged_model(tags)
+            except Exception as error:
+                if getattr(error, "error_code", "") != "ENDPOINT_NOT_FOUND":
+                    raise
+                self._client.get_run(self._run_id)  # the server is there, and does not know of such models
+                _describe(folder, run_id=self._run_id)
+                self._client.log_artifacts(self._run_id, str(folder), "model")
+                return
+            if str(found.status) == "READY":
+                return
+            _describe(folder, run_id=self._run_id, model_id=found.model_id, model_uuid=found.model_id)
+            self._client.log_model_artifacts(found.model_id, str(folder))
+            self._note_output(found.model_id, step)
+            self._client.finalize_logged_model(found.model_id, "READY")
+
+    def _logged_model(self, tags: Mapping[str, str]) -> Any:
+        mark = tags["interlock.model"]
+        found = self._client.search_logged_models(
+            [self._experiment_id], filter_string=f"source_run_id = '{self._run_id}'"
+        )
+        mine = [model for model in found if model.tags.get("interlock.model") == mark]
+        return min(mine, key=lambda model: model.creation_timestamp, default=None) or (
+            self._client.create_logged_model(
+                self._experiment_id, name="model", source_run_id=self._run_id, tags=dict(tags)
+            )
+        )
+
+    def _note_output(self, model_id: str, step: int) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = getattr(self._client.get_run(self._run_id), "outputs", None)
+        if model_id not in [output.model_id for output in getattr(outputs, "model_outputs", None) or []]:
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
+
     def running(self) -> None:
         """RUNNING."""
         with self._asking("set the status"):
@@ -449,6 +493,16 @@ class MLflowDelivery:
 
     def _command(self) -> str:
         return "" if self._uri.startswith("http") else f"mlflow ui --backend-store-uri {self._uri}"
+
+
+def _describe(folder: Path, **fields: str) -> None:
+    """Say in the model's own file which run, and which LoggedModel, it is of."""
+    import yaml
+
+    file = folder / "MLmodel"
+    if file.exists():
+        described = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump({**described, **fields, "artifact_path": "model"}))
 
 
 def _newest(run: Any) -> list[Any]:

@@ -134,9 +134,9 @@ def _means(windows: Iterable[tuple[str, Window]]) -> Iterator[Point]:
 class OutboxView:
     """What an outbox says to someone who looks on.
 
-    `points` were delivered; `cursor` is the newest metric row that was dealt with; `windows` are those points
-    that are not complete; `log_sent` the newest attempt
-    whose end is in the uploaded log of transitions; `trouble` why delivery was given up.
+    `points` were delivered; `cursor` is the newest metric row that was dealt with; `windows` are those points that
+    are not complete; `reports_sent` the newest attempt whose end is in the uploaded reports; `trouble` why delivery
+    does not go on, or was given up.
     """
 
     place: str = ""
@@ -147,7 +147,7 @@ class OutboxView:
     windows: int = 0
     points: int = 0
     status: str = ""
-    log_sent: int = 0
+    reports_sent: int = 0
     trouble: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, int] = field(default_factory=dict)
@@ -229,9 +229,9 @@ class Outbox:
         return int(self._get("params_sent", 0))
 
     @property
-    def log_sent(self) -> int:
-        """The newest attempt that had ended when the log of transitions was uploaded."""
-        return int(self._get("log_sent", 0))
+    def reports_sent(self) -> int:
+        """The newest attempt that had ended when the reports were uploaded."""
+        return int(self._get("reports_sent", 0))
 
     @property
     def target(self) -> str:
@@ -312,7 +312,7 @@ class Outbox:
         self.artifacts.pop(path, None)
 
     def note(self, **values: str | int) -> None:
-        """Remember `status`, `params_sent`, `log_sent` or `trouble`."""
+        """Remember `status`, `params_sent`, `reports_sent` or `trouble`."""
         with self._transaction():
             self._set(**values)
 
@@ -392,7 +392,7 @@ def _view(connection: sqlite3.Connection) -> OutboxView:
         windows=len(_windows(state.get("windows", "{}"))),
         points=state.get("points", 0),
         status=state.get("status", ""),
-        log_sent=state.get("log_sent", 0),
+        reports_sent=state.get("reports_sent", 0),
         trouble=state.get("trouble", ""),
         tags=dict(connection.execute("SELECT key, value FROM tags")),
         artifacts=dict(connection.execute("SELECT path, size_bytes FROM artifacts")),

@@ -115,6 +115,11 @@ class RunFolder:
         return self.path / "console.log"
 
     @property
+    def final_model(self) -> Path:
+        """The folder of a final model that waits for its delivery."""
+        return self.path / "final_model"
+
+    @property
     def command(self) -> Path:
         """The command that started the run, unmasked."""
         return self.path / "command.json"

@@ -4,15 +4,12 @@ import getpass
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from states.table import State
-from tracking.artifacts import METRICS, TRANSITIONS, write_metrics, write_transitions
+from tracking.artifacts import METRICS
 from tracking.delivery import (
     Closed,
     Delivery,
@@ -28,8 +25,7 @@ from tracking.delivery import (
 from tracking.description import describe
 from tracking.fetching import Fetched, fetched
 from tracking.inputs import DataSender
-from tracking.journal import Attempt, Checkpoint, Journal
-from tracking.journal_copy import JOURNAL, write_journal_copy
+from tracking.journal import Attempt, Journal
 from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
 from tracking.packing import ROW_LENGTH
@@ -39,20 +35,14 @@ from tracking.schema import UNPACKED_METRICS, connect_to_read
 from tracking.source import keep_source, read_sources, script_of, source_tags
 from tracking.system_metrics import SystemSender
 from tracking.thinning import Pace
+from tracking.uploads import Uploads, waiting_artifacts
 
-__all__ = ["CHECKPOINTS", "Shipment", "Waiting", "waiting"]
+__all__ = ["Shipment", "Waiting", "waiting"]
 
-CHECKPOINTS = "checkpoints"
-"""The folder of checkpoints at the server; each lies in one of its own name, complete, manifest last."""
-
-_STAGE = "uploading"
 _TAGS_EVERY_S = 2.0
 _HEARTBEAT_EVERY_S = 30.0
-_ROUND_EVERY_S = 15.0
-_LOG_EVERY_S = 60.0
 _MOST_ROWS = 20_000  # a flight: what the shipper holds in memory
 _LONGEST_WINDOW_MS = 10_000
-_MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
 
 _ENDINGS: dict[Outcome, Ending] = {
     "done": "finished",
@@ -77,27 +67,8 @@ class Waiting:
 
 def waiting(run: RunFolder, journal: Journal, sent: OutboxView, upload: Upload) -> Waiting:
     """What the journal has and the outbox `sent` does not; reads the journal only."""
-    attempts = journal.attempts()
-    artifacts = [f"{CHECKPOINTS}/{row.name}" for row in wanted_checkpoints(journal.checkpoints(), upload)]
-    missing = [path for path in artifacts if path not in sent.artifacts]
-    if attempts and attempts[-1].outcome and sent.log_sent < attempts[-1].attempt:
-        missing.append(TRANSITIONS)
-    return Waiting(_count_points(run, sent.cursor) + sent.windows, tuple(missing))
-
-
-def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoint]:
-    """Which of a run's checkpoints (oldest first) belong at the server; the most urgent first."""
-    if upload == "none":
-        return []
-    newest_first = rows[::-1]
-    if upload == "all":
-        return newest_first
-    wanted = newest_first[:1]
-    if wanted and wanted[0].state is State.DONE:
-        # Nothing goes on from there: a longer training begins with the one before.
-        wanted += [row for row in newest_first if row.state is not State.DONE][:1]
-    best = [row for row in newest_first if row.best][:1]
-    return wanted + [row for row in best if row not in wanted]
+    points = _count_points(run, sent.cursor) + sent.windows
+    return Waiting(points, tuple(waiting_artifacts(run, journal, sent, upload)))
 
 
 def _count_points(run: RunFolder, cursor: int) -> int:
@@ -140,21 +111,23 @@ class Shipment:
         self._every = self._most_every = 1
         self._at_once = at_once
         self._refused: set[str] = set()
-        self._skipped: set[str] = set()
-        self._job: _Job | None = None
-        wait = 0.0 if at_once else 1.0
         self._next_tags = self._next_heartbeat = 0.0
         self._heartbeat_at = ""
-        self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
-        # The next machine is to know of the attempts of one that a run was brought to, however short they are.
-        self._next_log = time.monotonic() + wait * _LOG_EVERY_S * (fetched(run) is None)
-        self._journal_upto = -1
+        self._uploads = Uploads(
+            run,
+            target.upload,
+            outbox,
+            journal,
+            self._notice,
+            self._secrets,
+            before_model=self.conclude,
+            at_once=at_once,
+        )
         self._data = DataSender(run, journal, self._notice)
         self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
         attempts = journal.attempts()
         if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
             keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)
-        self._drop()
 
     def _notice(self, text: str) -> None:
         self._say(mask_text(text, self._secrets))
@@ -180,7 +153,9 @@ class Shipment:
     def waiting(self) -> Waiting:
         """What is left, but for artifacts that the server refused or that are gone from here."""
         found = waiting(self._run, self._journal, self._outbox.view(), self._target.upload)
-        return Waiting(found.points, tuple(path for path in found.artifacts if path not in self._skipped))
+        return Waiting(
+            found.points, tuple(path for path in found.artifacts if path not in self._uploads.skipped)
+        )
 
     # -- values: parameters, tags, metrics ---------------------------------------------------------------
 
@@ -266,7 +241,7 @@ class Shipment:
             "interlock.exception": attempt.exception,
             **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in self._journal.attempts()},
             **self._parent_tags(),
-            **self._checkpoint_tags(),
+            **self._uploads.checkpoint_tags(),
             **source_tags(read_sources(self._run), owned=self._remote is None or self._remote.owned),
             **self._description(),
         }
@@ -281,7 +256,7 @@ class Shipment:
         tag = getattr(self._at_server, "description_tag", "")
         if not tag or self._remote is None or self._remote.owned:
             return {}
-        sources, named = read_sources(self._run), self._checkpoint_tags()
+        sources, named = read_sources(self._run), self._uploads.checkpoint_tags()
         text = describe(
             self._run.id,
             self._remote.run_id,
@@ -323,14 +298,6 @@ class Shipment:
         except OutboxError:
             return None
         return sent.remote_run_id if sent.place == self._target.place else None
-
-    def _checkpoint_tags(self) -> dict[str, str]:
-        """Which uploaded checkpoints are the newest and the best."""
-        rows = self._journal.checkpoints(include_removed=True)
-        here = [row for row in rows if f"{CHECKPOINTS}/{row.name}" in self._outbox.artifacts]
-        best = [row for row in here if row.best]
-        named = {"last": here[-1:], "best": best[-1:]}
-        return {f"interlock.checkpoint.{which}": row[0].name for which, row in named.items() if row}
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
         tags = {key: mask_text(value, self._secrets) for key, value in tags.items()}
@@ -431,116 +398,12 @@ class Shipment:
     # -- artifacts ------------------------------------------------------------------------------------------
 
     def upload(self, attempt: Attempt) -> bool:
-        """Upload one file, or remove one checkpoint that is neither best nor last any more; was there one?"""
-        if self._job is None:
-            self._job = self._next_job(attempt)
-        job = self._job
-        if job is None:
-            return self._prune()
-        if not job.files:
-            self._finish(job)
-            return True
-        file, folder = job.files[0]
-        try:
-            self._at_server.artifact(file, folder)
-        except Refused as error:
-            self._at_server.check()
-            self._notice(f"artifact {job.path}: {error}")
-            self._skipped.add(job.path)
-            self._drop()
-            return True
-        job.files.pop(0)
-        return True
-
-    def _next_job(self, attempt: Attempt) -> "_Job | None":
-        over, now = attempt.outcome is not None, time.monotonic()
-        if self._outbox.log_sent < attempt.attempt and (over or now >= self._next_log):
-            return self._log_job(attempt.attempt if over else 0)
-        if not over and now < self._next_round:
-            return None
-        for row in self._missing_checkpoints():  # looked up each time: the newest comes first
-            job = self._checkpoint_job(row)
-            if job is not None:
-                return job
-        self._next_round = now + _ROUND_EVERY_S
-        return None
-
-    def _missing_checkpoints(self) -> list[Checkpoint]:
-        rows = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
-        known = self._outbox.artifacts.keys() | self._skipped
-        return [row for row in rows if f"{CHECKPOINTS}/{row.name}" not in known]
-
-    def _log_job(self, attempt: int) -> "_Job":
-        """`attempt` has ended; 0: none has."""
-        began = time.monotonic()
-        file = self._stage() / TRANSITIONS
-        write_transitions(self._journal, file, self._secrets)
-        metrics = file.with_name(METRICS)
-        write_metrics(self._journal, metrics)
-        size = file.stat().st_size + metrics.stat().st_size
-        return _Job(
-            TRANSITIONS, [(metrics, ""), (file, ""), (self._journal_copy(), "")], size, attempt, began
-        )
-
-    def _journal_copy(self) -> Path:
-        """What another machine needs beside a checkpoint."""
-        file = self._stage() / JOURNAL
-        self._journal_upto = write_journal_copy(self._run, file, self._secrets)
-        return file
-
-    def _checkpoint_job(self, row: Checkpoint) -> "_Job | None":
-        path = f"{CHECKPOINTS}/{row.name}"
-        stage = self._stage() / row.name
-        began = time.monotonic()
-        try:
-            _pin(self._run.checkpoints / row.name, stage)
-        except FileNotFoundError:
-            # Retention was quicker; or a person was: then no row of the journal will ever say so.
-            self._skipped.add(path)
-            self._drop()
-            return None
-        files = sorted((file for file in stage.rglob("*") if file.is_file()), key=_manifest_last)
-        places = [(file, (path / file.relative_to(stage).parent).as_posix()) for file in files]
-        if row.seq > self._journal_upto:
-            places.insert(-1, (self._journal_copy(), ""))  # a checkpoint that is whole can be gone on from
-        return _Job(path, places, sum(file.stat().st_size for file in files), 0, began)
-
-    def _finish(self, job: "_Job") -> None:
-        now = time.monotonic()
-        if job.path == TRANSITIONS:
-            if job.attempt:
-                self._outbox.note(log_sent=job.attempt)
-            self._next_log = now + max(_LOG_EVERY_S, _MOST_OF_THE_TIME * (now - job.began))
-        else:
-            self._next_round = now + _MOST_OF_THE_TIME * (now - job.began)
-        self._outbox.artifact_sent(job.path, job.size_bytes)
-        self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
-        self._drop()
-
-    def _drop(self) -> None:
-        shutil.rmtree(self._run.path / _STAGE, ignore_errors=True)
-        self._job = None
-
-    def _prune(self) -> bool:
-        """Remove an uploaded checkpoint that is neither best nor last, once those are there, and said to be."""
-        if self._target.upload != "best+last":
-            return False
-        tags = self._checkpoint_tags()
-        wanted = wanted_checkpoints(self._journal.checkpoints(), self._target.upload)
-        keep = {f"{CHECKPOINTS}/{name}" for name in (*tags.values(), *(row.name for row in wanted))}
-        surplus = sorted(path for path in self._outbox.artifacts if path.startswith(f"{CHECKPOINTS}/"))
-        surplus = [path for path in surplus if path not in keep]
-        if not surplus or any(self._outbox.sent_tags.get(key) != value for key, value in tags.items()):
-            return False
-        self._at_server.remove_artifacts(surplus[0])
-        self._outbox.artifact_removed(surplus[0])
-        return True
-
-    def _stage(self) -> Path:
-        """Where files wait for their upload, safe from retention."""
-        stage = self._run.path / _STAGE
-        stage.mkdir(exist_ok=True)
-        return stage
+        """Upload one file; was there one?"""
+        moved = self._uploads.step(self._at_server, attempt)
+        if self._uploads.news:
+            self._uploads.news = False
+            self._next_tags = 0.0  # which checkpoints are the best and the last is said at once
+        return moved
 
     # -- the end ------------------------------------------------------------------------------------------
 
@@ -553,42 +416,6 @@ class Shipment:
             self._at_server.end(ending, (attempt.ended_ns or time.time_ns()) // 1_000_000)
         self._outbox.note(status=_status(attempt, ending), trouble="")
         return True
-
-
-@dataclass
-class _Job:
-    """An artifact on its way: the files that are left, each with its folder at the server.
-
-    For the log of transitions, `attempt` is the one whose end is in it (0: none).
-    """
-
-    path: str
-    files: list[tuple[Path, str]]
-    size_bytes: int
-    attempt: int
-    began: float
-
-
-def _pin(folder: Path, stage: Path) -> None:
-    """Link `folder`'s files into `stage`, whence retention cannot take them; copy where links are impossible.
-
-    Raises FileNotFoundError if it goes away meanwhile.
-    """
-    shutil.copytree(folder, stage, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _manifest_last(file: Path) -> tuple[bool, str]:
-    """A checkpoint without its manifest is none: until it is whole, it cannot be taken for one."""
-    return file.name == "manifest.json", str(file)
 
 
 def _status(attempt: Attempt, status: str) -> str:

@@ -1,16 +1,14 @@
 """`interlock diagram`: the machine drawn, with how often and how long of a run."""
 
-from contextlib import closing
 from pathlib import Path
 
 import click
 
 from orchestrator.commands.arguments import root_option, run_argument
 from states.diagram import mermaid, svg
-from states.table import TRAINING, Arc, State, Trigger
-from tracking.journal import TRAIN
+from states.table import TRAINING
 from tracking.runs import RunFolder
-from tracking.schema import connect_to_read
+from tracking.tally import tally
 
 __all__ = ["diagram"]
 
@@ -48,7 +46,7 @@ def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> Non
     if form is None:
         form = _ENDINGS.get(output.suffix, "svg") if output else "svg"
     draw = _DRAWN[form]
-    text = draw(TRAINING) if run is None else draw(TRAINING, *_counts_and_times(run))
+    text = draw(TRAINING) if run is None else draw(TRAINING, *tally(run).of_training())
     if output is None:
         click.echo(text, nl=False)
         return
@@ -57,18 +55,3 @@ def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> Non
     except OSError as error:
         raise click.ClickException(f"{output}: cannot be written ({error.strerror})") from error
     click.echo(f"drawn: {output}", err=True)
-
-
-def _counts_and_times(run: RunFolder) -> tuple[dict[Arc, int], dict[Arc, float]]:
-    """How often each transition of the training was made, and its mean duration in nanoseconds."""
-    with closing(connect_to_read(run.journal)) as connection:
-        rows = connection.execute(
-            """SELECT trigger, source, dest, count(*), avg(duration_ns) FROM transitions WHERE scope = ?
-               GROUP BY trigger, source, dest""",
-            (TRAIN,),
-        ).fetchall()
-    found = {
-        Arc(Trigger(trigger), State(source), State(dest)): (count, mean)
-        for trigger, source, dest, count, mean in rows
-    }
-    return {arc: count for arc, (count, _) in found.items()}, {arc: mean for arc, (_, mean) in found.items()}

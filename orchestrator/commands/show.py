@@ -265,6 +265,7 @@ class _Page:
             yield f"interlock resume {self.reference}", "go on from its newest checkpoint"
         yield f"interlock check {self.reference}", "prove that journal and checkpoints are sound"
         yield f"interlock diagram {self.reference} -o machine.svg", "draw its machine, with counts and times"
+        yield f"interlock timeline {self.reference}", "see where its time went"
         if isinstance(self.delivery, str):
             return
         if (self.delivery.points_waiting or self.delivery.artifacts_waiting) and not self.delivery.shipper:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["count_samples", "pinned", "to_device"]
+__all__ = ["count_samples", "first_samples", "pinned", "to_device"]
 
 
 def count_samples(batch: Any) -> int:
@@ -42,6 +42,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return item.to(device)
 
     return _mapped(batch, moved, "to")
+
+
+def first_samples(batch: Any, samples: int) -> Any:
+    """`batch` with two samples of its `samples` (of one, twice that one): each tensor of as many rows is cut."""
+
+    def cut(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor) or not item.ndim or item.shape[0] != samples:
+            return item
+        return torch.cat([item, item]) if samples == 1 else item[:2].clone()
+
+    return _mapped(batch, cut, "to")
 
 
 def pinned(batch: Any) -> Any:
