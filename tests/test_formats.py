@@ -158,7 +158,10 @@ def test_what_a_format_did_not_keep_stays_as_it_is() -> None:
         "model": {"parameters": {"weight": 2.0}, "attributes": {**NONE, "values": {"": {"steps": 3}}}},
         "loss": {},
         "data": {"position": 0},
-        "callbacks": {"EMA": {**average, "attributes": {**NONE, "marks": {"": 1}}}, "Mine": {"attributes": [2]}},
+        "callbacks": {
+            "EMA": {**average, "attributes": {**NONE, "marks": {"": 1}}},
+            "Mine": {"attributes": [2]},
+        },
     }
     assert tree is not None
     found = with_what_was_not_kept(tree, live, 1)

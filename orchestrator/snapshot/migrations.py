@@ -30,7 +30,9 @@ def _to_2(manifest: Tree, tree: Tree | None) -> tuple[Tree, Tree | None]:
 def _averages_of_1(tree: Tree) -> list[str]:
     """The names of the callbacks whose state is that of an EMA in format 1."""
     states = tree.get("callbacks", {}).items()
-    return [name for name, state in states if {"updates", "n_averaged", "parameters", "buffers"} == state.keys()]
+    return [
+        name for name, state in states if {"updates", "n_averaged", "parameters", "buffers"} == state.keys()
+    ]
 
 
 _NO_ATTRIBUTES: Tree = {"attributes": {"values": {}, "shared": {}, "marks": {}}}
