@@ -358,10 +358,10 @@ class Attempt:
 
     def _tell_of_trouble(self) -> None:
         """Say once if, at the attempt's end, the run cannot be delivered."""
-        from orchestrator.commands.sync import without_passwords  # with click, which training does not need
-
         with contextlib.suppress(InterlockError):
             if trouble := read_outbox(self.run.outbox).trouble:
+                from orchestrator.commands.sync import without_passwords  # with click: only when needed
+
                 warnings.warn(
                     f"{self.run.id}: training is not affected, but tracking has trouble: {without_passwords(trouble)}. "
                     f"`interlock show {self.run.id}` says what is left to deliver",
