@@ -16,19 +16,16 @@ from tracking.schema import JournalError, connect_to_read
 
 __all__ = ["JOURNAL", "forget_checkpoints", "journal_from_copy", "write_journal_copy"]
 
+JOURNAL = "journal.sqlite.gz"
+"""The name of the copy."""
+
 _JSON = {"attempts": ("command", "params")}
 _TEXT = {
     "attempts": ("reason", "exception"),
     "logs": ("message",),
     "packed_transitions": ("note",),
 }
-_LEVEL = (
-    1  # the columns are mostly numbers: trying harder makes it a tenth smaller, and takes five times as long
-)
-
-
-JOURNAL = "journal.sqlite.gz"
-"""The name of the copy."""
+_LEVEL = 1  # mostly numbers: trying harder makes it a tenth smaller, and takes five times as long
 
 
 def write_journal_copy(run: RunFolder, file: Path, secrets: Iterable[str] = ()) -> int:
