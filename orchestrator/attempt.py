@@ -43,7 +43,7 @@ from tracking.shipper import start_shipper
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
 
-__all__ = ["Attempt", "Clock"]
+__all__ = ["Attempt", "Clock", "opened_here"]
 
 _IS_FORWARD = [arc.trigger is Trigger.FORWARD for arc in ARCS]
 _DEST = [arc.dest for arc in ARCS]
@@ -72,6 +72,14 @@ class Clock:
         elapsed = now - self._mark
         self._mark = now
         return now + self._offset, elapsed
+
+
+_opened: set[Path] = set()
+
+
+def opened_here() -> frozenset[Path]:
+    """The folders of the runs that this process has worked on."""
+    return frozenset(_opened)
 
 
 class Attempt:
@@ -132,7 +140,9 @@ class Attempt:
         try:
             if fresh or not run.command.exists():  # one that was fetched has come without
                 _keep_command(run)
-            return cls(run, lease, settings, plan, scopes)
+            attempt = cls(run, lease, settings, plan, scopes)
+            _opened.add(run.path.resolve())
+            return attempt
         except BaseException:
             lease.release()
             raise

@@ -264,7 +264,7 @@ def _begin(trainer: Trainer, run: RunFolder, found: recovery.Found, until: Momen
     training.found = found
     for hook in trainer._on_train_begin:
         hook()
-    training.snapshots.begin(trainer._make_watch(), trainer._data)
+    training.snapshots.begin(trainer._make_watch())
     training.loop.stand(State.HALTED)
     training.loop.fire(Trigger.RESUME, found.state)
     _check_halt(trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -75,7 +75,7 @@ class TrainingState:
         self._told: set[str] = set()
         self._built: dict[str, capture.Built] | None = None
         self._watch: Watch | None = None
-        self._generators = OwnedGenerators((), ())
+        self._generators = OwnedGenerators(())
 
     @property
     def model(self) -> nn.Module:
@@ -87,16 +87,16 @@ class TrainingState:
         """The name of the phase at hand; empty where a batch has one."""
         return self._work.phases[self._work.phase].name
 
-    def begin(self, watch: Watch, data: Collection[object]) -> None:
+    def begin(self, watch: Watch) -> None:
         """Remember how the script has built everything; called once an attempt, before anything is restored.
 
-        `watch` finds what changes and is not captured; the generators of `data` are the data's own affair.
+        `watch` finds what changes and is not captured.
         """
         if self._built is None:  # in a second attempt of this process, training has changed it already
             self._built = self._as_built()
         watch.begin()
         self._watch = watch
-        self._generators = OwnedGenerators(data, watch.outside)
+        self._generators = OwnedGenerators(watch.outside)
         self._generators.find(watch.roots())
         for unseen in self._generators.unseen:
             self._tell(
@@ -138,7 +138,9 @@ class TrainingState:
             "model": capture.capture_module(work.model, built["model"]),
             "loss": None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
             "built": {name: of_module.scalars for name, of_module in built.items()},
-            "gradients": capture.capture_gradients(work.model, self._optimizers) if mid_window else None,
+            "gradients": capture.capture_gradients(work.model, self._optimizers)
+            if mid_window or self._gradients_are_read(state)
+            else None,
             "optimizers": [capture.capture_optimizer(o, names) for o in self._optimizers],
             "scalers": [None if s is None else capture.capture_scaler(s) for s in work.precision.scalers],
             "place": asdict(work.place),
@@ -170,6 +172,10 @@ class TrainingState:
             "generators": self._generators.capture(),
             "flags": capture.numeric_flags(),
         }
+
+    def _gradients_are_read(self, state: State) -> bool:
+        """Whether hooks may read gradients that the machine itself needs no more."""
+        return state is State.STEP or (self._watch is not None and self._watch.reads("grad"))
 
     def _changed_batch(self, state: State) -> Any:
         """The batch at hand where hooks may have changed it; None where it need only be fetched again."""
@@ -244,6 +250,8 @@ class TrainingState:
         self._restore_validation_data(tree["validation_data"])
         self._restore_callbacks(tree)
         self._stand_in_epoch(tree)
+        # Where both have one generator, standing in the epoch has set it to what it was as the epoch began.
+        self._restore_validation_data(tree["validation_data"])
         self._generators.restore(tree.get("generators", {}))
         capture.restore_random(tree["random"])
         return self._forward_again(tree) if before else None

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from orchestrator import configuration, errands, past, recovery, warm_start
-from orchestrator.attempt import Attempt
+from orchestrator.attempt import Attempt, opened_here
 from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -590,6 +590,13 @@ class Trainer:
             raise
         if plan.finished:
             assert plan.run is not None
+            if plan.run.path.resolve() in opened_here():
+                warnings.warn(
+                    f"{plan.run.id} was trained by another Trainer of this process and is done: nothing is trained, and "
+                    "the model gets its weights. If this is another training, give it a name= of its own",
+                    stacklevel=5,
+                )
+            training.snapshots.begin(self._make_watch())
             training.restore()
             self._stand_done(plan.run)
             return
@@ -629,7 +636,7 @@ class Trainer:
         for hook in self._on_train_begin:
             hook()
         self._beginning = False
-        training.snapshots.begin(self._make_watch(), self._data)
+        training.snapshots.begin(self._make_watch())
         training.attempt.clock.restart()
         if checkpoint is not None:
             names = dict.fromkeys(line.split(":")[0] for line in checkpoint.overridden)

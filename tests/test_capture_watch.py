@@ -605,16 +605,3 @@ def test_a_generator_whose_state_cannot_be_read_is_named(tmp_path: Path) -> None
         return loss_of(model, batch) * chance.random()
 
     assert "chance (SystemRandom)" in told(tmp_path, {"forward": forward})[0]
-
-
-def test_the_loaders_generator_is_the_datas(tmp_path: Path) -> None:
-    shared = torch.Generator().manual_seed(2)
-
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        assert shared.initial_seed() == 2
-        return loss_of(model, batch)
-
-    trainer = trainings.make(tmp_path, forward=forward, train_loader=trainings.loader(generator=shared))
-    with trainer:
-        trainer.advance()
-        assert trainer._training.snapshots.capture()["generators"] == {}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 import trainings
 from orchestrator import (
@@ -360,6 +362,73 @@ def generators_of_the_model_and_of_a_callback() -> Options:
     return {**trained(Noisy()), "callbacks": [Shaking()]}
 
 
+@part
+def one_generator_for_training_and_validation() -> Options:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "train_loader": trainings.loader(generator=generator),
+        "val_loader": trainings.loader(generator=generator),
+    }
+
+
+@part
+def one_generator_for_both_in_mid_epoch() -> Options:
+    return {**one_generator_for_training_and_validation(), "validate_every": 4}
+
+
+@part
+def a_generator_of_the_data_and_of_forward() -> Options:
+    chance = np.random.default_rng(3)
+
+    class Noisy(Dataset[Any]):
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> Any:
+            inputs, target = trainings.data()[index]
+            return inputs + torch.tensor(chance.standard_normal(6), dtype=torch.float32), target
+
+    def mixup(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        share = chance.beta(1, 1)
+        outputs = model(share * inputs + (1 - share) * inputs.flip(0))
+        losses = [nn.functional.cross_entropy(outputs, t) for t in (targets, targets.flip(0))]
+        return share * losses[0] + (1 - share) * losses[1]
+
+    return {"train_loader": DataLoader(Noisy(), 8, shuffle=True), "forward": mixup}
+
+
+@part
+def a_generator_of_the_loader_and_of_forward() -> Options:
+    generator = torch.Generator().manual_seed(6)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        noise = torch.randn(batch[0].shape, generator=generator)
+        return nn.functional.cross_entropy(model(batch[0] + 0.1 * noise), batch[1])
+
+    return {"train_loader": trainings.loader(generator=generator), "forward": forward}
+
+
+@part
+def gradients_that_a_hook_reads_after_the_step() -> Options:
+    class Following(Callback):
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            total = sum(float(p.grad.norm()) for p in self.trainer.model.parameters())
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 0.01 / (1 + total)
+
+    class Before(Callback):
+        def attach(self, trainer: Trainer) -> None:
+            super().attach(trainer)
+            trainer.before(Trigger.FETCH)(self.look)
+
+        def look(self) -> None:
+            grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            for grad in grads[:1]:
+                self.trainer.model[4].bias.data += 0.01 * grad.mean()
+
+    return {"callbacks": [Following(), Before()], "accumulate": 1}
+
+
 # the rest
 
 
@@ -612,3 +681,30 @@ def test_a_batch_is_stored_only_where_code_of_the_users_may_have_changed_it(
     with trainer:
         trainer.advance(until=State.BATCH_START)
         assert (trainer._training.snapshots.capture()["batch"]["data"] is not None) == stored
+
+
+def test_a_second_trainer_of_the_same_name_is_told_that_it_is_not_trained(tmp_path: Path) -> None:
+    trainings.make(tmp_path, epochs=1).fit("auto")
+    with pytest.warns(
+        UserWarning, match="trained by another Trainer of this process.*nothing is trained.*name="
+    ):
+        trainings.make(tmp_path, seed=2, epochs=1).fit("auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainings.make(tmp_path, seed=2, epochs=1, name="other").fit("auto")
+
+
+def test_a_run_that_is_done_gives_the_generators_of_the_script_back(tmp_path: Path) -> None:
+    """So that a second training of the script, which draws from them too, goes on as if the first had just been."""
+
+    def draws(root: Path, chance: random.Random) -> float:
+        def forward(model: nn.Module, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0]), batch[1]) * chance.random()
+
+        trainings.make(root, epochs=1, forward=forward).fit("auto")
+        return chance.random()
+
+    first = draws(tmp_path, random.Random(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*random generator")
+        assert draws(tmp_path, random.Random(1)) == first

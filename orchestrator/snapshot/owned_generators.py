@@ -1,4 +1,4 @@
-"""Random generators that the model, the loss, callbacks and other code of the user's own; the data's are not here."""
+"""Random generators that the model, the loss, callbacks and other code of the user's own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ __all__ = ["OwnedGenerators"]
 class OwnedGenerators:
     """The generators that can be reached from some roots, by the path to each.
 
-    Those that the data's objects own too are left out: they are seeded anew for each batch.
+    Those that the data's objects own too are among them: a batch is made on streams of its own, after which they are
+    put back, so that their states are the training's.
     """
 
-    def __init__(self, data: Collection[object], outside: Collection[object]) -> None:
-        self._data = data
+    def __init__(self, outside: Collection[object]) -> None:
         self._outside = outside
         self._found: dict[str, Any] = {}
         self._unseen: list[str] = []
 
     def find(self, roots: Mapping[str, object]) -> None:
         """Look from `roots`, at the beginning and, for those made meanwhile, at each save."""
-        of_data = find_generators({f"data{i}": item for i, item in enumerate(self._data)})
-        known = {id(generator) for generator in of_data.seedable.values()}
         walked = find_generators(roots, outside=self._outside)
-        self._found = {p: g for p, g in walked.seedable.items() if id(g) not in known}
+        self._found = walked.seedable
         self._unseen = [] if walked.complete else ["what lies deeper than 20,000 objects"]
         self._unseen += [f"{path} ({type(g).__name__})" for path, g in walked.unseedable.items()]
 

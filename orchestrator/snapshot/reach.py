@@ -73,6 +73,10 @@ class Reach:
         """The ids of what is outside, or an owner."""
         return frozenset(self._seen)
 
+    def reads(self, attribute: str) -> bool:
+        """Whether the code reads an attribute of that name."""
+        return attribute in self._used
+
     def add_function(self, function: object) -> None:
         """A function of the user's, or anything that can be called."""
         self._follow(function, getattr(function, "__qualname__", type(function).__name__))

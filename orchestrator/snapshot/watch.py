@@ -62,6 +62,10 @@ class Watch:
         """Whose values are looked at."""
         return self._reach.owners
 
+    def reads(self, attribute: str) -> bool:
+        """Whether the user's code reads an attribute of that name, of whatever."""
+        return self._reach.reads(attribute)
+
     def roots(self) -> dict[str, object]:
         """By name, every value that generators may be reached from; those of all the user's callbacks too."""
         found: dict[str, object] = {}
