@@ -35,6 +35,7 @@ from orchestrator.work import BatchWork, Place, TrainingWork
 from states.errors import InterlockError
 from states.table import ARCS, State, Trigger
 from tracking.journal import Journal, JournalError, open_attempt
+from tracking.masking import mask_text
 from tracking.outbox import read_outbox
 from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
@@ -370,10 +371,8 @@ class Attempt:
         """Say once if, at the attempt's end, the run cannot be delivered."""
         with contextlib.suppress(InterlockError):
             if trouble := read_outbox(self.run.outbox).trouble:
-                from orchestrator.commands.sync import without_passwords  # with click: only when needed
-
                 warnings.warn(
-                    f"{self.run.id}: training is not affected, but tracking has trouble: {without_passwords(trouble)}. "
+                    f"{self.run.id}: training is not affected, but tracking has trouble: {mask_text(trouble)}. "
                     f"`interlock show {self.run.id}` says what is left to deliver",
                     RuntimeWarning,
                     stacklevel=4,

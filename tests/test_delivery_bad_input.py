@@ -14,6 +14,7 @@ from faulty_proxy import FaultyProxy
 from mlflow_server import MLflowServer
 from orchestrator import MLflow as FromTheTrainer
 from states.table import State
+from tracking.artifacts import REPORTS
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import RunFolder, create_run, list_runs
 from tracking.shipper import status, sync
@@ -71,7 +72,7 @@ def admin(server: MLflowServer, what: str, **values: str) -> dict[str, Any]:
 def test_what_is_no_place_is_said_at_once(run: RunFolder, uri: str, said: str) -> None:
     report = sync(trained(run), tracker=MLflow(uri), timeout=60)
     assert said in report.trouble
-    assert (report.points_left, report.artifacts_left) == (9, ("transitions.jsonl.gz",))
+    assert (report.points_left, report.artifacts_left) == (9, tuple(REPORTS))
     assert len(log_of(run)) == 1, "once"
 
 

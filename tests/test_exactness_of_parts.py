@@ -507,7 +507,7 @@ def two_phases() -> Options:
 
 # --- the test -------------------------------------------------------------------------------------------------
 
-STOPS = [State.BACKWARD, State.BATCH_START, State.STEP]
+STOPS = [State.BACKWARD, State.BATCH_START, State.STEP, State.EPOCH_END]
 """Where attempts are cut, one after the other, each after a full batch more: within and between windows."""
 
 

@@ -32,11 +32,12 @@ from orchestrator.commands.standing import (
     places_of,
     standing_of,
 )
-from orchestrator.commands.sync import in_words, without_passwords
+from orchestrator.commands.sync import in_words
 from orchestrator.errors import NonFiniteError
 from states.errors import InterlockError
 from states.table import State, Trigger
 from tracking.journal import TRAIN, Attempt, Checkpoint, Journal, RunInfo
+from tracking.masking import mask_text
 from tracking.runs import RunFolder
 from tracking.shipper import DeliveryStatus, status
 
@@ -282,10 +283,10 @@ def _delivery(run: RunFolder) -> DeliveryStatus | str:
         return str(error)
     return replace(
         found,
-        place=without_passwords(found.place),
-        url=without_passwords(found.url),
-        command=without_passwords(found.command),
-        trouble=without_passwords(found.trouble),
+        place=mask_text(found.place),
+        url=mask_text(found.url),
+        command=mask_text(found.command),
+        trouble=mask_text(found.trouble),
     )
 
 

@@ -1,6 +1,5 @@
 """`interlock sync`: delivers what the tracking server has not got yet."""
 
-import re
 import sys
 from collections.abc import Iterator
 
@@ -9,14 +8,13 @@ import click
 from orchestrator.commands.arguments import root_of, root_option, run_argument
 from orchestrator.commands.layout import count
 from states.errors import InterlockError
+from tracking.masking import mask_text
 from tracking.runs import RunFolder, list_runs
 from tracking.shipper import SyncReport
 from tracking.shipper import status as status_of
 from tracking.shipper import sync as deliver
 
-__all__ = ["in_words", "sync", "without_passwords"]
-
-_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
+__all__ = ["in_words", "sync"]
 
 
 @click.command()
@@ -77,7 +75,7 @@ def _sync(run: RunFolder, timeout: float, *, one_of_many: bool) -> bool:
 
 
 def _progress(run: RunFolder, line: str) -> None:
-    click.secho(without_passwords(line), dim=True, err=True)
+    click.secho(mask_text(line), dim=True, err=True)
 
 
 def _report(report: SyncReport) -> Iterator[str]:
@@ -86,10 +84,10 @@ def _report(report: SyncReport) -> Iterator[str]:
     if report.points_left or report.artifacts_left:
         yield f"left: {in_words(report.points_left, len(report.artifacts_left))}"
     if report.trouble:
-        yield click.style(without_passwords(report.trouble), fg="red")
+        yield click.style(mask_text(report.trouble), fg="red")
     seen = report.url or report.command
     if seen:
-        yield f"see it {'at' if report.url else 'with'}: {without_passwords(seen)}"
+        yield f"see it {'at' if report.url else 'with'}: {mask_text(seen)}"
 
 
 def in_words(points: int, artifacts: int) -> str:
@@ -97,8 +95,3 @@ def in_words(points: int, artifacts: int) -> str:
     return " and ".join(
         count(amount, noun) for amount, noun in ((points, "point"), (artifacts, "artifact")) if amount
     )
-
-
-def without_passwords(text: str) -> str:
-    """`text`, with the passwords in its addresses masked."""
-    return _PASSWORD.sub(r"\1:***@", text)
