@@ -470,7 +470,8 @@ class MLflowDelivery:
                 return str(self._client.create_experiment(name))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
+                    with _explained(f"make the experiment {_cut(name, 60)!r}"):
+                        raise
                 found = self._client.get_experiment_by_name(name)
         if found.lifecycle_stage == "deleted":
             raise Closed(
