@@ -592,8 +592,8 @@ class Trainer:
             assert plan.run is not None
             if plan.run.path.resolve() in opened_here():
                 warnings.warn(
-                    f"{plan.run.id} was trained by another Trainer of this process and is done: nothing is trained, and "
-                    "the model gets its weights. If this is another training, give it a name= of its own",
+                    f"{plan.run.id} was trained by another Trainer of this process and is done: nothing is trained "
+                    "and the model gets its weights. If this is another training, give it a name= of its own",
                     stacklevel=5,
                 )
             training.snapshots.begin(self._make_watch())

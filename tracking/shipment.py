@@ -108,6 +108,7 @@ class Shipment:
         self._names: dict[str, str] = {}
         self._uncertain = outbox.flight() is not None
         self._pace = Pace()
+        self._busy_since: float | None = None
         self._every = self._most_every = 1
         self._at_once = at_once
         self._refused: set[str] = set()
@@ -317,7 +318,8 @@ class Shipment:
         self._outbox.tags_sent(changed)
 
     def _send_points(self, attempt: Attempt) -> bool:
-        began = time.monotonic()
+        # Where one flight follows another, what lies between them is part of what a flight takes.
+        began, self._busy_since = self._busy_since or time.monotonic(), None
         flight = self._outbox.flight()
         if flight is None:
             flight = self._next_flight() or self._last_flight(attempt)
@@ -327,7 +329,8 @@ class Shipment:
                 self._outbox.depart(flight)
         refused = self._send_flight(flight)
         self._outbox.arrived(flight, refused)
-        self._pace.took(len(flight.points), time.monotonic() - began)
+        self._busy_since = time.monotonic()
+        self._pace.took(len(flight.points), self._busy_since - began)
         return True
 
     def _next_flight(self) -> Flight | None:
