@@ -19,7 +19,8 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data.dataloader import default_collate
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
@@ -314,6 +315,155 @@ def weights_of_a_sampler() -> tuple[Options, str]:
     }, "WeightedRandomSampler.weights, an attribute of the data,"
 
 
+# read by the data's code only
+
+
+MEMORY: deque[tuple[Tensor, Tensor]] = deque(maxlen=60)
+SIZE = {"side": 3}
+NOISE = 0.0
+LOGGED: list[float] = []
+
+
+class Replay(Dataset[Any]):
+    """Gives what lies in a memory, cut to a size."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = trainings.data()[index] if index >= len(MEMORY) else MEMORY[index]
+        return torch.cat([inputs[: SIZE["side"]], torch.zeros(6 - SIZE["side"])]), target
+
+
+def with_noise(items: Any) -> Any:
+    return _noisy(*default_collate(items))
+
+
+def _noisy(inputs: Tensor, targets: Tensor) -> Any:
+    return inputs + NOISE, targets
+
+
+def hook_of(function: Callable[[], Any], trigger: str = "on_batch_end") -> list[Callback]:
+    """A callback that calls `function`, of which is looked at what it names."""
+
+    class Calling(Callback):
+        pass
+
+    setattr(Calling, trigger, lambda self, *_: function())
+    return [Calling()]
+
+
+def _play() -> None:
+    LOGGED.append(1.0)
+    MEMORY.append((torch.ones(6), torch.tensor(1)))
+
+
+def _resize() -> None:
+    SIZE["side"] = 4
+
+
+def _louder() -> None:
+    global NOISE
+    NOISE = 0.1
+
+
+def a_memory_that_the_data_set_names() -> tuple[Options, str]:
+    return {
+        "train_loader": DataLoader(Replay(), batch_size=8),
+        "callbacks": hook_of(_play),
+    }, "MEMORY, a global"
+
+
+def a_setting_that_the_data_set_names() -> tuple[Options, str]:
+    return {
+        "train_loader": DataLoader(Replay(), batch_size=8),
+        "callbacks": hook_of(_resize),
+    }, "SIZE, a global"
+
+
+def a_global_that_the_collate_function_names() -> tuple[Options, str]:
+    loader = DataLoader(trainings.data(), batch_size=8, collate_fn=with_noise)
+    return {"train_loader": loader, "callbacks": hook_of(_louder)}, "NOISE, a global"
+
+
+def a_memory_that_is_an_attribute_of_the_data_set() -> tuple[Options, str]:
+    memory = deque(trainings.data())
+
+    class Holding(Dataset[Any]):
+        def __init__(self, given: Any) -> None:
+            self.buffer = given
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> Any:
+            return self.buffer[index]
+
+    loader = DataLoader(Holding(memory), batch_size=8)
+    callbacks = hook_of(lambda: memory.append((torch.ones(6), torch.tensor(1))))
+    return {"train_loader": loader, "callbacks": callbacks}, "memory, a variable that "
+
+
+def labels_of_a_data_set() -> tuple[Options, str]:
+    inputs, labels = trainings.data().tensors
+
+    def relabel() -> None:
+        labels[:3] = 1
+
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    return {"train_loader": loader, "callbacks": hook_of(relabel)}, "labels, a variable that relabel encloses"
+
+
+def weights_that_are_the_samplers() -> tuple[Options, str]:
+    weights = np.ones(48)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        weights[3] = float(loss.detach())
+        return loss
+
+    sampler = WeightedRandomSampler(torch.from_numpy(weights), 48)  # type: ignore[arg-type]
+    loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
+    return {"train_loader": loader, "forward": forward}, "weights, a variable that forward encloses"
+
+
+def what_a_function_of_the_scheduler_reads() -> tuple[Options, str]:
+    plateaus: list[int] = []
+
+    def make(model: nn.Module) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def schedule(optimizer: Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 ** len(plateaus))
+
+    model = trainings.network()
+    optimizer = make(model)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": schedule(optimizer),
+        "callbacks": hook_of(lambda: plateaus.append(1)),
+    }, "plateaus, a variable that "
+
+
+def what_a_function_of_the_scheduler_keeps() -> tuple[Options, str]:
+    factor = 1.0
+
+    def smaller(epoch: int) -> float:
+        nonlocal factor
+        factor *= 0.8
+        return factor
+
+    model = trainings.network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, smaller)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+    }, "factor, a variable that smaller encloses"
+
+
 def an_attribute_of_an_optimizer() -> tuple[Options, str]:
     class Every(torch.optim.Adam):
         """Steps with twice the rate every other time."""
@@ -360,7 +510,13 @@ TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
 }
 TOLD |= {
     made.__name__.replace("_", " "): made
-    for made in (an_attribute_of_the_data_set, weights_of_a_sampler, an_attribute_of_an_optimizer)
+    for made in (
+        *(an_attribute_of_the_data_set, weights_of_a_sampler, an_attribute_of_an_optimizer),
+        *(a_memory_that_the_data_set_names, a_setting_that_the_data_set_names),
+        *(a_global_that_the_collate_function_names, a_memory_that_is_an_attribute_of_the_data_set),
+        *(labels_of_a_data_set, weights_that_are_the_samplers),
+        *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
+    )
 }
 
 

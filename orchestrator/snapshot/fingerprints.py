@@ -18,14 +18,13 @@ from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.metric_states import capture_states, has_states
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.tensors import is_uninitialized
-from orchestrator.snapshot.users_code import is_users, variables
+from orchestrator.snapshot.users_code import SCALARS, is_users, variables
 
 __all__ = ["NOTHING", "Fingerprints", "memory_of"]
 
 NOTHING: Hashable = None
 """The fingerprint of what has no state that could be seen: functions, modules, objects of libraries."""
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _MANY = 256
 _DEPTH = 8
 
@@ -44,7 +43,7 @@ class Fingerprints:
 
     def of(self, value: Any, depth: int = 0) -> Hashable:
         """The fingerprint of `value`: equal while it has not changed."""
-        if isinstance(value, _SCALARS):
+        if isinstance(value, SCALARS):
             return type(value).__name__, repr(value) if isinstance(value, float | complex) else value
         if id(value) in self._known or id(value) in self._open or depth > _DEPTH:
             return NOTHING

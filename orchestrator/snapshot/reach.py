@@ -126,6 +126,15 @@ class Reach:
 
         self._own(Owner(f"{type(optimizer).__name__}.", "an attribute of an optimizer", attributes_of))
 
+    def add_scheduler(self, scheduler: object) -> None:
+        """A scheduler: its code, if it is the user's, and functions that it was given and does not save."""
+        self._follow_class(type(scheduler))
+        for function in getattr(scheduler, "lr_lambdas", ()):
+            if isinstance(function, types.FunctionType | types.MethodType | functools.partial):
+                self.add_function(function)
+            else:  # an object, whose attributes the scheduler saves
+                self._follow_class(type(function))
+
     def add_data(self, item: object, counts: bool) -> None:
         """A data set, sampler or loader: those of its attributes that the code added before may change.
 
@@ -215,7 +224,8 @@ class Reach:
         for name in used:  # what it uses of another file of the user's, as `file.name`
             module = namespace.get(name)
             if isinstance(module, types.ModuleType) and is_users(_In(module.__name__)):
-                self._add_names(vars(module), used_attributes(function.__code__) & vars(module).keys())
+                named = used_attributes(function.__code__) | set_attributes(function.__code__)
+                self._add_names(vars(module), named & vars(module).keys())
 
     def _add_names(self, namespace: dict[str, Any], used: set[str]) -> None:
         names = self._globals.get(id(namespace))

@@ -7,11 +7,13 @@ import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 __all__ = [
+    "SCALARS",
+    "attributes_read",
     "functions_of",
     "global_names",
     "is_users",
@@ -21,7 +23,10 @@ __all__ = [
     "stored_attributes",
     "used_attributes",
     "variables",
+    "variables_read",
 ]
+
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 _LIBRARIES = frozenset(
     {"torch", "numpy", "torchvision", "torchmetrics", "mlflow", "orchestrator", "states", "tracking"}
@@ -97,9 +102,9 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    for part in _codes(code):
-        yield from (i for i in dis.get_instructions(part) if i.opname not in _NOISE)
+@lru_cache(1024)
+def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(i for part in _codes(code) for i in dis.get_instructions(part) if i.opname not in _NOISE)
 
 
 def global_names(code: types.CodeType) -> set[str]:
@@ -122,6 +127,27 @@ def stored_attributes(cls: type) -> set[str]:
     return set().union(*(set_attributes(function.__code__) for function in functions_of(cls)))
 
 
+def variables_read(codes: Iterable[types.CodeType]) -> set[str]:
+    """The variables that `codes` read, as such or as `file.name`, other than to add to them."""
+    return {
+        i.argval
+        for found in map(_instructions, codes)
+        for here, i in enumerate(found)
+        if i.opname in _READS and not _only_adds(found, here)
+        if i.opname not in _ATTRIBUTES or (here and found[here - 1].opname in _GLOBALS)
+    }
+
+
+def attributes_read(codes: Iterable[types.CodeType]) -> set[str]:
+    """The attributes, of whatever, that `codes` read other than to add to them."""
+    return {
+        i.argval
+        for found in map(_instructions, codes)
+        for here, i in enumerate(found)
+        if i.opname in _ATTRIBUTES and not _only_adds(found, here)
+    }
+
+
 def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
     """Whether all that `codes` do with the variable or attribute `name` is to add to it, as to a log."""
     return not any(_reads(name, code) for code in codes)
@@ -130,13 +156,16 @@ def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
 def _reads(name: str, code: types.CodeType) -> bool:
     if any(name in part.co_consts for part in _codes(code)):  # by getattr
         return True
-    found = list(_instructions(code))
+    found = _instructions(code)
     is_argument = name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return any(
-        _loads(instruction, name, is_argument)
-        and not (_adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40]))
+        _loads(instruction, name, is_argument) and not _only_adds(found, here)
         for here, instruction in enumerate(found)
     )
+
+
+def _only_adds(found: Sequence[dis.Instruction], here: int) -> bool:
+    return _adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40])
 
 
 def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:

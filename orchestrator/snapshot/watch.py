@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from orchestrator.snapshot.attributes import capture_attributes
 from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, memory_of
 from orchestrator.snapshot.names import buffer_slots, parameter_slots
 from orchestrator.snapshot.reach import Owner, Reach
+from orchestrator.snapshot.readers import Readers
 from orchestrator.snapshot.users_code import is_users, only_written, variables
 
 __all__ = ["Watch", "parts_of"]
@@ -29,8 +31,8 @@ class Watch:
     are taken care of elsewhere: schedulers, the trainer. `data`: loaders, data sets and samplers; of these too, but for
     attributes that the code looked at has to do with.
 
-    Nothing is done between `begin` and `look`. A change is not told where the code only ever adds to the value,
-    as to a log, or where it is the reading of a clock.
+    Nothing is done between `begin` and `look`. A change is not told where the code, the data's too, only ever adds
+    to the value, as to a log, or where it is the reading of a clock.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Watch:
     ) -> None:
         self._modules = modules
         self._data = data
+        self._schedulers = [item for item in outside if isinstance(item, LRScheduler)]
         self.outside = [*outside, *data, *callbacks.values(), *hooked]
         for module in modules.values():
             self.outside += module.modules()
@@ -56,6 +59,7 @@ class Watch:
         self._before: list[dict[str, Hashable]] = []
         self._reach = Reach(())
         self._began: list[float] = []
+        self._readers: Readers | None = None
 
     @property
     def owners(self) -> list[Owner]:
@@ -86,14 +90,18 @@ class Watch:
             reach.add_optimizer(item)
         for function in self._functions:
             reach.add_function(function)
+        for scheduler in self._schedulers:
+            reach.add_scheduler(scheduler)
         for item in self._data:
             reach.add_data(item, _counts(item))
+        self._readers = None
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
     def look(self) -> list[str]:
         """What has changed since `begin` and was not told yet: a message for each."""
         self._take()
+        self._readers = None
         messages = []
         for owner, before, (values, now) in zip(self.owners, self._before, self._fingerprints(), strict=True):
             for name in values:
@@ -115,7 +123,17 @@ class Watch:
     def _matters(self, owner: Owner, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
         if now is NOTHING or now == before or self._is_time(value):
             return False
-        return owner.read_elsewhere or not only_written(name, self._reach.codes)
+        return (
+            owner.read_elsewhere
+            or not only_written(name, self._reach.codes)
+            or self._readers_now().read(name, value, is_attribute=bool(owner.label))
+        )
+
+    def _readers_now(self) -> Readers:
+        if self._readers is None:
+            data = {id(item) for item in self._data}
+            self._readers = Readers(self._data, [item for item in self.outside if id(item) not in data])
+        return self._readers
 
     def _is_time(self, value: Any) -> bool:
         if not isinstance(value, float):
@@ -176,7 +194,7 @@ def _is_blind(value: object) -> bool:
 _ADVICE = "Keep it in a buffer or a plain attribute of the model, or in a Callback with state_dict and load_state_dict."
 _CHANGED = (
     "{name}, {kind}, has changed since the training began and is in no checkpoint: a resumed run begins with its "
-    f"first value, and what depends on it will not be exact. {_ADVICE}"
+    f"first value; if the training depends on it, it will not be exact. {_ADVICE}"
 )
 _BLIND = (
     "{name}, {kind}, is a {type}, whose position is in no checkpoint: a resumed run begins it anew, so it will not be "
