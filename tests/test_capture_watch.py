@@ -19,7 +19,15 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torch.utils.data.dataloader import default_collate
 
 import trainings
@@ -427,6 +435,112 @@ def weights_that_are_the_samplers() -> tuple[Options, str]:
     return {"train_loader": loader, "forward": forward}, "weights, a variable that forward encloses"
 
 
+class Ordered(Dataset[Any]):
+    """Looks its order up, which methods change."""
+
+    def __init__(self) -> None:
+        self.samples, self.cache = trainings.data(), dict[int, Any]()
+        self.epoch, self.order, self.transform = 0, np.arange(48), _weak
+        self.reshuffle()
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        self.load(index)
+        inputs, target = self.cache[index]
+        return self.transform(inputs) * (1 + self.epoch), target
+
+    def load(self, index: int) -> None:
+        self.cache[index] = self.samples[int(self.order[index])]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def reshuffle(self) -> None:
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        np.random.shuffle(self.order)
+
+
+def _weak(inputs: Tensor) -> Tensor:
+    return inputs
+
+
+def an_order_that_a_method_of_the_data_changes() -> tuple[Options, str]:
+    data = Ordered()
+    return {
+        "train_loader": DataLoader(data, batch_size=8),
+        "callbacks": hook_of(lambda: data.reshuffle(), "on_epoch_end"),
+    }, "Ordered.order, an attribute of the data,"
+
+
+def an_epoch_that_a_method_of_the_data_sets() -> tuple[Options, str]:
+    data = Ordered()
+    return {
+        "train_loader": DataLoader(data, batch_size=8),
+        "callbacks": hook_of(lambda: data.set_epoch(1), "on_epoch_begin"),
+    }, "Ordered.epoch, an attribute of the data,"
+
+
+def a_list_that_a_sampler_shuffles() -> tuple[Options, str]:
+    class Buckets(Sampler[list[int]]):
+        def __init__(self) -> None:
+            self.batches = [list(range(i, i + 8)) for i in range(0, 48, 8)]
+            self.order: Any = None
+
+        def __len__(self) -> int:
+            return 6
+
+        def __iter__(self) -> Any:
+            self.order = torch.randperm(6).tolist()
+            random.shuffle(self.batches)
+            return iter(self.batches)
+
+    loader = DataLoader(trainings.data(), batch_sampler=Buckets())
+    return {"train_loader": loader}, "Buckets.batches, an attribute of the data,"
+
+
+def an_array_that_an_iterable_data_set_shuffles() -> tuple[Options, str]:
+    class Lines(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.order, self.buffer, self.samples = np.arange(48), list[Any](), trainings.data()
+
+        def __iter__(self) -> Any:
+            np.random.shuffle(self.order)
+            for index in self.order:
+                self.buffer.append(index)
+                yield self.samples[self.buffer[-1]]
+
+    return {"train_loader": DataLoader(Lines(), batch_size=8)}, "Lines.order, an attribute of the data,"
+
+
+def weights_that_a_method_of_the_sampler_sets() -> tuple[Options, str]:
+    class Hard(Sampler[int]):
+        def __init__(self) -> None:
+            self.weights = [1.0] * 48
+
+        def __len__(self) -> int:
+            return 48
+
+        def __iter__(self) -> Any:
+            return iter(torch.multinomial(torch.tensor(self.weights), 48).tolist())
+
+        def update(self, index: int, loss: float) -> None:
+            self.weights[index] = loss
+
+    sampler = Hard()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        sampler.update(3, float(loss.detach()))
+        return loss
+
+    loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
+    return {"train_loader": loader, "forward": forward}, "Hard.weights, an attribute of the data,"
+
+
 def what_a_function_of_the_scheduler_reads() -> tuple[Options, str]:
     plateaus: list[int] = []
 
@@ -515,6 +629,9 @@ TOLD |= {
         *(a_memory_that_the_data_set_names, a_setting_that_the_data_set_names),
         *(a_global_that_the_collate_function_names, a_memory_that_is_an_attribute_of_the_data_set),
         *(labels_of_a_data_set, weights_that_are_the_samplers),
+        *(an_order_that_a_method_of_the_data_changes, an_epoch_that_a_method_of_the_data_sets),
+        *(a_list_that_a_sampler_shuffles, an_array_that_an_iterable_data_set_shuffles),
+        weights_that_a_method_of_the_sampler_sets,
         *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
     )
 }
@@ -654,6 +771,7 @@ def test_what_a_data_set_does_to_itself_is_not_told(tmp_path: Path) -> None:
 
     class Reading(Callback):
         def on_epoch_end(self, epoch: int, metrics: Any) -> None:
+            sampler.set_epoch(self.trainer.epoch)
             assert self.trainer.epoch == sampler.epoch
             assert data.reads >= sampler.samples - 48
 

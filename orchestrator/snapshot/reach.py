@@ -11,7 +11,8 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.names import unique_submodules
@@ -138,21 +139,38 @@ class Reach:
     def add_data(self, item: object, counts: bool) -> None:
         """A data set, sampler or loader: those of its attributes that the code added before may change.
 
-        What only its own code changes, such as a cache, is its own affair; so are plain values where it `counts`
-        with them, which are kept with the order of its data, and what `set_epoch` sets.
+        It may by itself, or by a method of the data's that it names. What only the data's own code changes, such as
+        a cache, is its own affair; so are plain values where it `counts` with them, which are kept with the order of
+        its data, and there what `set_epoch` sets. But a list or array that is shuffled in place is not made anew
+        with the order, where it `counts`.
         """
-        begins = getattr(type(item), "set_epoch", None)
-        given = set_attributes(begins.__code__) if isinstance(begins, types.FunctionType) else set()
+        given = _set_by(type(item), {"set_epoch"}) if counts else set()
+        methods = _methods(type(item))
+        own = _closed({name for name in methods if name.startswith("__") and name != "__init__"}, methods)
 
         def changeable() -> dict[str, Any]:
-            sets, uses = self._set, self._set | self._used
+            named = [methods[name] for name in _closed(self._used & methods.keys() - own, methods) - own]
+            sets = self._set.union(*map(set_attributes, named))
+            uses = sets.union(self._used, *map(used_attributes, named))
             return {
                 name: value
                 for name, value in variables(item).items()
                 if name not in given and (not counts and name in sets if _is_plain(value) else name in uses)
             }
 
-        self.owners.append(Owner(f"{type(item).__name__}.", "an attribute of the data", changeable, True))
+        kind = "an attribute of the data"
+        self.owners.append(Owner(f"{type(item).__name__}.", kind, changeable, True))
+        if counts and not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
+            held = {name: (value, size) for name, value in variables(item).items() if (size := _size(value))}
+
+            def shuffled() -> dict[str, Any]:
+                return {
+                    name: value
+                    for name, value in variables(item).items()
+                    if name in held and held[name][0] is value and held[name][1] == _size(value)
+                }
+
+            self.owners.append(Owner(f"{type(item).__name__}.", kind, shuffled, True))
 
     @cached_property
     def _set(self) -> set[str]:
@@ -269,6 +287,37 @@ class _In:
 
 def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _size(value: object) -> tuple[int, ...]:
+    """The shape of a list, array or tensor of values, of lists of values too; empty for anything else."""
+    if isinstance(value, Tensor | np.ndarray):
+        return tuple(value.shape)
+    if isinstance(value, list) and all(_is_plain(v) or isinstance(v, list | tuple) for v in value[:_FIRST]):
+        return (len(value),) if value else ()
+    return ()
+
+
+def _methods(cls: type) -> dict[str, types.CodeType]:
+    """The code of the methods that are the user's, by name."""
+    kinds = [kind for kind in reversed(cls.__mro__) if is_users(kind)]
+    return {function.__name__: function.__code__ for kind in kinds for function in functions_of(kind)}
+
+
+def _closed(names: set[str], methods: Mapping[str, types.CodeType]) -> set[str]:
+    """The methods of these names, and those that they name in turn."""
+    found: set[str] = set()
+    left = names & methods.keys()
+    while left:
+        found |= left
+        left = set().union(*(used_attributes(methods[name]) for name in left)) & methods.keys() - found
+    return found
+
+
+def _set_by(cls: type, names: set[str]) -> set[str]:
+    """The attributes that the methods of these names set."""
+    methods = _methods(cls)
+    return set().union(*(set_attributes(methods[name]) for name in _closed(names, methods)))
 
 
 def _content(name: str, cell: types.CellType) -> dict[str, Any]:
