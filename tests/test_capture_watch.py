@@ -1,5 +1,6 @@
 """The watch: state that changes and is in no checkpoint is told once, by name; what is no state, never."""
 
+import datetime
 import functools
 import io
 import itertools
@@ -165,6 +166,37 @@ def a_callback_without_state_dict() -> tuple[Options, str]:
                 self.best = metrics["loss"]
 
     return {"callbacks": [Halving()]}, "Halving.best, an attribute of a callback that has no state_dict"
+
+
+def a_callback_whose_state_dict_leaves_it_out() -> tuple[Options, str]:
+    class Warm(Callback):
+        """All but what sets the rate is kept, in one way or another."""
+
+        kept = ("best", "losses", "al" + "ways")
+
+        def __init__(self) -> None:
+            self.best, self.bad, self.losses = 9.0, False, list[float]()
+            self.always = True
+            self.seen, self.mean = torch.zeros(2), torch.zeros(())
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.best = min(metrics["loss"], self.best)
+            self.bad = True
+            self.losses = [*self.losses[-3:], metrics["loss"]]
+            self.seen += 1
+            self.mean = torch.as_tensor(self.losses).mean()
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-2 / (1 + self.bad + self.always)
+
+        def state_dict(self) -> Options:
+            return {name: getattr(self, name) for name in self.kept} | {"tensors": self._tensors()}
+
+        def _tensors(self) -> Any:
+            return [self.seen.clone(), float(self.mean)]
+
+        def load_state_dict(self, state: Options) -> None:
+            self.best, self.losses, self.seen = state["best"], state["losses"], state["tensors"][0]
+
+    return {"callbacks": [Warm()]}, "Warm.bad, an attribute of a callback whose state_dict leaves it out,"
 
 
 def a_callback_that_adds_to_a_built_in_one() -> tuple[Options, str]:
@@ -617,6 +649,7 @@ TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
         for made in (
             *(a_closure, a_teacher, an_object_whose_method_is_forward, an_object_with_slots),
             *(a_callback_without_state_dict, a_callback_that_adds_to_a_built_in_one, a_metric_function),
+            a_callback_whose_state_dict_leaves_it_out,
             *(an_attribute_that_cannot_be_captured, an_object_in_the_model, a_count_in_the_class),
             *(a_loss_function, a_hook_of_a_module, an_optimizer_of_its_own, an_iterator),
         )
@@ -644,6 +677,22 @@ def test_what_changes_and_is_in_no_checkpoint_is_told_once_by_name(name: str, tm
     assert len([message for message in found if message.startswith(begin)]) == 1, found
     assert all("will not be exact" in message for message in found)
     assert len(found) == (2 if name == "an optimizer of its own" else 1), found
+
+
+def test_what_is_first_set_while_training_is_told_to_be_missing_after_a_resume(tmp_path: Path) -> None:
+    class Timer(Callback):
+        def on_epoch_begin(self, epoch: int) -> None:
+            self.began = time.time()
+            self.since, self.note = datetime.datetime.now(), time.time()
+
+        def on_epoch_end(self, epoch: int, metrics: Any) -> None:
+            print(time.time() - self.began, self.since)
+
+    found = told(tmp_path, {"callbacks": [Timer()]})
+    assert [message.partition(" and ")[0] for message in found] == [
+        f"Timer.{name}, an attribute of a callback that has no state_dict, was first set while training"
+        for name in ("began", "since")
+    ]
 
 
 # --- what is not told -----------------------------------------------------------------------------------------

@@ -32,11 +32,16 @@ _DEPTH = 8
 class Fingerprints:
     """Takes fingerprints, with nothing for tensors whose memory is among `captured` and objects of `known` ids.
 
+    Without `versions` those of a value and its copy are equal.
+
     Of a tensor or array up to 1,024 elements are read, with its version, shape and dtype; of a container up to
     256. So a change may go unseen in a large one that was written to by other than torch's means.
     """
 
-    def __init__(self, captured: Collection[Hashable], known: Collection[int]) -> None:
+    def __init__(
+        self, captured: Collection[Hashable], known: Collection[int], *, versions: bool = True
+    ) -> None:
+        self._versions = versions
         self._captured = captured
         self._known = known
         self._open: set[int] = set()
@@ -48,7 +53,7 @@ class Fingerprints:
         if id(value) in self._known or id(value) in self._open or depth > _DEPTH:
             return NOTHING
         if isinstance(value, Tensor):
-            return NOTHING if memory_of(value) in self._captured else _tensor(value)
+            return NOTHING if memory_of(value) in self._captured else _tensor(value, self._versions)
         if isinstance(value, np.ndarray | np.generic):
             return _array(np.asarray(value))
         self._open.add(id(value))
@@ -107,8 +112,8 @@ def memory_of(tensor: Tensor) -> Hashable:
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _tensor(tensor: Tensor) -> Hashable:
-    version = None if tensor.is_inference() else tensor._version
+def _tensor(tensor: Tensor, versions: bool) -> Hashable:
+    version = tensor._version if versions and not tensor.is_inference() else None
     return "tensor", str(tensor.dtype), tuple(tensor.shape), version, _sample(tensor)
 
 

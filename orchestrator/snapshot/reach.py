@@ -22,6 +22,7 @@ from orchestrator.snapshot.users_code import (
     is_users,
     set_attributes,
     stored_attributes,
+    strings_in,
     used_attributes,
     variables,
 )
@@ -55,6 +56,10 @@ class Owner:
     read: Callable[[], Mapping[str, Any]]
     read_elsewhere: bool = False
     """Whether the values are there for code that was not looked at."""
+    of_callback: bool = False
+    """Whether the values are attributes of a callback."""
+    saved: Callable[[], object] | None = None
+    """What the user's own code gives to checkpoints, some of the values perhaps among it."""
 
 
 class Reach:
@@ -100,20 +105,23 @@ class Reach:
                 self.add_function(hook)
 
     def add_callback(self, name: str, callback: object) -> None:
-        """A callback of the user's: its code and, where the user gave it no state_dict, its attributes."""
-        if not is_users(type(callback)):
+        """A callback of the user's: its code, and those of its attributes that its state_dict does not name."""
+        cls = type(callback)
+        if not is_users(cls):
             return
-        self._follow_class(type(callback))
-        if is_users(_defining(type(callback), "state_dict")):
+        self._follow_class(cls)
+        kept = {"trainer", *_of_libraries(cls)}  # what a built-in one sets, it saves
+        kind, saved = "an attribute of a callback that has no state_dict", None
+        if is_users(_defining(cls, "state_dict")):
+            kind, saved = "an attribute of a callback whose state_dict leaves it out", callback.state_dict  # type: ignore[attr-defined]
+            kept |= _named_by(cls, {"state_dict", "load_state_dict"})
             for value in variables(callback).values():
                 self._follow(value, name)
-            return
-        kept = {"trainer", *_of_libraries(type(callback))}  # what a built-in one sets, it saves
 
         def attributes_of() -> dict[str, Any]:
             return {key: value for key, value in variables(callback).items() if key not in kept}
 
-        self._own(Owner(f"{name}.", "an attribute of a callback that has no state_dict", attributes_of))
+        self._own(Owner(f"{name}.", kind, attributes_of, of_callback=True, saved=saved))
 
     def add_optimizer(self, optimizer: object) -> None:
         """An optimizer of the user's own class: its code, and what it keeps beside `state` and `param_groups`."""
@@ -312,6 +320,19 @@ def _closed(names: set[str], methods: Mapping[str, types.CodeType]) -> set[str]:
         found |= left
         left = set().union(*(used_attributes(methods[name]) for name in left)) & methods.keys() - found
     return found
+
+
+def _named_by(cls: type, names: set[str]) -> set[str]:
+    """The attributes that the methods of these names read, set, or have the names of as strings."""
+    closed = _closed(names, _methods(cls))
+    codes = [
+        function.__code__
+        for kind in cls.__mro__
+        if is_users(kind)
+        for function in functions_of(kind)
+        if function.__name__ in closed
+    ]
+    return set().union(*(used_attributes(c) | set_attributes(c) | strings_in(c) for c in codes))
 
 
 def _set_by(cls: type, names: set[str]) -> set[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "owner_of",
     "set_attributes",
     "stored_attributes",
+    "strings_in",
     "used_attributes",
     "variables",
     "variables_read",
@@ -120,6 +121,16 @@ def used_attributes(code: types.CodeType) -> set[str]:
 def set_attributes(code: types.CodeType) -> set[str]:
     """The attributes, of whatever, that `code` sets."""
     return {i.argval for i in _instructions(code) if i.opname == "STORE_ATTR"}
+
+
+def strings_in(code: types.CodeType) -> set[str]:
+    """The constants of `code` that are strings, those in tuples too."""
+    found: set[str] = set()
+    for part in _codes(code):
+        for constant in part.co_consts:
+            items = constant if isinstance(constant, tuple | frozenset) else (constant,)
+            found.update(item for item in items if isinstance(item, str))
+    return found
 
 
 def stored_attributes(cls: type) -> set[str]:

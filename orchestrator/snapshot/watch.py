@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -15,7 +17,7 @@ from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, memory_of
 from orchestrator.snapshot.names import buffer_slots, parameter_slots
 from orchestrator.snapshot.reach import Owner, Reach
 from orchestrator.snapshot.readers import Readers
-from orchestrator.snapshot.users_code import is_users, only_written, variables
+from orchestrator.snapshot.users_code import SCALARS, is_users, only_written, variables
 
 __all__ = ["Watch", "parts_of"]
 
@@ -113,16 +115,30 @@ class Watch:
                     messages.append(
                         _BLIND.format(name=place[1], kind=owner.kind, type=type(values[name]).__name__)
                     )
-                elif self._matters(
-                    owner, name, values[name], before.get(name, NOTHING), now.get(name, NOTHING)
-                ):
+                elif message := self._change(owner, name, values[name], before, now):
                     self._told.add(place)
-                    messages.append(_CHANGED.format(name=place[1], kind=owner.kind))
+                    messages.append(message.format(name=place[1], kind=owner.kind))
         return messages
 
-    def _matters(self, owner: Owner, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
-        if now is NOTHING or now == before or self._is_time(value):
-            return False
+    def _change(
+        self,
+        owner: Owner,
+        name: str,
+        value: Any,
+        before: Mapping[str, Hashable],
+        now: Mapping[str, Hashable],
+    ) -> str | None:
+        """What there is to tell of a value, if there is."""
+        is_new, is_time = name not in before, self._is_time(value)
+        if is_time or (now[name] is NOTHING and owner.of_callback):
+            return _MISSING if is_new and self._is_read(owner, name, value) else None
+        if now[name] is NOTHING or now[name] == before.get(name, NOTHING):
+            return None
+        if owner.saved is not None and _is_saved(name, value, owner.saved):
+            return None
+        return _CHANGED if self._is_read(owner, name, value) else None
+
+    def _is_read(self, owner: Owner, name: str, value: Any) -> bool:
         return (
             owner.read_elsewhere
             or not only_written(name, self._reach.codes)
@@ -191,10 +207,49 @@ def _is_blind(value: object) -> bool:
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and not is_users(type(value))
 
 
+def _is_saved(name: str, value: object, saved: Callable[[], object]) -> bool:
+    """Whether `value`, or a copy of it, is among what is saved; a plain one by its name."""
+    try:
+        state = saved()
+    except Exception:  # the capture, which calls it too, will raise it
+        return False
+    fingerprints = Fingerprints((), (), versions=False)
+    mine = {fingerprints.of(plain) for plain in _as_saved(value)} - {NOTHING}
+    left, looked_at = deque[tuple[object, Any]]([("", state)]), 0
+    while left and looked_at < _MANY:
+        key, item = left.popleft()
+        looked_at += 1
+        if (key == name or not isinstance(value, SCALARS)) and (
+            item is value or any(fingerprints.of(plain) in mine for plain in _as_saved(item))
+        ):
+            return True
+        if isinstance(item, dict):
+            left.extend(item.items())
+        elif isinstance(item, list | tuple):
+            left.extend(("", part) for part in item)
+    return False
+
+
+def _as_saved(value: Any) -> Iterator[Any]:
+    """The value, and what it may be made into to be saved."""
+    yield value
+    if isinstance(value, Tensor | np.ndarray | np.generic) and np.prod(value.shape) == 1:
+        yield value.item()
+    elif hasattr(value, "state_dict"):
+        yield value.state_dict()
+    elif is_users(type(value)):
+        yield variables(value)
+
+
 _ADVICE = "Keep it in a buffer or a plain attribute of the model, or in a Callback with state_dict and load_state_dict."
 _CHANGED = (
     "{name}, {kind}, has changed since the training began and is in no checkpoint: a resumed run begins with its "
     f"first value; if the training depends on it, it will not be exact. {_ADVICE}"
+)
+_MISSING = (
+    "{name}, {kind}, was first set while training and is in no checkpoint: a resumed run does not have it until the "
+    "code sets it again, and fails where it is read before. Give it a value before the training begins, such as in "
+    "__init__ or on_train_begin."
 )
 _BLIND = (
     "{name}, {kind}, is a {type}, whose position is in no checkpoint: a resumed run begins it anew, so it will not be "
