@@ -1,5 +1,6 @@
 """The watch: state that changes and is in no checkpoint is told once, by name; what is no state, never."""
 
+import argparse
 import datetime
 import functools
 import io
@@ -7,6 +8,7 @@ import itertools
 import logging
 import random
 import time
+import types
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import (
@@ -172,7 +175,7 @@ def a_callback_whose_state_dict_leaves_it_out() -> tuple[Options, str]:
     class Warm(Callback):
         """All but what sets the rate is kept, in one way or another."""
 
-        kept = ("best", "losses", "al" + "ways")
+        kept = ("best", "losses", "always")
 
         def __init__(self) -> None:
             self.best, self.bad, self.losses = 9.0, False, list[float]()
@@ -610,6 +613,157 @@ def what_a_function_of_the_scheduler_keeps() -> tuple[Options, str]:
     }, "factor, a variable that smaller encloses"
 
 
+# of other kinds than containers and tensors
+
+
+def a_namespace() -> tuple[Options, str]:
+    state = types.SimpleNamespace(temperature=1.0)
+
+    def cool() -> None:
+        state.temperature = 0.9
+
+    return {
+        "forward": lambda model, batch: loss_of(model, batch) / state.temperature,
+        "callbacks": hook_of(cool),
+    }, "state.temperature, an attribute of a SimpleNamespace,"
+
+
+def arguments_of_the_command_line() -> tuple[Options, str]:
+    args = argparse.Namespace(eps=1.0, lr=0.1)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        args.eps = max(0.01, args.eps * 0.95)
+        return loss_of(model, batch) * args.eps * args.lr
+
+    return {"forward": forward}, "args.eps, an attribute of a Namespace,"
+
+
+def _smooth(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
+
+
+def a_function_that_is_exchanged() -> tuple[Options, str]:
+    criterion: Any = nn.functional.cross_entropy
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return criterion(model(batch[0]), batch[1])  # type: ignore[no-any-return]
+
+    def switch() -> None:
+        nonlocal criterion
+        criterion = _smooth
+
+    return {"forward": forward, "callbacks": hook_of(switch)}, "criterion, a variable that "
+
+
+def arguments_of_a_function_that_are_exchanged() -> tuple[Options, str]:
+    criterion = functools.partial(nn.functional.cross_entropy, label_smoothing=0.0)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return criterion(model(batch[0]), batch[1])
+
+    def switch() -> None:
+        nonlocal criterion
+        criterion = functools.partial(nn.functional.cross_entropy, label_smoothing=0.1)
+
+    return {"forward": forward, "callbacks": hook_of(switch)}, "criterion, a variable that "
+
+
+def a_transform_that_is_exchanged() -> tuple[Options, str]:
+    data = Ordered()
+
+    def switch() -> None:
+        data.transform = lambda inputs: inputs + 1
+
+    loader = DataLoader(data, batch_size=8)
+    return {
+        "train_loader": loader,
+        "callbacks": hook_of(switch),
+    }, "Ordered.transform, an attribute of the data,"
+
+
+def an_activation_that_is_exchanged() -> tuple[Options, str]:
+    class Acting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.act = trainings.network(), torch.relu
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.act(self.layers(inputs))
+
+    model = Acting()
+
+    def switch() -> None:
+        model.act = torch.tanh  # type: ignore[assignment]
+
+    return {"model": model, "callbacks": hook_of(switch)}, "model.act, an attribute of a module,"
+
+
+def a_hook_that_is_registered_while_training() -> tuple[Options, str]:
+    model = trainings.network()
+
+    def register() -> None:
+        if not model[0]._forward_hooks:
+            model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+
+    return {"model": model, "callbacks": hook_of(register)}, "model.0.hooks, registered with a module"
+
+
+def a_hook_of_a_tensor() -> tuple[Options, str]:
+    model, scale = trainings.network(), {"of": 1.0}
+    model[0].weight.register_hook(lambda gradient: gradient * scale["of"])
+
+    def smaller() -> None:
+        scale["of"] = 0.5
+
+    return {"model": model, "callbacks": hook_of(smaller)}, "scale, a variable that "
+
+
+def an_optimizer_that_a_tensor_calls() -> tuple[Options, str]:
+    model = trainings.network()
+    weight = model[0].weight
+    own = torch.optim.Adam([weight])
+
+    def step(parameter: Tensor) -> None:
+        own.step()
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(step)
+    trained = [parameter for parameter in model.parameters() if parameter is not weight]
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(trained, lr=0.1),
+    }, "own, a variable that step encloses,"
+
+
+def an_object_of_a_library() -> tuple[Options, str]:
+    scaler = StandardScaler()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        scaler.partial_fit(batch[0].numpy())
+        inputs = torch.from_numpy(scaler.transform(batch[0].numpy())).float()
+        return loss_of(model, (inputs, batch[1]))
+
+    return {"forward": forward}, "scaler, a variable that forward encloses,"
+
+
+def a_list_of_batches_changed_in_place() -> tuple[Options, str]:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        batch[0].add_(0.1)
+        return loss_of(model, batch)
+
+    return {"train_loader": list(trainings.loader()), "forward": forward}, "list, given as data,"
+
+
+def a_list_of_samples() -> tuple[Options, str]:
+    samples = list(trainings.data())
+
+    def relabel() -> None:
+        samples[5] = (samples[5][0], torch.tensor(2))
+
+    loader = DataLoader(samples, batch_size=8)  # type: ignore[arg-type]
+    return {"train_loader": loader, "callbacks": hook_of(relabel)}, "list, given as data,"
+
+
 def an_attribute_of_an_optimizer() -> tuple[Options, str]:
     class Every(torch.optim.Adam):
         """Steps with twice the rate every other time."""
@@ -665,6 +819,11 @@ TOLD |= {
         *(an_order_that_a_method_of_the_data_changes, an_epoch_that_a_method_of_the_data_sets),
         *(a_list_that_a_sampler_shuffles, an_array_that_an_iterable_data_set_shuffles),
         weights_that_a_method_of_the_sampler_sets,
+        *(a_namespace, arguments_of_the_command_line, a_function_that_is_exchanged),
+        *(arguments_of_a_function_that_are_exchanged, a_transform_that_is_exchanged),
+        *(an_activation_that_is_exchanged, a_hook_that_is_registered_while_training, a_hook_of_a_tensor),
+        *(an_optimizer_that_a_tensor_calls, an_object_of_a_library),
+        *(a_list_of_batches_changed_in_place, a_list_of_samples),
         *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
     )
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,7 +19,9 @@ from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.users_code import (
     functions_of,
     global_names,
+    has_users_variables,
     is_users,
+    owner_of,
     set_attributes,
     stored_attributes,
     strings_in,
@@ -36,12 +38,15 @@ _HOOKS = (
     "_backward_hooks",
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
+    "_post_accumulate_grad_hooks",
 )
 _OPTIMIZERS_OWN = frozenset({"step", "_opt_called", "_step_count"})
 """Set on an optimizer by torch's schedulers."""
 
 _FIRST = 64
 _OWNERS = 2_000
+_ITEMS = 100
+_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -97,12 +102,19 @@ class Reach:
             self._own(Owner(f"{label}.", "an attribute of a module", left))
             self._follow_class(type(part))
             self.add_hooks(part)
+            for parameter in part._parameters.values():
+                self.add_hooks(parameter)
+
+        def hooks() -> dict[str, Any]:
+            parts = unique_submodules(module).items()
+            return {f"{name}.hooks" if name else "hooks": _users_hooks(part) for name, part in parts}
+
+        self.owners.append(Owner(f"{path}.", "registered with a module or its parameters", hooks, True))
 
     def add_hooks(self, item: object) -> None:
-        """The functions that are registered as hooks of a module or an optimizer."""
-        for name in _HOOKS:
-            for hook in getattr(item, name, {}).values():
-                self.add_function(hook)
+        """The functions that are registered as hooks of a module, a parameter or an optimizer."""
+        for hook in _hooks(item):
+            self.add_function(hook)
 
     def add_callback(self, name: str, callback: object) -> None:
         """A callback of the user's: its code, and those of its attributes that its state_dict does not name."""
@@ -180,6 +192,10 @@ class Reach:
 
             self.owners.append(Owner(f"{type(item).__name__}.", kind, shuffled, True))
 
+    def add_values(self, item: object) -> None:
+        """A list, dict, tensor or array that was given as data: the plain values, tensors and arrays in it."""
+        self.owners.append(Owner("", "given as data", lambda: {type(item).__name__: _values(item, 0)}, True))
+
     @cached_property
     def _set(self) -> set[str]:
         """The names of the attributes that the code sets, of whatever."""
@@ -214,7 +230,7 @@ class Reach:
             self._follow_function(inner)
         elif isinstance(item, type):
             self._follow_class(item)
-        elif is_users(type(item)):
+        elif has_users_variables(item):
             self._follow_class(type(item))
             if not isinstance(item, nn.Module):  # whose fingerprint is its holder's
                 self._seen[id(item)] = item
@@ -293,8 +309,36 @@ class _In:
     __module__: str
 
 
+def _hooks(item: object) -> Iterator[Any]:
+    for name in _HOOKS:
+        yield from (getattr(item, name, None) or {}).values()
+
+
+def _users_hooks(part: nn.Module) -> list[Any]:
+    """The hooks of a module and its parameters that the user's code has registered."""
+    return [
+        hook
+        for item in (part, *part._parameters.values())
+        for hook in _hooks(item)
+        if is_users(owner_of(hook))
+    ]
+
+
 def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _values(item: Any, depth: int) -> Any:
+    """A copy of the containers of `item`, with nothing in place of objects."""
+    if isinstance(item, Tensor | np.ndarray | np.generic) or _is_plain(item):
+        return item
+    if depth > _DEPTH:
+        return None
+    if isinstance(item, dict):
+        return {key: _values(item[key], depth + 1) for key in islice(item, _ITEMS)}
+    if isinstance(item, list | tuple):
+        return [len(item), *(_values(part, depth + 1) for part in item[:: max(1, len(item) // _ITEMS)])]
+    return None
 
 
 def _size(value: object) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dis
 import functools
 import sys
@@ -16,6 +17,7 @@ __all__ = [
     "attributes_read",
     "functions_of",
     "global_names",
+    "has_users_variables",
     "is_users",
     "only_written",
     "owner_of",
@@ -66,6 +68,11 @@ def _is_users_module(name: str) -> bool:
         return name not in sys.builtin_module_names
     installed = any(folder in file for folder in _INSTALLED)
     return not installed and not file.startswith(_FOLDERS)
+
+
+def has_users_variables(item: object) -> bool:
+    """Whether the attributes of `item` are the user's affair: an object of the user's classes, or a namespace."""
+    return isinstance(item, types.SimpleNamespace | argparse.Namespace) or is_users(type(item))
 
 
 def owner_of(hook: Any) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from orchestrator.snapshot.attributes import capture_attributes
-from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, memory_of
+from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, is_of_code, memory_of
 from orchestrator.snapshot.names import buffer_slots, parameter_slots
 from orchestrator.snapshot.reach import Owner, Reach
 from orchestrator.snapshot.readers import Readers
-from orchestrator.snapshot.users_code import SCALARS, is_users, only_written, variables
+from orchestrator.snapshot.users_code import SCALARS, has_users_variables, is_users, only_written, variables
 
 __all__ = ["Watch", "parts_of"]
 
@@ -96,6 +96,8 @@ class Watch:
             reach.add_scheduler(scheduler)
         for item in self._data:
             reach.add_data(item, _counts(item))
+        for item in _outermost(self._data):
+            reach.add_values(item)
         self._readers = None
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
@@ -130,9 +132,10 @@ class Watch:
     ) -> str | None:
         """What there is to tell of a value, if there is."""
         is_new, is_time = name not in before, self._is_time(value)
-        if is_time or (now[name] is NOTHING and owner.of_callback):
-            return _MISSING if is_new and self._is_read(owner, name, value) else None
-        if now[name] is NOTHING or now[name] == before.get(name, NOTHING):
+        is_code, was_code = is_of_code(now[name]), is_of_code(before.get(name, NOTHING))
+        if is_new and (is_time or (owner.of_callback and (is_code or now[name] is NOTHING))):
+            return _MISSING if self._is_read(owner, name, value) else None
+        if is_time or now[name] == before.get(name, NOTHING) or (now[name] is NOTHING and not was_code):
             return None
         if owner.saved is not None and _is_saved(name, value, owner.saved):
             return None
@@ -181,6 +184,17 @@ class Watch:
 def _counts(item: object) -> bool:
     """Whether plain values of a sampler or an iterable data set are kept with the order of its data."""
     return hasattr(item, "__iter__") and not type(item).__module__.startswith("torch.")
+
+
+def _outermost(data: Iterable[object]) -> Iterator[object]:
+    """The plain containers, tensors and arrays of `data` that lie in none that comes before."""
+    inside: set[int] = set()
+    for item in data:
+        if isinstance(item, list | tuple | dict | Tensor | np.ndarray):
+            if id(item) not in inside:
+                yield item
+            if not isinstance(item, Tensor | np.ndarray):
+                inside.update(map(id, item.values() if isinstance(item, dict) else item))
 
 
 _INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
@@ -237,7 +251,7 @@ def _as_saved(value: Any) -> Iterator[Any]:
         yield value.item()
     elif hasattr(value, "state_dict"):
         yield value.state_dict()
-    elif is_users(type(value)):
+    elif has_users_variables(value):
         yield variables(value)
 
 
