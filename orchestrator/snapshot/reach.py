@@ -63,6 +63,8 @@ class Owner:
     """Whether the values are there for code that was not looked at."""
     of_callback: bool = False
     """Whether the values are attributes of a callback."""
+    cls: type | None = None
+    """The class of the object whose attributes they are, which may have values for those that it lacks."""
     saved: Callable[[], object] | None = None
     """What the user's own code gives to checkpoints, some of the values perhaps among it."""
 
@@ -133,7 +135,7 @@ class Reach:
         def attributes_of() -> dict[str, Any]:
             return {key: value for key, value in variables(callback).items() if key not in kept}
 
-        self._own(Owner(f"{name}.", kind, attributes_of, of_callback=True, saved=saved))
+        self._own(Owner(f"{name}.", kind, attributes_of, of_callback=True, cls=cls, saved=saved))
 
     def add_optimizer(self, optimizer: object) -> None:
         """An optimizer of the user's own class: its code, and what it keeps beside `state` and `param_groups`."""
@@ -235,7 +237,7 @@ class Reach:
             if not isinstance(item, nn.Module):  # whose fingerprint is its holder's
                 self._seen[id(item)] = item
                 kind = f"an attribute of a {type(item).__name__}"
-                self._own(Owner(f"{label}.", kind, functools.partial(variables, item)))
+                self._own(Owner(f"{label}.", kind, functools.partial(variables, item), cls=type(item)))
 
     def _follow_all(self, items: Iterable[Any], label: str) -> None:
         for item in islice(items, _FIRST):

@@ -131,7 +131,7 @@ class Watch:
         now: Mapping[str, Hashable],
     ) -> str | None:
         """What there is to tell of a value, if there is."""
-        is_new, is_time = name not in before, self._is_time(value)
+        is_new, is_time = name not in before and not hasattr(owner.cls, name), self._is_time(value)
         is_code, was_code = is_of_code(now[name]), is_of_code(before.get(name, NOTHING))
         if is_new and (is_time or (owner.of_callback and (is_code or now[name] is NOTHING))):
             return _MISSING if self._is_read(owner, name, value) else None
