@@ -1,6 +1,7 @@
 """The watch: state that changes and is in no checkpoint is told once, by name; what is no state, never."""
 
 import argparse
+import copy
 import datetime
 import functools
 import io
@@ -925,13 +926,159 @@ def test_nothing_is_told_of_a_script_as_people_write_them(tmp_path: Path) -> Non
     assert len(losses) == len(records) == 12
 
 
+HISTORY: dict[str, list[float]] = {"loss": []}
+
+
+class Augmented(Dataset[Any]):
+    """A cache of its own, filled by a method, and attributes named as hooks name their logs."""
+
+    def __init__(self) -> None:
+        self.HISTORY, self.cache, self.calls = list(trainings.data()), dict[int, Any](), 0
+        self.transform: Any = self.noisy
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.load(index)
+        return {"LOGGED": self.transform(inputs), "HISTORY": target}
+
+    def load(self, index: int) -> Any:
+        if index not in self.cache:
+            self.cache[index] = self.HISTORY[index]
+        return self.cache[index]
+
+    def noisy(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs + 0.1 * torch.randn(6)
+
+
+class Bucketed(Sampler[list[int]]):
+    """Makes its batches anew for each epoch, and is told which."""
+
+    def __init__(self) -> None:
+        self.epoch, self.batches = 0, list[list[int]]()
+        self.make()
+
+    def make(self) -> None:
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        self.batches = [order[i : i + 8] for i in range(0, 48, 8)]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        self.make()
+        return iter(self.batches)
+
+
+def test_nothing_is_told_of_data_as_people_write_it(tmp_path: Path) -> None:
+    sampler = Bucketed()
+
+    def note() -> None:
+        LOGGED.append(0.5)
+        HISTORY["loss"].append(0.5)
+        sampler.set_epoch(1)
+        torch.load(io.BytesIO(saved))
+
+    stream = io.BytesIO()
+    torch.save({}, stream)
+    saved = stream.getvalue()
+
+    def collate(items: Any) -> Any:
+        return default_collate([tuple(item.values()) for item in items])
+
+    loader = DataLoader(Augmented(), batch_sampler=sampler, collate_fn=collate)
+    assert told(tmp_path, {"train_loader": loader, "callbacks": hook_of(note)}) == []
+    assert told(tmp_path, {"train_loader": list(trainings.loader()), "callbacks": hook_of(note)}) == []
+
+
+def test_nothing_is_told_of_callbacks_that_save_in_ways_of_their_own(tmp_path: Path) -> None:
+    class Meter:
+        def __init__(self) -> None:
+            self.sum, self.count = 0.0, 0
+
+        def update(self, value: float) -> None:
+            self.sum, self.count = self.sum + value, self.count + 1
+
+        def state_dict(self) -> Options:
+            return dict(vars(self))
+
+    class Metered(Callback):
+        def __init__(self) -> None:
+            self.meter, self.began = Meter(), time.time()
+
+        def on_epoch_begin(self, epoch: int) -> None:
+            self.began = time.time()
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.meter.update(metrics["loss"])
+            print(time.time() - self.began, self.meter.sum)
+
+        def state_dict(self) -> Options:
+            return {"meter": self.meter.state_dict()}
+
+        def load_state_dict(self, state: Options) -> None:
+            vars(self.meter).update(state["meter"])
+
+    class Best(Callback):
+        def __init__(self) -> None:
+            self.best, self.state, self.recent = 9.0, None, deque[float](maxlen=3)
+
+        def on_train_begin(self) -> None:
+            self.began = time.time()
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.recent.append(metrics["loss"])
+            if max(self.recent) < self.best:
+                self.best = metrics["loss"]
+                self.state = copy.deepcopy(self.trainer.model.state_dict())
+
+        def state_dict(self) -> Options:
+            return {
+                name: value for name, value in vars(self).items() if name not in ("trainer", "recent")
+            } | {"last": list(self.recent)}
+
+        def load_state_dict(self, state: Options) -> None:
+            self.recent.extend(state.pop("last"))
+            vars(self).update(state)
+
+    assert told(tmp_path, {"callbacks": [Metered(), Best()]}) == []
+
+
+def test_nothing_is_told_of_hooks_and_objects_that_stay_as_they_were(tmp_path: Path) -> None:
+    model, norms = trainings.network(), list[float]()
+    inputs = trainings.data().tensors[0].numpy()
+    scaler, args = StandardScaler().fit(inputs), argparse.Namespace(device="cpu", log=[])
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    act: Any = nn.functional.relu
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        scaled = torch.from_numpy(scaler.transform(batch[0].numpy())).float()
+        loss = loss_of(model, (act(scaled.to(args.device)), batch[1]))
+        args.log.append(float(loss.detach()))
+        return loss
+
+    options = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "forward": forward}
+    assert told(tmp_path, options) == []
+
+
 def test_reading_what_was_added_makes_it_state() -> None:
     log: list[float] = []
     table: dict[Any, Any] = {}
+    history: dict[str, list[float]] = {"loss": []}
 
     def adds() -> None:
         log.append(1.0)
         table[len("ab"), "x"] = max(1, 2)
+        history["loss"].append(2.0)
 
     def reads() -> float:
         return log[-1]
@@ -939,11 +1086,16 @@ def test_reading_what_was_added_makes_it_state() -> None:
     def changes() -> None:
         table["n"] += 1
 
+    def reads_an_item() -> float:
+        return history["loss"][-1]
+
     def by_name() -> Any:
         return getattr(reads, "log")  # noqa: B009
 
     assert only_written("log", [adds.__code__])
     assert only_written("table", [adds.__code__])
+    assert only_written("history", [adds.__code__])
+    assert not only_written("history", [reads_an_item.__code__])
     assert not only_written("log", [adds.__code__, reads.__code__])
     assert not only_written("log", [adds.__code__, by_name.__code__])
     assert not only_written("table", [changes.__code__])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -80,6 +80,10 @@ class Reach:
         self.codes: list[types.CodeType] = []
         self._seen: dict[int, object] = {id(item): item for item in outside}
         self._globals: dict[int, set[str]] = {}
+        self._saved: Callable[[], object] | None = (
+            None  # what the callback saves whose attributes are followed
+        )
+        self._kept: Collection[str] = frozenset()  # the attributes that it names to do so
 
     @property
     def known(self) -> frozenset[int]:
@@ -129,8 +133,10 @@ class Reach:
         if is_users(_defining(cls, "state_dict")):
             kind, saved = "an attribute of a callback whose state_dict leaves it out", callback.state_dict  # type: ignore[attr-defined]
             kept |= _named_by(cls, {"state_dict", "load_state_dict"})
+            self._saved, self._kept = saved, kept
             for value in variables(callback).values():
                 self._follow(value, name)
+            self._saved, self._kept = None, frozenset()
 
         def attributes_of() -> dict[str, Any]:
             return {key: value for key, value in variables(callback).items() if key not in kept}
@@ -237,7 +243,8 @@ class Reach:
             if not isinstance(item, nn.Module):  # whose fingerprint is its holder's
                 self._seen[id(item)] = item
                 kind = f"an attribute of a {type(item).__name__}"
-                self._own(Owner(f"{label}.", kind, functools.partial(variables, item), cls=type(item)))
+                read = functools.partial(_variables_but, item, self._kept)
+                self._own(Owner(f"{label}.", kind, read, cls=type(item), saved=self._saved))
 
     def _follow_all(self, items: Iterable[Any], label: str) -> None:
         for item in islice(items, _FIRST):
@@ -385,6 +392,10 @@ def _set_by(cls: type, names: set[str]) -> set[str]:
     """The attributes that the methods of these names set."""
     methods = _methods(cls)
     return set().union(*(set_attributes(methods[name]) for name in _closed(names, methods)))
+
+
+def _variables_but(item: object, kept: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in variables(item).items() if name not in kept}
 
 
 def _content(name: str, cell: types.CellType) -> dict[str, Any]:

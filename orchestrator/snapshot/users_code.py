@@ -183,7 +183,8 @@ def _reads(name: str, code: types.CodeType) -> bool:
 
 
 def _only_adds(found: Sequence[dis.Instruction], here: int) -> bool:
-    return _adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40])
+    following = found[here + 1 : here + 40]
+    return _adds(following[0]) or _sets_an_item(following) or _adds_to_an_item(following)
 
 
 def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:
@@ -195,6 +196,15 @@ def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:
 
 def _adds(after: dis.Instruction) -> bool:
     return after.opname in _ATTRIBUTES and after.argval in _ADDS
+
+
+def _adds_to_an_item(following: Sequence[dis.Instruction]) -> bool:
+    """Whether what was just loaded is the container of `container[key].append(value)`, of a simple key."""
+    if len(following) < 3 or not following[0].opname.startswith("LOAD_"):
+        return False
+    found = following[1]
+    is_item = found.opname == "BINARY_SUBSCR" or (found.opname == "BINARY_OP" and found.argrepr == "[]")
+    return is_item and following[0].opname not in _ATTRIBUTES and _adds(following[2])
 
 
 def _sets_an_item(following: Iterable[dis.Instruction]) -> bool:
