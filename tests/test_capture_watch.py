@@ -1,11 +1,15 @@
 """The watch: state that changes and is in no checkpoint is told once, by name; what is no state, never."""
 
+import argparse
+import copy
+import datetime
 import functools
 import io
 import itertools
 import logging
 import random
 import time
+import types
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +21,19 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torch.utils.data.dataloader import default_collate
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
@@ -156,6 +170,37 @@ def a_callback_without_state_dict() -> tuple[Options, str]:
                 self.best = metrics["loss"]
 
     return {"callbacks": [Halving()]}, "Halving.best, an attribute of a callback that has no state_dict"
+
+
+def a_callback_whose_state_dict_leaves_it_out() -> tuple[Options, str]:
+    class Warm(Callback):
+        """All but what sets the rate is kept, in one way or another."""
+
+        kept = ("best", "losses", "always")
+
+        def __init__(self) -> None:
+            self.best, self.bad, self.losses = 9.0, False, list[float]()
+            self.always = True
+            self.seen, self.mean = torch.zeros(2), torch.zeros(())
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.best = min(metrics["loss"], self.best)
+            self.bad = True
+            self.losses = [*self.losses[-3:], metrics["loss"]]
+            self.seen += 1
+            self.mean = torch.as_tensor(self.losses).mean()
+            self.trainer.optimizers[0].param_groups[0]["lr"] = 1e-2 / (1 + self.bad + self.always)
+
+        def state_dict(self) -> Options:
+            return {name: getattr(self, name) for name in self.kept} | {"tensors": self._tensors()}
+
+        def _tensors(self) -> Any:
+            return [self.seen.clone(), float(self.mean)]
+
+        def load_state_dict(self, state: Options) -> None:
+            self.best, self.losses, self.seen = state["best"], state["losses"], state["tensors"][0]
+
+    return {"callbacks": [Warm()]}, "Warm.bad, an attribute of a callback whose state_dict leaves it out,"
 
 
 def a_callback_that_adds_to_a_built_in_one() -> tuple[Options, str]:
@@ -314,6 +359,412 @@ def weights_of_a_sampler() -> tuple[Options, str]:
     }, "WeightedRandomSampler.weights, an attribute of the data,"
 
 
+# read by the data's code only
+
+
+MEMORY: deque[tuple[Tensor, Tensor]] = deque(maxlen=60)
+SIZE = {"side": 3}
+NOISE = 0.0
+LOGGED: list[float] = []
+
+
+class Replay(Dataset[Any]):
+    """Gives what lies in a memory, cut to a size."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = trainings.data()[index] if index >= len(MEMORY) else MEMORY[index]
+        return torch.cat([inputs[: SIZE["side"]], torch.zeros(6 - SIZE["side"])]), target
+
+
+def with_noise(items: Any) -> Any:
+    return _noisy(*default_collate(items))
+
+
+def _noisy(inputs: Tensor, targets: Tensor) -> Any:
+    return inputs + NOISE, targets
+
+
+def hook_of(function: Callable[[], Any], trigger: str = "on_batch_end") -> list[Callback]:
+    """A callback that calls `function`, of which is looked at what it names."""
+
+    class Calling(Callback):
+        pass
+
+    setattr(Calling, trigger, lambda self, *_: function())
+    return [Calling()]
+
+
+def _play() -> None:
+    LOGGED.append(1.0)
+    MEMORY.append((torch.ones(6), torch.tensor(1)))
+
+
+def _resize() -> None:
+    SIZE["side"] = 4
+
+
+def _louder() -> None:
+    global NOISE
+    NOISE = 0.1
+
+
+def a_memory_that_the_data_set_names() -> tuple[Options, str]:
+    return {
+        "train_loader": DataLoader(Replay(), batch_size=8),
+        "callbacks": hook_of(_play),
+    }, "MEMORY, a global"
+
+
+def a_setting_that_the_data_set_names() -> tuple[Options, str]:
+    return {
+        "train_loader": DataLoader(Replay(), batch_size=8),
+        "callbacks": hook_of(_resize),
+    }, "SIZE, a global"
+
+
+def a_global_that_the_collate_function_names() -> tuple[Options, str]:
+    loader = DataLoader(trainings.data(), batch_size=8, collate_fn=with_noise)
+    return {"train_loader": loader, "callbacks": hook_of(_louder)}, "NOISE, a global"
+
+
+def a_memory_that_is_an_attribute_of_the_data_set() -> tuple[Options, str]:
+    memory = deque(trainings.data())
+
+    class Holding(Dataset[Any]):
+        def __init__(self, given: Any) -> None:
+            self.buffer = given
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> Any:
+            return self.buffer[index]
+
+    loader = DataLoader(Holding(memory), batch_size=8)
+    callbacks = hook_of(lambda: memory.append((torch.ones(6), torch.tensor(1))))
+    return {"train_loader": loader, "callbacks": callbacks}, "memory, a variable that "
+
+
+def labels_of_a_data_set() -> tuple[Options, str]:
+    inputs, labels = trainings.data().tensors
+
+    def relabel() -> None:
+        labels[:3] = 1
+
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    return {"train_loader": loader, "callbacks": hook_of(relabel)}, "labels, a variable that relabel encloses"
+
+
+def weights_that_are_the_samplers() -> tuple[Options, str]:
+    weights = np.ones(48)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        weights[3] = float(loss.detach())
+        return loss
+
+    sampler = WeightedRandomSampler(torch.from_numpy(weights), 48)  # type: ignore[arg-type]
+    loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
+    return {"train_loader": loader, "forward": forward}, "weights, a variable that forward encloses"
+
+
+class Ordered(Dataset[Any]):
+    """Looks its order up, which methods change."""
+
+    def __init__(self) -> None:
+        self.samples, self.cache = trainings.data(), dict[int, Any]()
+        self.epoch, self.order, self.transform = 0, np.arange(48), _weak
+        self.reshuffle()
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        self.load(index)
+        inputs, target = self.cache[index]
+        return self.transform(inputs) * (1 + self.epoch), target
+
+    def load(self, index: int) -> None:
+        self.cache[index] = self.samples[int(self.order[index])]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def reshuffle(self) -> None:
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        np.random.shuffle(self.order)
+
+
+def _weak(inputs: Tensor) -> Tensor:
+    return inputs
+
+
+def an_order_that_a_method_of_the_data_changes() -> tuple[Options, str]:
+    data = Ordered()
+    return {
+        "train_loader": DataLoader(data, batch_size=8),
+        "callbacks": hook_of(lambda: data.reshuffle(), "on_epoch_end"),
+    }, "Ordered.order, an attribute of the data,"
+
+
+def an_epoch_that_a_method_of_the_data_sets() -> tuple[Options, str]:
+    data = Ordered()
+    return {
+        "train_loader": DataLoader(data, batch_size=8),
+        "callbacks": hook_of(lambda: data.set_epoch(1), "on_epoch_begin"),
+    }, "Ordered.epoch, an attribute of the data,"
+
+
+def a_list_that_a_sampler_shuffles() -> tuple[Options, str]:
+    class Buckets(Sampler[list[int]]):
+        def __init__(self) -> None:
+            self.batches = [list(range(i, i + 8)) for i in range(0, 48, 8)]
+            self.order: Any = None
+
+        def __len__(self) -> int:
+            return 6
+
+        def __iter__(self) -> Any:
+            self.order = torch.randperm(6).tolist()
+            random.shuffle(self.batches)
+            return iter(self.batches)
+
+    loader = DataLoader(trainings.data(), batch_sampler=Buckets())
+    return {"train_loader": loader}, "Buckets.batches, an attribute of the data,"
+
+
+def an_array_that_an_iterable_data_set_shuffles() -> tuple[Options, str]:
+    class Lines(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.order, self.buffer, self.samples = np.arange(48), list[Any](), trainings.data()
+
+        def __iter__(self) -> Any:
+            np.random.shuffle(self.order)
+            for index in self.order:
+                self.buffer.append(index)
+                yield self.samples[self.buffer[-1]]
+
+    return {"train_loader": DataLoader(Lines(), batch_size=8)}, "Lines.order, an attribute of the data,"
+
+
+def weights_that_a_method_of_the_sampler_sets() -> tuple[Options, str]:
+    class Hard(Sampler[int]):
+        def __init__(self) -> None:
+            self.weights = [1.0] * 48
+
+        def __len__(self) -> int:
+            return 48
+
+        def __iter__(self) -> Any:
+            return iter(torch.multinomial(torch.tensor(self.weights), 48).tolist())
+
+        def update(self, index: int, loss: float) -> None:
+            self.weights[index] = loss
+
+    sampler = Hard()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_of(model, batch)
+        sampler.update(3, float(loss.detach()))
+        return loss
+
+    loader = DataLoader(trainings.data(), batch_size=8, sampler=sampler)
+    return {"train_loader": loader, "forward": forward}, "Hard.weights, an attribute of the data,"
+
+
+def what_a_function_of_the_scheduler_reads() -> tuple[Options, str]:
+    plateaus: list[int] = []
+
+    def make(model: nn.Module) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def schedule(optimizer: Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 ** len(plateaus))
+
+    model = trainings.network()
+    optimizer = make(model)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": schedule(optimizer),
+        "callbacks": hook_of(lambda: plateaus.append(1)),
+    }, "plateaus, a variable that "
+
+
+def what_a_function_of_the_scheduler_keeps() -> tuple[Options, str]:
+    factor = 1.0
+
+    def smaller(epoch: int) -> float:
+        nonlocal factor
+        factor *= 0.8
+        return factor
+
+    model = trainings.network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, smaller)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+    }, "factor, a variable that smaller encloses"
+
+
+# of other kinds than containers and tensors
+
+
+def a_namespace() -> tuple[Options, str]:
+    state = types.SimpleNamespace(temperature=1.0)
+
+    def cool() -> None:
+        state.temperature = 0.9
+
+    return {
+        "forward": lambda model, batch: loss_of(model, batch) / state.temperature,
+        "callbacks": hook_of(cool),
+    }, "state.temperature, an attribute of a SimpleNamespace,"
+
+
+def arguments_of_the_command_line() -> tuple[Options, str]:
+    args = argparse.Namespace(eps=1.0, lr=0.1)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        args.eps = max(0.01, args.eps * 0.95)
+        return loss_of(model, batch) * args.eps * args.lr
+
+    return {"forward": forward}, "args.eps, an attribute of a Namespace,"
+
+
+def _smooth(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.3)
+
+
+def a_function_that_is_exchanged() -> tuple[Options, str]:
+    criterion: Any = nn.functional.cross_entropy
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return criterion(model(batch[0]), batch[1])  # type: ignore[no-any-return]
+
+    def switch() -> None:
+        nonlocal criterion
+        criterion = _smooth
+
+    return {"forward": forward, "callbacks": hook_of(switch)}, "criterion, a variable that "
+
+
+def arguments_of_a_function_that_are_exchanged() -> tuple[Options, str]:
+    criterion = functools.partial(nn.functional.cross_entropy, label_smoothing=0.0)
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return criterion(model(batch[0]), batch[1])
+
+    def switch() -> None:
+        nonlocal criterion
+        criterion = functools.partial(nn.functional.cross_entropy, label_smoothing=0.1)
+
+    return {"forward": forward, "callbacks": hook_of(switch)}, "criterion, a variable that "
+
+
+def a_transform_that_is_exchanged() -> tuple[Options, str]:
+    data = Ordered()
+
+    def switch() -> None:
+        data.transform = lambda inputs: inputs + 1
+
+    loader = DataLoader(data, batch_size=8)
+    return {
+        "train_loader": loader,
+        "callbacks": hook_of(switch),
+    }, "Ordered.transform, an attribute of the data,"
+
+
+def an_activation_that_is_exchanged() -> tuple[Options, str]:
+    class Acting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.act = trainings.network(), torch.relu
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.act(self.layers(inputs))
+
+    model = Acting()
+
+    def switch() -> None:
+        model.act = torch.tanh  # type: ignore[assignment]
+
+    return {"model": model, "callbacks": hook_of(switch)}, "model.act, an attribute of a module,"
+
+
+def a_hook_that_is_registered_while_training() -> tuple[Options, str]:
+    model = trainings.network()
+
+    def register() -> None:
+        if not model[0]._forward_hooks:
+            model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+
+    return {"model": model, "callbacks": hook_of(register)}, "model.0.hooks, registered with a module"
+
+
+def a_hook_of_a_tensor() -> tuple[Options, str]:
+    model, scale = trainings.network(), {"of": 1.0}
+    model[0].weight.register_hook(lambda gradient: gradient * scale["of"])
+
+    def smaller() -> None:
+        scale["of"] = 0.5
+
+    return {"model": model, "callbacks": hook_of(smaller)}, "scale, a variable that "
+
+
+def an_optimizer_that_a_tensor_calls() -> tuple[Options, str]:
+    model = trainings.network()
+    weight = model[0].weight
+    own = torch.optim.Adam([weight])
+
+    def step(parameter: Tensor) -> None:
+        own.step()
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(step)
+    trained = [parameter for parameter in model.parameters() if parameter is not weight]
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(trained, lr=0.1),
+    }, "own, a variable that step encloses,"
+
+
+def an_object_of_a_library() -> tuple[Options, str]:
+    scaler = StandardScaler()
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        scaler.partial_fit(batch[0].numpy())
+        inputs = torch.from_numpy(scaler.transform(batch[0].numpy())).float()
+        return loss_of(model, (inputs, batch[1]))
+
+    return {"forward": forward}, "scaler, a variable that forward encloses,"
+
+
+def a_list_of_batches_changed_in_place() -> tuple[Options, str]:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        batch[0].add_(0.1)
+        return loss_of(model, batch)
+
+    return {"train_loader": list(trainings.loader()), "forward": forward}, "list, given as data,"
+
+
+def a_list_of_samples() -> tuple[Options, str]:
+    samples = list(trainings.data())
+
+    def relabel() -> None:
+        samples[5] = (samples[5][0], torch.tensor(2))
+
+    loader = DataLoader(samples, batch_size=8)  # type: ignore[arg-type]
+    return {"train_loader": loader, "callbacks": hook_of(relabel)}, "list, given as data,"
+
+
 def an_attribute_of_an_optimizer() -> tuple[Options, str]:
     class Every(torch.optim.Adam):
         """Steps with twice the rate every other time."""
@@ -353,6 +804,7 @@ TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
         for made in (
             *(a_closure, a_teacher, an_object_whose_method_is_forward, an_object_with_slots),
             *(a_callback_without_state_dict, a_callback_that_adds_to_a_built_in_one, a_metric_function),
+            a_callback_whose_state_dict_leaves_it_out,
             *(an_attribute_that_cannot_be_captured, an_object_in_the_model, a_count_in_the_class),
             *(a_loss_function, a_hook_of_a_module, an_optimizer_of_its_own, an_iterator),
         )
@@ -360,7 +812,21 @@ TOLD: dict[str, Callable[[], tuple[Options, str]]] = {
 }
 TOLD |= {
     made.__name__.replace("_", " "): made
-    for made in (an_attribute_of_the_data_set, weights_of_a_sampler, an_attribute_of_an_optimizer)
+    for made in (
+        *(an_attribute_of_the_data_set, weights_of_a_sampler, an_attribute_of_an_optimizer),
+        *(a_memory_that_the_data_set_names, a_setting_that_the_data_set_names),
+        *(a_global_that_the_collate_function_names, a_memory_that_is_an_attribute_of_the_data_set),
+        *(labels_of_a_data_set, weights_that_are_the_samplers),
+        *(an_order_that_a_method_of_the_data_changes, an_epoch_that_a_method_of_the_data_sets),
+        *(a_list_that_a_sampler_shuffles, an_array_that_an_iterable_data_set_shuffles),
+        weights_that_a_method_of_the_sampler_sets,
+        *(a_namespace, arguments_of_the_command_line, a_function_that_is_exchanged),
+        *(arguments_of_a_function_that_are_exchanged, a_transform_that_is_exchanged),
+        *(an_activation_that_is_exchanged, a_hook_that_is_registered_while_training, a_hook_of_a_tensor),
+        *(an_optimizer_that_a_tensor_calls, an_object_of_a_library),
+        *(a_list_of_batches_changed_in_place, a_list_of_samples),
+        *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
+    )
 }
 
 
@@ -371,6 +837,24 @@ def test_what_changes_and_is_in_no_checkpoint_is_told_once_by_name(name: str, tm
     assert len([message for message in found if message.startswith(begin)]) == 1, found
     assert all("will not be exact" in message for message in found)
     assert len(found) == (2 if name == "an optimizer of its own" else 1), found
+
+
+def test_what_is_first_set_while_training_is_told_to_be_missing_after_a_resume(tmp_path: Path) -> None:
+    class Timer(Callback):
+        started = 0.0
+
+        def on_epoch_begin(self, epoch: int) -> None:
+            self.began = self.started = time.time()
+            self.since, self.note = datetime.datetime.now(), time.time()
+
+        def on_epoch_end(self, epoch: int, metrics: Any) -> None:
+            print(self.started, time.time() - self.began, self.since)
+
+    found = told(tmp_path, {"callbacks": [Timer()]})
+    assert [message.partition(" and ")[0] for message in found] == [
+        f"Timer.{name}, an attribute of a callback that has no state_dict, was first set while training"
+        for name in ("began", "since")
+    ]
 
 
 # --- what is not told -----------------------------------------------------------------------------------------
@@ -442,13 +926,159 @@ def test_nothing_is_told_of_a_script_as_people_write_them(tmp_path: Path) -> Non
     assert len(losses) == len(records) == 12
 
 
+HISTORY: dict[str, list[float]] = {"loss": []}
+
+
+class Augmented(Dataset[Any]):
+    """A cache of its own, filled by a method, and attributes named as hooks name their logs."""
+
+    def __init__(self) -> None:
+        self.HISTORY, self.cache, self.calls = list(trainings.data()), dict[int, Any](), 0
+        self.transform: Any = self.noisy
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.load(index)
+        return {"LOGGED": self.transform(inputs), "HISTORY": target}
+
+    def load(self, index: int) -> Any:
+        if index not in self.cache:
+            self.cache[index] = self.HISTORY[index]
+        return self.cache[index]
+
+    def noisy(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs + 0.1 * torch.randn(6)
+
+
+class Bucketed(Sampler[list[int]]):
+    """Makes its batches anew for each epoch, and is told which."""
+
+    def __init__(self) -> None:
+        self.epoch, self.batches = 0, list[list[int]]()
+        self.make()
+
+    def make(self) -> None:
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        self.batches = [order[i : i + 8] for i in range(0, 48, 8)]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        self.make()
+        return iter(self.batches)
+
+
+def test_nothing_is_told_of_data_as_people_write_it(tmp_path: Path) -> None:
+    sampler = Bucketed()
+
+    def note() -> None:
+        LOGGED.append(0.5)
+        HISTORY["loss"].append(0.5)
+        sampler.set_epoch(1)
+        torch.load(io.BytesIO(saved))
+
+    stream = io.BytesIO()
+    torch.save({}, stream)
+    saved = stream.getvalue()
+
+    def collate(items: Any) -> Any:
+        return default_collate([tuple(item.values()) for item in items])
+
+    loader = DataLoader(Augmented(), batch_sampler=sampler, collate_fn=collate)
+    assert told(tmp_path, {"train_loader": loader, "callbacks": hook_of(note)}) == []
+    assert told(tmp_path, {"train_loader": list(trainings.loader()), "callbacks": hook_of(note)}) == []
+
+
+def test_nothing_is_told_of_callbacks_that_save_in_ways_of_their_own(tmp_path: Path) -> None:
+    class Meter:
+        def __init__(self) -> None:
+            self.sum, self.count = 0.0, 0
+
+        def update(self, value: float) -> None:
+            self.sum, self.count = self.sum + value, self.count + 1
+
+        def state_dict(self) -> Options:
+            return dict(vars(self))
+
+    class Metered(Callback):
+        def __init__(self) -> None:
+            self.meter, self.began = Meter(), time.time()
+
+        def on_epoch_begin(self, epoch: int) -> None:
+            self.began = time.time()
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.meter.update(metrics["loss"])
+            print(time.time() - self.began, self.meter.sum)
+
+        def state_dict(self) -> Options:
+            return {"meter": self.meter.state_dict()}
+
+        def load_state_dict(self, state: Options) -> None:
+            vars(self.meter).update(state["meter"])
+
+    class Best(Callback):
+        def __init__(self) -> None:
+            self.best, self.state, self.recent = 9.0, None, deque[float](maxlen=3)
+
+        def on_train_begin(self) -> None:
+            self.began = time.time()
+
+        def on_batch_end(self, batch: int, metrics: Any) -> None:
+            self.recent.append(metrics["loss"])
+            if max(self.recent) < self.best:
+                self.best = metrics["loss"]
+                self.state = copy.deepcopy(self.trainer.model.state_dict())
+
+        def state_dict(self) -> Options:
+            return {
+                name: value for name, value in vars(self).items() if name not in ("trainer", "recent")
+            } | {"last": list(self.recent)}
+
+        def load_state_dict(self, state: Options) -> None:
+            self.recent.extend(state.pop("last"))
+            vars(self).update(state)
+
+    assert told(tmp_path, {"callbacks": [Metered(), Best()]}) == []
+
+
+def test_nothing_is_told_of_hooks_and_objects_that_stay_as_they_were(tmp_path: Path) -> None:
+    model, norms = trainings.network(), list[float]()
+    inputs = trainings.data().tensors[0].numpy()
+    scaler, args = StandardScaler().fit(inputs), argparse.Namespace(device="cpu", log=[])
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    nn.utils.parametrizations.spectral_norm(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    act: Any = nn.functional.relu
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        scaled = torch.from_numpy(scaler.transform(batch[0].numpy())).float()
+        loss = loss_of(model, (act(scaled.to(args.device)), batch[1]))
+        args.log.append(float(loss.detach()))
+        return loss
+
+    options = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "forward": forward}
+    assert told(tmp_path, options) == []
+
+
 def test_reading_what_was_added_makes_it_state() -> None:
     log: list[float] = []
     table: dict[Any, Any] = {}
+    history: dict[str, list[float]] = {"loss": []}
 
     def adds() -> None:
         log.append(1.0)
         table[len("ab"), "x"] = max(1, 2)
+        history["loss"].append(2.0)
 
     def reads() -> float:
         return log[-1]
@@ -456,11 +1086,16 @@ def test_reading_what_was_added_makes_it_state() -> None:
     def changes() -> None:
         table["n"] += 1
 
+    def reads_an_item() -> float:
+        return history["loss"][-1]
+
     def by_name() -> Any:
         return getattr(reads, "log")  # noqa: B009
 
     assert only_written("log", [adds.__code__])
     assert only_written("table", [adds.__code__])
+    assert only_written("history", [adds.__code__])
+    assert not only_written("history", [reads_an_item.__code__])
     assert not only_written("log", [adds.__code__, reads.__code__])
     assert not only_written("log", [adds.__code__, by_name.__code__])
     assert not only_written("table", [changes.__code__])
@@ -498,6 +1133,7 @@ def test_what_a_data_set_does_to_itself_is_not_told(tmp_path: Path) -> None:
 
     class Reading(Callback):
         def on_epoch_end(self, epoch: int, metrics: Any) -> None:
+            sampler.set_epoch(self.trainer.epoch)
             assert self.trainer.epoch == sampler.epoch
             assert data.reads >= sampler.samples - 48
 

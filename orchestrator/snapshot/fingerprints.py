@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import sys
+import types
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
 from itertools import chain, islice
@@ -18,40 +21,77 @@ from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.metric_states import capture_states, has_states
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.tensors import is_uninitialized
-from orchestrator.snapshot.users_code import is_users, variables
+from orchestrator.snapshot.users_code import SCALARS, has_users_variables, variables
 
-__all__ = ["NOTHING", "Fingerprints", "memory_of"]
+__all__ = ["NOTHING", "Fingerprints", "is_of_code", "memory_of"]
 
 NOTHING: Hashable = None
-"""The fingerprint of what has no state that could be seen: functions, modules, objects of libraries."""
+"""The fingerprint of what has no state that could be seen: modules, iterators, objects of most libraries."""
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_CODE = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.MethodDescriptorType,
+    functools.partial,
+    np.ufunc,
+    type,
+)
+_QUIET = frozenset(
+    {
+        *("torch", "torchvision", "torchmetrics", "numpy", "orchestrator", "states", "tracking"),
+        *("tqdm", "matplotlib", "seaborn", "plotly", "PIL", "rich", "loguru", "click", "yaml", "pandas"),
+        *(
+            "tensorboard",
+            "tensorboardX",
+            "mlflow",
+            "wandb",
+            "comet_ml",
+            "neptune",
+            "clearml",
+            "aim",
+            "visdom",
+        ),
+        *("psutil", "pynvml", "pytest", "_pytest", "IPython", "ipykernel"),
+    }
+)
+"""Libraries whose objects are not looked into: they print, draw and log, or are looked at in other ways."""
 _MANY = 256
+_PARTS = 16
 _DEPTH = 8
 
 
 class Fingerprints:
     """Takes fingerprints, with nothing for tensors whose memory is among `captured` and objects of `known` ids.
 
+    Without `versions` those of a value and its copy are equal.
+
     Of a tensor or array up to 1,024 elements are read, with its version, shape and dtype; of a container up to
     256. So a change may go unseen in a large one that was written to by other than torch's means.
     """
 
-    def __init__(self, captured: Collection[Hashable], known: Collection[int]) -> None:
+    def __init__(
+        self, captured: Collection[Hashable], known: Collection[int], *, versions: bool = True
+    ) -> None:
+        self._versions = versions
         self._captured = captured
         self._known = known
         self._open: set[int] = set()
 
     def of(self, value: Any, depth: int = 0) -> Hashable:
         """The fingerprint of `value`: equal while it has not changed."""
-        if isinstance(value, _SCALARS):
+        if isinstance(value, SCALARS):
             return type(value).__name__, repr(value) if isinstance(value, float | complex) else value
-        if id(value) in self._known or id(value) in self._open or depth > _DEPTH:
-            return NOTHING
         if isinstance(value, Tensor):
-            return NOTHING if memory_of(value) in self._captured else _tensor(value)
+            return NOTHING if memory_of(value) in self._captured else _tensor(value, self._versions)
         if isinstance(value, np.ndarray | np.generic):
             return _array(np.asarray(value))
+        if depth > _DEPTH:
+            return NOTHING
+        if isinstance(value, _CODE):
+            return self._code(value, depth)
+        if id(value) in self._known or id(value) in self._open:
+            return NOTHING
         self._open.add(id(value))
         try:
             return self._inside(value, depth)
@@ -73,15 +113,49 @@ class Fingerprints:
             return self._all("optimizer", None, [groups, list(value.state.values())], depth)
         if isinstance(value, LRScheduler | torch.amp.GradScaler):
             return self._all("object", None, [dict(vars(value))], depth)
-        if is_users(type(value)) and not isinstance(value, type):
+        if has_users_variables(value):
             return self._all("object", None, [variables(value)], depth)
+        if _may_learn(value):
+            return self._all("learnt", None, islice(_arrays(value, 0), _MANY), depth)
         return NOTHING
+
+    def _code(self, value: Any, depth: int) -> Hashable:
+        """Which code it is, not what it encloses: that is looked at for itself."""
+        if isinstance(value, functools.partial):
+            return "code", *(self.of(part, depth + 1) for part in (value.func, value.args, value.keywords))
+        line = value.__code__.co_firstlineno if isinstance(value, types.FunctionType) else None
+        name = getattr(value, "__qualname__", None) or getattr(value, "__name__", "")
+        return "code", getattr(value, "__module__", None), name, line
 
     def _all(self, kind: str, size: Hashable, items: Any, depth: int) -> Hashable:
         parts = tuple(self.of(item, depth + 1) for item in items)
         if parts and all(part is NOTHING for part in parts):
             return NOTHING
         return kind, size, parts
+
+
+def is_of_code(fingerprint: Hashable) -> bool:
+    """Whether it is that of a function, a partial or a class."""
+    return isinstance(fingerprint, tuple) and fingerprint[0] == "code"
+
+
+def _may_learn(value: object) -> bool:
+    """Whether it is of a library that may keep arrays which matter, such as a scaler of sklearn."""
+    if isinstance(value, (*_CODE, nn.Module)):
+        return False
+    top = type(value).__module__.partition(".")[0]
+    return top not in _QUIET and top not in sys.stdlib_module_names
+
+
+def _arrays(value: object, depth: int) -> Iterator[Any]:
+    """The arrays and tensors among the attributes of a library's object, and of those in it."""
+    for item in variables(value).values():
+        for part in item if isinstance(item, list | tuple) and len(item) <= _PARTS else (item,):
+            for inner in part if isinstance(part, tuple) and len(part) <= _PARTS else (part,):
+                if isinstance(inner, Tensor | np.ndarray | np.generic):
+                    yield inner
+                elif depth < 2 and hasattr(inner, "__dict__") and _may_learn(inner):
+                    yield from _arrays(inner, depth + 1)
 
 
 def _some(values: Any) -> list[Any]:
@@ -108,8 +182,8 @@ def memory_of(tensor: Tensor) -> Hashable:
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
 
 
-def _tensor(tensor: Tensor) -> Hashable:
-    version = None if tensor.is_inference() else tensor._version
+def _tensor(tensor: Tensor, versions: bool) -> Hashable:
+    version = tensor._version if versions and not tensor.is_inference() else None
     return "tensor", str(tensor.dtype), tuple(tensor.shape), version, _sample(tensor)
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.users_code import (
     functions_of,
     global_names,
+    has_users_variables,
     is_users,
+    owner_of,
     set_attributes,
     stored_attributes,
+    strings_in,
     used_attributes,
     variables,
 )
@@ -34,12 +38,15 @@ _HOOKS = (
     "_backward_hooks",
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
+    "_post_accumulate_grad_hooks",
 )
 _OPTIMIZERS_OWN = frozenset({"step", "_opt_called", "_step_count"})
 """Set on an optimizer by torch's schedulers."""
 
 _FIRST = 64
 _OWNERS = 2_000
+_ITEMS = 100
+_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,12 @@ class Owner:
     read: Callable[[], Mapping[str, Any]]
     read_elsewhere: bool = False
     """Whether the values are there for code that was not looked at."""
+    of_callback: bool = False
+    """Whether the values are attributes of a callback."""
+    cls: type | None = None
+    """The class of the object whose attributes they are, which may have values for those that it lacks."""
+    saved: Callable[[], object] | None = None
+    """What the user's own code gives to checkpoints, some of the values perhaps among it."""
 
 
 class Reach:
@@ -67,6 +80,10 @@ class Reach:
         self.codes: list[types.CodeType] = []
         self._seen: dict[int, object] = {id(item): item for item in outside}
         self._globals: dict[int, set[str]] = {}
+        self._saved: Callable[[], object] | None = (
+            None  # what the callback saves whose attributes are followed
+        )
+        self._kept: Collection[str] = frozenset()  # the attributes that it names to do so
 
     @property
     def known(self) -> frozenset[int]:
@@ -95,28 +112,40 @@ class Reach:
             self._own(Owner(f"{label}.", "an attribute of a module", left))
             self._follow_class(type(part))
             self.add_hooks(part)
+            for parameter in part._parameters.values():
+                self.add_hooks(parameter)
+
+        def hooks() -> dict[str, Any]:
+            parts = unique_submodules(module).items()
+            return {f"{name}.hooks" if name else "hooks": _users_hooks(part) for name, part in parts}
+
+        self.owners.append(Owner(f"{path}.", "registered with a module or its parameters", hooks, True))
 
     def add_hooks(self, item: object) -> None:
-        """The functions that are registered as hooks of a module or an optimizer."""
-        for name in _HOOKS:
-            for hook in getattr(item, name, {}).values():
-                self.add_function(hook)
+        """The functions that are registered as hooks of a module, a parameter or an optimizer."""
+        for hook in _hooks(item):
+            self.add_function(hook)
 
     def add_callback(self, name: str, callback: object) -> None:
-        """A callback of the user's: its code and, where the user gave it no state_dict, its attributes."""
-        if not is_users(type(callback)):
+        """A callback of the user's: its code, and those of its attributes that its state_dict does not name."""
+        cls = type(callback)
+        if not is_users(cls):
             return
-        self._follow_class(type(callback))
-        if is_users(_defining(type(callback), "state_dict")):
+        self._follow_class(cls)
+        kept = {"trainer", *_of_libraries(cls)}  # what a built-in one sets, it saves
+        kind, saved = "an attribute of a callback that has no state_dict", None
+        if is_users(_defining(cls, "state_dict")):
+            kind, saved = "an attribute of a callback whose state_dict leaves it out", callback.state_dict  # type: ignore[attr-defined]
+            kept |= _named_by(cls, {"state_dict", "load_state_dict"})
+            self._saved, self._kept = saved, kept
             for value in variables(callback).values():
                 self._follow(value, name)
-            return
-        kept = {"trainer", *_of_libraries(type(callback))}  # what a built-in one sets, it saves
+            self._saved, self._kept = None, frozenset()
 
         def attributes_of() -> dict[str, Any]:
             return {key: value for key, value in variables(callback).items() if key not in kept}
 
-        self._own(Owner(f"{name}.", "an attribute of a callback that has no state_dict", attributes_of))
+        self._own(Owner(f"{name}.", kind, attributes_of, of_callback=True, cls=cls, saved=saved))
 
     def add_optimizer(self, optimizer: object) -> None:
         """An optimizer of the user's own class: its code, and what it keeps beside `state` and `param_groups`."""
@@ -130,24 +159,54 @@ class Reach:
 
         self._own(Owner(f"{type(optimizer).__name__}.", "an attribute of an optimizer", attributes_of))
 
+    def add_scheduler(self, scheduler: object) -> None:
+        """A scheduler: its code, if it is the user's, and functions that it was given and does not save."""
+        self._follow_class(type(scheduler))
+        for function in getattr(scheduler, "lr_lambdas", ()):
+            if isinstance(function, types.FunctionType | types.MethodType | functools.partial):
+                self.add_function(function)
+            else:  # an object, whose attributes the scheduler saves
+                self._follow_class(type(function))
+
     def add_data(self, item: object, counts: bool) -> None:
         """A data set, sampler or loader: those of its attributes that the code added before may change.
 
-        What only its own code changes, such as a cache, is its own affair; so are plain values where it `counts`
-        with them, which are kept with the order of its data, and what `set_epoch` sets.
+        It may by itself, or by a method of the data's that it names. What only the data's own code changes, such as
+        a cache, is its own affair; so are plain values where it `counts` with them, which are kept with the order of
+        its data, and there what `set_epoch` sets. But a list or array that is shuffled in place is not made anew
+        with the order, where it `counts`.
         """
-        begins = getattr(type(item), "set_epoch", None)
-        given = set_attributes(begins.__code__) if isinstance(begins, types.FunctionType) else set()
+        given = _set_by(type(item), {"set_epoch"}) if counts else set()
+        methods = _methods(type(item))
+        own = _closed({name for name in methods if name.startswith("__") and name != "__init__"}, methods)
 
         def changeable() -> dict[str, Any]:
-            sets, uses = self._set, self._set | self._used
+            named = [methods[name] for name in _closed(self._used & methods.keys() - own, methods) - own]
+            sets = self._set.union(*map(set_attributes, named))
+            uses = sets.union(self._used, *map(used_attributes, named))
             return {
                 name: value
                 for name, value in variables(item).items()
                 if name not in given and (not counts and name in sets if _is_plain(value) else name in uses)
             }
 
-        self.owners.append(Owner(f"{type(item).__name__}.", "an attribute of the data", changeable, True))
+        kind = "an attribute of the data"
+        self.owners.append(Owner(f"{type(item).__name__}.", kind, changeable, True))
+        if counts and not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
+            held = {name: (value, size) for name, value in variables(item).items() if (size := _size(value))}
+
+            def shuffled() -> dict[str, Any]:
+                return {
+                    name: value
+                    for name, value in variables(item).items()
+                    if name in held and held[name][0] is value and held[name][1] == _size(value)
+                }
+
+            self.owners.append(Owner(f"{type(item).__name__}.", kind, shuffled, True))
+
+    def add_values(self, item: object) -> None:
+        """A list, dict, tensor or array that was given as data: the plain values, tensors and arrays in it."""
+        self.owners.append(Owner("", "given as data", lambda: {type(item).__name__: _values(item, 0)}, True))
 
     @cached_property
     def _set(self) -> set[str]:
@@ -183,12 +242,13 @@ class Reach:
             self._follow_function(inner)
         elif isinstance(item, type):
             self._follow_class(item)
-        elif is_users(type(item)):
+        elif has_users_variables(item):
             self._follow_class(type(item))
             if not isinstance(item, nn.Module):  # whose fingerprint is its holder's
                 self._seen[id(item)] = item
                 kind = f"an attribute of a {type(item).__name__}"
-                self._own(Owner(f"{label}.", kind, functools.partial(variables, item)))
+                read = functools.partial(_variables_but, item, self._kept)
+                self._own(Owner(f"{label}.", kind, read, cls=type(item), saved=self._saved))
 
     def _follow_all(self, items: Iterable[Any], label: str) -> None:
         for item in islice(items, _FIRST):
@@ -219,7 +279,8 @@ class Reach:
         for name in used:  # what it uses of another file of the user's, as `file.name`
             module = namespace.get(name)
             if isinstance(module, types.ModuleType) and is_users(_In(module.__name__)):
-                self._add_names(vars(module), used_attributes(function.__code__) & vars(module).keys())
+                named = used_attributes(function.__code__) | set_attributes(function.__code__)
+                self._add_names(vars(module), named & vars(module).keys())
 
     def _add_names(self, namespace: dict[str, Any], used: set[str]) -> None:
         names = self._globals.get(id(namespace))
@@ -261,8 +322,84 @@ class _In:
     __module__: str
 
 
+def _hooks(item: object) -> Iterator[Any]:
+    for name in _HOOKS:
+        yield from (getattr(item, name, None) or {}).values()
+
+
+def _users_hooks(part: nn.Module) -> list[Any]:
+    """The hooks of a module and its parameters that the user's code has registered."""
+    return [
+        hook
+        for item in (part, *part._parameters.values())
+        for hook in _hooks(item)
+        if is_users(owner_of(hook))
+    ]
+
+
 def _is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _values(item: Any, depth: int) -> Any:
+    """A copy of the containers of `item`, with nothing in place of objects."""
+    if isinstance(item, Tensor | np.ndarray | np.generic) or _is_plain(item):
+        return item
+    if depth > _DEPTH:
+        return None
+    if isinstance(item, dict):
+        return {key: _values(item[key], depth + 1) for key in islice(item, _ITEMS)}
+    if isinstance(item, list | tuple):
+        return [len(item), *(_values(part, depth + 1) for part in item[:: max(1, len(item) // _ITEMS)])]
+    return None
+
+
+def _size(value: object) -> tuple[int, ...]:
+    """The shape of a list, array or tensor of values, of lists of values too; empty for anything else."""
+    if isinstance(value, Tensor | np.ndarray):
+        return tuple(value.shape)
+    if isinstance(value, list) and all(_is_plain(v) or isinstance(v, list | tuple) for v in value[:_FIRST]):
+        return (len(value),) if value else ()
+    return ()
+
+
+def _methods(cls: type) -> dict[str, types.CodeType]:
+    """The code of the methods that are the user's, by name."""
+    kinds = [kind for kind in reversed(cls.__mro__) if is_users(kind)]
+    return {function.__name__: function.__code__ for kind in kinds for function in functions_of(kind)}
+
+
+def _closed(names: set[str], methods: Mapping[str, types.CodeType]) -> set[str]:
+    """The methods of these names, and those that they name in turn."""
+    found: set[str] = set()
+    left = names & methods.keys()
+    while left:
+        found |= left
+        left = set().union(*(used_attributes(methods[name]) for name in left)) & methods.keys() - found
+    return found
+
+
+def _named_by(cls: type, names: set[str]) -> set[str]:
+    """The attributes that the methods of these names read, set, or have the names of as strings."""
+    closed = _closed(names, _methods(cls))
+    codes = [
+        function.__code__
+        for kind in cls.__mro__
+        if is_users(kind)
+        for function in functions_of(kind)
+        if function.__name__ in closed
+    ]
+    return set().union(*(used_attributes(c) | set_attributes(c) | strings_in(c) for c in codes))
+
+
+def _set_by(cls: type, names: set[str]) -> set[str]:
+    """The attributes that the methods of these names set."""
+    methods = _methods(cls)
+    return set().union(*(set_attributes(methods[name]) for name in _closed(names, methods)))
+
+
+def _variables_but(item: object, kept: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in variables(item).items() if name not in kept}
 
 
 def _content(name: str, cell: types.CellType) -> dict[str, Any]:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import dis
 import functools
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 __all__ = [
+    "SCALARS",
+    "attributes_read",
     "functions_of",
     "global_names",
+    "has_users_variables",
     "is_users",
     "only_written",
     "owner_of",
     "set_attributes",
     "stored_attributes",
+    "strings_in",
     "used_attributes",
     "variables",
+    "variables_read",
 ]
+
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 _LIBRARIES = frozenset(
     {"torch", "numpy", "torchvision", "torchmetrics", "mlflow", "orchestrator", "states", "tracking"}
@@ -62,6 +70,11 @@ def _is_users_module(name: str) -> bool:
     return not installed and not file.startswith(_FOLDERS)
 
 
+def has_users_variables(item: object) -> bool:
+    """Whether the attributes of `item` are the user's affair: an object of the user's classes, or a namespace."""
+    return isinstance(item, types.SimpleNamespace | argparse.Namespace) or is_users(type(item))
+
+
 def owner_of(hook: Any) -> Any:
     """The function that is called by `hook`, or the class of the object that it is a method of."""
     while isinstance(hook, functools.partial) or hasattr(hook, "__wrapped__"):
@@ -97,9 +110,9 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    for part in _codes(code):
-        yield from (i for i in dis.get_instructions(part) if i.opname not in _NOISE)
+@lru_cache(1024)
+def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(i for part in _codes(code) for i in dis.get_instructions(part) if i.opname not in _NOISE)
 
 
 def global_names(code: types.CodeType) -> set[str]:
@@ -117,9 +130,40 @@ def set_attributes(code: types.CodeType) -> set[str]:
     return {i.argval for i in _instructions(code) if i.opname == "STORE_ATTR"}
 
 
+def strings_in(code: types.CodeType) -> set[str]:
+    """The constants of `code` that are strings, those in tuples too."""
+    found: set[str] = set()
+    for part in _codes(code):
+        for constant in part.co_consts:
+            items = constant if isinstance(constant, tuple | frozenset) else (constant,)
+            found.update(item for item in items if isinstance(item, str))
+    return found
+
+
 def stored_attributes(cls: type) -> set[str]:
     """The attributes that the functions of `cls` set."""
     return set().union(*(set_attributes(function.__code__) for function in functions_of(cls)))
+
+
+def variables_read(codes: Iterable[types.CodeType]) -> set[str]:
+    """The variables that `codes` read, as such or as `file.name`, other than to add to them."""
+    return {
+        i.argval
+        for found in map(_instructions, codes)
+        for here, i in enumerate(found)
+        if i.opname in _READS and not _only_adds(found, here)
+        if i.opname not in _ATTRIBUTES or (here and found[here - 1].opname in _GLOBALS)
+    }
+
+
+def attributes_read(codes: Iterable[types.CodeType]) -> set[str]:
+    """The attributes, of whatever, that `codes` read other than to add to them."""
+    return {
+        i.argval
+        for found in map(_instructions, codes)
+        for here, i in enumerate(found)
+        if i.opname in _ATTRIBUTES and not _only_adds(found, here)
+    }
 
 
 def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
@@ -130,13 +174,17 @@ def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
 def _reads(name: str, code: types.CodeType) -> bool:
     if any(name in part.co_consts for part in _codes(code)):  # by getattr
         return True
-    found = list(_instructions(code))
+    found = _instructions(code)
     is_argument = name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     return any(
-        _loads(instruction, name, is_argument)
-        and not (_adds(found[here + 1]) or _sets_an_item(found[here + 1 : here + 40]))
+        _loads(instruction, name, is_argument) and not _only_adds(found, here)
         for here, instruction in enumerate(found)
     )
+
+
+def _only_adds(found: Sequence[dis.Instruction], here: int) -> bool:
+    following = found[here + 1 : here + 40]
+    return _adds(following[0]) or _sets_an_item(following) or _adds_to_an_item(following)
 
 
 def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:
@@ -148,6 +196,15 @@ def _loads(instruction: dis.Instruction, name: str, is_argument: bool) -> bool:
 
 def _adds(after: dis.Instruction) -> bool:
     return after.opname in _ATTRIBUTES and after.argval in _ADDS
+
+
+def _adds_to_an_item(following: Sequence[dis.Instruction]) -> bool:
+    """Whether what was just loaded is the container of `container[key].append(value)`, of a simple key."""
+    if len(following) < 3 or not following[0].opname.startswith("LOAD_"):
+        return False
+    found = following[1]
+    is_item = found.opname == "BINARY_SUBSCR" or (found.opname == "BINARY_OP" and found.argrepr == "[]")
+    return is_item and following[0].opname not in _ATTRIBUTES and _adds(following[2])
 
 
 def _sets_an_item(following: Iterable[dis.Instruction]) -> bool:

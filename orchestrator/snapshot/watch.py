@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from orchestrator.snapshot.attributes import capture_attributes
-from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, memory_of
+from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, is_of_code, memory_of
 from orchestrator.snapshot.names import buffer_slots, parameter_slots
 from orchestrator.snapshot.reach import Owner, Reach
-from orchestrator.snapshot.users_code import is_users, only_written, variables
+from orchestrator.snapshot.readers import Readers
+from orchestrator.snapshot.users_code import SCALARS, has_users_variables, is_users, only_written, variables
 
 __all__ = ["Watch", "parts_of"]
 
@@ -29,8 +33,8 @@ class Watch:
     are taken care of elsewhere: schedulers, the trainer. `data`: loaders, data sets and samplers; of these too, but for
     attributes that the code looked at has to do with.
 
-    Nothing is done between `begin` and `look`. A change is not told where the code only ever adds to the value,
-    as to a log, or where it is the reading of a clock.
+    Nothing is done between `begin` and `look`. A change is not told where the code, the data's too, only ever adds
+    to the value, as to a log, or where it is the reading of a clock.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Watch:
     ) -> None:
         self._modules = modules
         self._data = data
+        self._schedulers = [item for item in outside if isinstance(item, LRScheduler)]
         self.outside = [*outside, *data, *callbacks.values(), *hooked]
         for module in modules.values():
             self.outside += module.modules()
@@ -56,6 +61,7 @@ class Watch:
         self._before: list[dict[str, Hashable]] = []
         self._reach = Reach(())
         self._began: list[float] = []
+        self._readers: Readers | None = None
 
     @property
     def owners(self) -> list[Owner]:
@@ -90,14 +96,20 @@ class Watch:
             reach.add_optimizer(item)
         for function in self._functions:
             reach.add_function(function)
+        for scheduler in self._schedulers:
+            reach.add_scheduler(scheduler)
         for item in self._data:
             reach.add_data(item, _counts(item))
+        for item in _outermost(self._data):
+            reach.add_values(item)
+        self._readers = None
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
     def look(self) -> list[str]:
         """What has changed since `begin` and was not told yet: a message for each."""
         self._take()
+        self._readers = None
         messages = []
         for owner, before, (values, now) in zip(self.owners, self._before, self._fingerprints(), strict=True):
             for name in values:
@@ -109,17 +121,42 @@ class Watch:
                     messages.append(
                         _BLIND.format(name=place[1], kind=owner.kind, type=type(values[name]).__name__)
                     )
-                elif self._matters(
-                    owner, name, values[name], before.get(name, NOTHING), now.get(name, NOTHING)
-                ):
+                elif message := self._change(owner, name, values[name], before, now):
                     self._told.add(place)
-                    messages.append(_CHANGED.format(name=place[1], kind=owner.kind))
+                    messages.append(message.format(name=place[1], kind=owner.kind))
         return messages
 
-    def _matters(self, owner: Owner, name: str, value: Any, before: Hashable, now: Hashable) -> bool:
-        if now is NOTHING or now == before or self._is_time(value):
-            return False
-        return owner.read_elsewhere or not only_written(name, self._reach.codes)
+    def _change(
+        self,
+        owner: Owner,
+        name: str,
+        value: Any,
+        before: Mapping[str, Hashable],
+        now: Mapping[str, Hashable],
+    ) -> str | None:
+        """What there is to tell of a value, if there is."""
+        is_new, is_time = name not in before and not hasattr(owner.cls, name), self._is_time(value)
+        is_code, was_code = is_of_code(now[name]), is_of_code(before.get(name, NOTHING))
+        if is_new and (is_time or (owner.of_callback and (is_code or now[name] is NOTHING))):
+            return _MISSING if self._is_read(owner, name, value) else None
+        if is_time or now[name] == before.get(name, NOTHING) or (now[name] is NOTHING and not was_code):
+            return None
+        if owner.saved is not None and _is_saved(name, value, owner.saved):
+            return None
+        return _CHANGED if self._is_read(owner, name, value) else None
+
+    def _is_read(self, owner: Owner, name: str, value: Any) -> bool:
+        return (
+            owner.read_elsewhere
+            or not only_written(name, self._reach.codes)
+            or self._readers_now().read(name, value, is_attribute=bool(owner.label))
+        )
+
+    def _readers_now(self) -> Readers:
+        if self._readers is None:
+            data = {id(item) for item in self._data}
+            self._readers = Readers(self._data, [item for item in self.outside if id(item) not in data])
+        return self._readers
 
     def _is_time(self, value: Any) -> bool:
         if not isinstance(value, float):
@@ -153,6 +190,17 @@ def _counts(item: object) -> bool:
     return hasattr(item, "__iter__") and not type(item).__module__.startswith("torch.")
 
 
+def _outermost(data: Iterable[object]) -> Iterator[object]:
+    """The plain containers, tensors and arrays of `data` that lie in none that comes before."""
+    inside: set[int] = set()
+    for item in data:
+        if isinstance(item, list | tuple | dict | Tensor | np.ndarray):
+            if id(item) not in inside:
+                yield item
+            if not isinstance(item, Tensor | np.ndarray):
+                inside.update(map(id, item.values() if isinstance(item, dict) else item))
+
+
 _INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
 
 
@@ -177,10 +225,49 @@ def _is_blind(value: object) -> bool:
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase) and not is_users(type(value))
 
 
+def _is_saved(name: str, value: object, saved: Callable[[], object]) -> bool:
+    """Whether `value`, or a copy of it, is among what is saved; a plain one by its name."""
+    try:
+        state = saved()
+    except Exception:  # the capture, which calls it too, will raise it
+        return False
+    fingerprints = Fingerprints((), (), versions=False)
+    mine = {fingerprints.of(plain) for plain in _as_saved(value)} - {NOTHING}
+    left, looked_at = deque[tuple[object, Any]]([("", state)]), 0
+    while left and looked_at < _MANY:
+        key, item = left.popleft()
+        looked_at += 1
+        if (key == name or not isinstance(value, SCALARS)) and (
+            item is value or any(fingerprints.of(plain) in mine for plain in _as_saved(item))
+        ):
+            return True
+        if isinstance(item, dict):
+            left.extend(item.items())
+        elif isinstance(item, list | tuple):
+            left.extend(("", part) for part in item)
+    return False
+
+
+def _as_saved(value: Any) -> Iterator[Any]:
+    """The value, and what it may be made into to be saved."""
+    yield value
+    if isinstance(value, Tensor | np.ndarray | np.generic) and np.prod(value.shape) == 1:
+        yield value.item()
+    elif hasattr(value, "state_dict"):
+        yield value.state_dict()
+    elif has_users_variables(value):
+        yield variables(value)
+
+
 _ADVICE = "Keep it in a buffer or a plain attribute of the model, or in a Callback with state_dict and load_state_dict."
 _CHANGED = (
     "{name}, {kind}, has changed since the training began and is in no checkpoint: a resumed run begins with its "
-    f"first value, and what depends on it will not be exact. {_ADVICE}"
+    f"first value; if the training depends on it, it will not be exact. {_ADVICE}"
+)
+_MISSING = (
+    "{name}, {kind}, was first set while training and is in no checkpoint: a resumed run does not have it until the "
+    "code sets it again, and fails where it is read before. Give it a value before the training begins, such as in "
+    "__init__ or on_train_begin."
 )
 _BLIND = (
     "{name}, {kind}, is a {type}, whose position is in no checkpoint: a resumed run begins it anew, so it will not be "
