@@ -87,6 +87,13 @@ class TrainingState:
         """The name of the phase at hand; empty where a batch has one."""
         return self._work.phases[self._work.phase].name
 
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells the data from other data, of training and of each loader for validation; taken once."""
+        return {
+            "data": self._work.stream.fingerprint(),
+            "validation_data": {name: v.stream.fingerprint() for name, v in self._validations.items()},
+        }
+
     def begin(self, watch: Watch, data: Collection[object]) -> None:
         """Remember how the script has built everything; called once an attempt, before anything is restored.
 
