@@ -21,7 +21,6 @@ import transitions
 
 from orchestrator.callbacks.checkpointing import best_of, kept
 from orchestrator.configuration import Settings
-from orchestrator.data import BatchStream
 from orchestrator.durability import Durability
 from orchestrator.requests import HaltRequest
 from orchestrator.snapshot.info import CheckpointInfo, not_superseded, readable
@@ -234,11 +233,11 @@ class Attempt:
         place: Place,
         purpose: str,
         metrics: Mapping[str, float],
-        stream: BatchStream,
+        data: Mapping[str, Any],
     ) -> SaveHandle:
         """Begin to write a checkpoint of `tree`; live tensors may change as soon as this returns.
 
-        A second save at one boundary is the first one.
+        `data` are the fingerprints of the data. A second save at one boundary is the first one.
         """
         if self._saved is not None and self._saved[0] == self.seq:
             return self._saved[1]
@@ -256,7 +255,7 @@ class Attempt:
             "purpose": purpose,
             "metrics": dict(metrics),
             "binding": dict(self._settings.binding),
-            "data": stream.fingerprint(),
+            **data,
             "created_ns": began,
         }
 

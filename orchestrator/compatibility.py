@@ -144,6 +144,7 @@ def agree(
     said = [f"the checkpoint's value is used: {text}" for text in kept]
     if override - used:
         said.append(_unused(override - used, {d.key for d in (*overridden, *fitting.changed())}))
+    said += _other_validation_data(manifest, state)
     said += _last_bits(manifest, tree)
     return Agreement(fitting.tree, tuple(map(str, overridden)), tuple(said))
 
@@ -164,6 +165,17 @@ def _unused(names: Collection[str], differing: Collection[str | None]) -> str:
     found = ", ".join(sorted(str(key) for key in differing)) or "nothing"
     named = ", ".join(sorted(names))
     return f"override has {named}, of which nothing differs from the checkpoint; what differs: {found}"
+
+
+def _other_validation_data(manifest: Mapping[str, Any], state: TrainingState) -> list[str]:
+    """What else a loader for validation gives now; a checkpoint of an earlier version does not know."""
+    saved = manifest.get("validation_data", {})
+    return [
+        f"the validation data of {name!r} is other than it was, and so is what follows from it (the best checkpoint, "
+        f"early stopping, a scheduler that monitors it): {'; '.join(lines)}"
+        for name, now in (state.fingerprints()["validation_data"] if saved else {}).items()
+        if (lines := compare_fingerprints(saved.get(name, {}), now))
+    ]
 
 
 def _last_bits(manifest: Mapping[str, Any], tree: Mapping[str, Any]) -> list[str]:

@@ -164,6 +164,10 @@ class Loop:
             for hooks, before in zip(lists, kept, strict=True):
                 hooks[:] = before
 
+    def hooks_before(self, trigger: Trigger) -> list[object]:
+        """What is called before the work of `trigger`."""
+        return [hook for transition in self._transitions(trigger) for hook in transition.before[1:-1]]
+
     def hooks_after(self, trigger: Trigger, dest: State) -> list[object]:
         """What is called after the work of `trigger`, and as `dest` is entered."""
         after = [hook for transition in self._transitions(trigger) for hook in transition.after[:-1]]

@@ -343,12 +343,11 @@ def _comparable(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     for key in ("callbacks", "generators"):
         if key in chosen:
             chosen[key] = {name: value for name, value in tree[key].items() if name in other[key]}
-    if tree["batch"].get("data") is None or other["batch"].get("data") is None:  # then it was fetched again
-        chosen["batch"] = {key: value for key, value in tree["batch"].items() if key != "data"}
     if tree["guard"] is None or other["guard"] is None:  # whether to guard is not binding
         chosen["guard"] = None
-    if tree["batch"].get("data") is None or other["batch"].get("data") is None:  # hooks may come and go
-        chosen["batch"] = {key: value for key, value in tree["batch"].items() if key != "data"}
+    for key in ("data", "passed"):  # the batch, where it was not fetched again: hooks may come and go
+        if tree["batch"].get(key) is None or other["batch"].get(key) is None:
+            chosen["batch"] = {name: value for name, value in chosen["batch"].items() if name != key}
     for key in ("model", "loss"):
         if tree[key] is None or other[key] is None:
             chosen[key] = None

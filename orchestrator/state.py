@@ -33,6 +33,12 @@ SAVEABLE = frozenset(State) - {State.FORWARD, State.HALTED}
 carries the state that the training halted in."""
 
 _WITH_BATCH = (State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP)
+_ON_BATCH = (
+    (Trigger.FORWARD, State.FORWARD),
+    (Trigger.BACKWARD, State.BACKWARD),
+    (Trigger.STEP, State.STEP),
+)
+"""What comes, in this order, on a batch that was fetched, and where it leads."""
 
 
 def callback_names(callbacks: Sequence[Callback]) -> dict[str, Callback]:
@@ -44,6 +50,10 @@ def callback_names(callbacks: Sequence[Callback]) -> dict[str, Callback]:
             name, number = f"{callback.name}-{number}", number + 1
         named[name] = callback
     return named
+
+
+def _has_users(hooks: Sequence[object]) -> bool:
+    return any(is_users(owner_of(hook)) for hook in hooks)
 
 
 class TrainingState:
@@ -86,6 +96,13 @@ class TrainingState:
     def phase(self) -> str:
         """The name of the phase at hand; empty where a batch has one."""
         return self._work.phases[self._work.phase].name
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells the data from other data, of training and of each loader for validation; taken once."""
+        return {
+            "data": self._work.stream.fingerprint(),
+            "validation_data": {name: v.stream.fingerprint() for name, v in self._validations.items()},
+        }
 
     def begin(self, watch: Watch) -> None:
         """Remember how the script has built everything; called once an attempt, before anything is restored.
@@ -132,9 +149,10 @@ class TrainingState:
         built = self._as_built()
         names = capture.parameter_names(work.model)
         mid_window = work.window.count > 0 or state is State.BACKWARD
+        before = work.before_forward if state is State.FORWARD else None
         return {
             "state": state,
-            "forward": work.before_forward if state is State.FORWARD else None,
+            "forward": None if before is None else {k: v for k, v in before.items() if k != "data"},
             "model": capture.capture_module(work.model, built["model"]),
             "loss": None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
             "built": {name: of_module.scalars for name, of_module in built.items()},
@@ -153,7 +171,7 @@ class TrainingState:
                 "samples": work.samples,
                 "skipped": work.skipped,
                 "elapsed": time.perf_counter() - work.started,
-                "data": self._changed_batch(state),
+                **self._changed_batch(state),
             },
             "epoch": {
                 "elapsed": time.perf_counter() - work.epoch_started,
@@ -177,28 +195,48 @@ class TrainingState:
         """Whether hooks may read gradients that the machine itself needs no more."""
         return state is State.STEP or (self._watch is not None and self._watch.reads("grad"))
 
-    def _changed_batch(self, state: State) -> Any:
-        """The batch at hand where hooks may have changed it; None where it need only be fetched again."""
-        if state not in _WITH_BATCH or not self._may_change_batches:
-            return None
-        try:
-            encode({"batch": self._work.data})
-        except EncodingError as error:
-            self._tell_once(
-                f"the batch is not in checkpoints, but fetched again ({error}); a hook after fetch that changes it "
-                "would make a resumed run differ: let the data set, collate_fn or forward do it"
-            )
-            return None
-        return self._work.data
+    def _changed_batch(self, state: State) -> dict[str, Any]:
+        """The batch at hand where it was changed, or hooks may have changed it; None where it need only be fetched.
 
-    @property
-    def _may_change_batches(self) -> bool:
-        """Whether code of the user's is called when a batch has been fetched; interlock's own leaves it as it is."""
-        hooks = self._loop.hooks_after(Trigger.FETCH, State.BATCH_START)
-        return any(is_users(owner_of(hook)) for hook in hooks)
+        In FORWARD, whose pass is done again, it is the one from before the pass; `passed` is what hooks after the
+        pass may have made of it.
+        """
+        work = self._work
+        if state not in _WITH_BATCH or not (work.batch_changed or self._may_be_changed(state)):
+            return {"data": None}
+        if state is not State.FORWARD or work.before_forward is None:
+            return {"data": self._storable(work.data)}
+        before = work.before_forward["data"]
+        found = {"data": self._storable(work.data) if before is None else before}
+        if found["data"] is not None and _has_users(self._loop.hooks_after(Trigger.FORWARD, State.FORWARD)):
+            found["passed"] = self._storable(work.data)
+        return found
+
+    def _storable(self, batch: Any, *, tell: bool = True) -> Any:
+        """`batch`, or None where it cannot be stored."""
+        try:
+            encode({"batch": batch})
+        except EncodingError as error:
+            if tell:
+                self._tell_once(
+                    f"the batch is not in checkpoints, but fetched again ({error}); a hook or a forward that changes "
+                    "it in place would make a resumed run differ: let the data set or collate_fn do it"
+                )
+            return None
+        return batch
+
+    def _may_be_changed(self, state: State) -> bool:
+        """Whether code of the user's was called since the batch was fetched; interlock's own leaves it as it is."""
+        loop, passed = self._loop, _WITH_BATCH.index(state)
+        hooks = loop.hooks_after(Trigger.FETCH, State.BATCH_START)
+        for number, (trigger, dest) in enumerate(_ON_BATCH, start=1):
+            if number <= passed or self._work.phase > 0:
+                hooks += loop.hooks_before(trigger) + loop.hooks_after(trigger, dest)
+        return _has_users(hooks)
 
     def before_forward(self) -> dict[str, Any]:
-        """A copy of all that a forward pass may change: buffers and other state of modules, metrics, generators.
+        """A copy of all that a forward pass may change: buffers and other state of modules, metrics, generators, the
+        batch.
 
         Parameters of lazy modules that have no shape yet are named in `uninitialized`.
         """
@@ -216,6 +254,7 @@ class TrainingState:
                 "batch": dict(work.metrics),
                 "generators": self._generators.capture(),
                 "random": capture.capture_random(self._devices),
+                "data": self._storable(work.data, tell=False),
             }
         )
         return copied
@@ -264,12 +303,14 @@ class TrainingState:
     def _forward_again(self, tree: dict[str, Any]) -> float:
         """Build the graph that could not be stored, from what was there before it; the loss."""
         work, before = self._work, tree["forward"]
-        work.before_forward = before
+        work.before_forward = {**before, "data": replicas(self._storable(work.data, tell=False))}
         work.metrics = dict(before["batch"])
         self._generators.restore(before["generators"])
         capture.restore_random(before["random"])
         work.compute()
         # Hooks that came after the forward have had their effects on these.
+        if (passed := tree["batch"].get("passed")) is not None:
+            work.replace(replicas(passed))
         work.metrics = dict(tree["batch"]["metrics"])
         self._restore_callbacks(tree)
         self._generators.restore(tree.get("generators", {}))
@@ -305,9 +346,9 @@ class TrainingState:
         data = dict(tree["data"])
         if state in _WITH_BATCH:
             work.stream.load_state_dict({**data, "position": data["position"] - 1})
-            fetched = work.stream.fetch()
-            changed = batch.get("data")
-            work.take(fetched if changed is None else replicas(changed))
+            work.take(work.stream.fetch())
+            if (changed := batch.get("data")) is not None:
+                work.replace(replicas(changed))
         else:
             work.stream.load_state_dict(data)
         work.metrics = dict(batch["metrics"])

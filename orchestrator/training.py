@@ -181,13 +181,16 @@ class Training:
         stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
         metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
         try:
+            data = (
+                self.snapshots.fingerprints()
+            )  # first: what reading changes, if anything, is in the snapshot
             handle = self.attempt.save(
                 self.snapshots.capture(stands),
                 state,
                 work.place,
                 self._purpose(stands) or purpose,
                 metrics,
-                work.stream,
+                data,
             )
         except BaseException as error:
             for save in saves:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import numerics
-from orchestrator.data import BatchStream, count_samples, first_samples, to_device
+from orchestrator.data import BatchStream, Looks, count_samples, first_samples, to_device
 from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
@@ -130,12 +130,16 @@ class BatchWork:
         self.situation = situation
         self.place = place
         self.data: Any = None
+        self._looks = Looks(None)
+        self._replaced = False
         self.samples = 0
         self.loss = math.nan
         self.metrics: dict[str, float] = {}
         self.note = ""
         self.started = 0.0
         self._reserved = RESERVED | metrics.names
+        self._tells_of_data = 3
+        """How many more batches that were written to are looked for in the data, which takes a while."""
         self.wants_example = False
         """Whether two samples of the next batch are to be kept in `example`, once."""
         self.example: Any = None
@@ -155,13 +159,40 @@ class BatchWork:
         self.metrics = {}
 
     def take(self, batch: Any) -> None:
-        """Make `batch` the one at hand."""
+        """Make `batch`, as the loader gives it, the one at hand."""
+        self.tell_of_changed_data()
         self.data = to_device(batch, self.device)
+        self._looks, self._replaced = Looks(self.data), False
         self.samples = 0 if batch is None else count_samples(batch)
         self.situation.empty = self.samples == 0
         self.situation.has_batch = self.stream.has_next
         if self.wants_example and self.samples:
             self._keep_example(batch)
+
+    def replace(self, batch: Any) -> None:
+        """Let `batch` be what has become of the one at hand."""
+        self.data = to_device(batch, self.device)
+        self._looks, self._replaced = Looks(self.data), True
+
+    @property
+    def batch_changed(self) -> bool:
+        """Whether the batch at hand is seen not to be what the loader gave."""
+        return self._replaced or self._looks.changed(self.data)
+
+    def tell_of_changed_data(self) -> None:
+        """Say so, once, where the batch at hand was written to and the data themselves with it."""
+        if self._tells_of_data and (written := self._looks.written()):
+            self._tells_of_data -= 1
+            if self.stream.holds(written):
+                self._tells_of_data = 0
+                self._tell(
+                    f"forward, or a hook, changes the batches of the {self.stream.role} data in place, and so the "
+                    "data, which has changed since the training began and is in no checkpoint; a resumed run will "
+                    "differ: change a copy (x = x + noise instead of x += noise)"
+                )
+
+    def _tell(self, message: str) -> None:
+        warnings.warn(message, stacklevel=3)
 
     def _keep_example(self, batch: Any) -> None:
         self.wants_example = False
@@ -228,6 +259,7 @@ class EvaluationWork(BatchWork):
 
     def end_batch(self) -> None:
         """Fold the batch into the pass."""
+        self.tell_of_changed_data()
         self.close_batch()
         self.place.batches += 1
 
@@ -325,9 +357,11 @@ class TrainingWork(BatchWork):
         self.place_in_window()
         if self.situation.empty:
             self._add_note("empty")
-            message = f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped"
-            self._report(message)
-            warnings.warn(message, stacklevel=2)
+            self._tell(f"batch {self.place.batch} of epoch {self.place.epoch} is empty and was skipped")
+
+    def _tell(self, message: str) -> None:
+        self._report(message)
+        super()._tell(message)
 
     def place_in_window(self, counted: bool = False) -> None:
         """Say in the situation what the batch at hand is to its accumulation window and its phases.
@@ -408,6 +442,7 @@ class TrainingWork(BatchWork):
 
     def end_batch(self) -> None:
         """Count the batch; validation if it is due within the epoch."""
+        self.tell_of_changed_data()
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started

@@ -1,5 +1,6 @@
 """A checkpoint and a trainer that differ: each difference named, refused, or overridden; nothing half-way."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,6 +182,49 @@ def test_a_part_that_differs_is_refused_or_overridden(name: str, tmp_path: Path)
         assert "; ".join(text.removeprefix("overridden: ") for text in said) == attempts[1].params["override"]
         notes = [row.note or "" for row in journal.transitions() if row.trigger is Trigger.RESUME]
         assert [note.endswith(f", overridden: {name}") for note in notes] == [True, False]
+
+
+OTHER_VALIDATION: dict[str, tuple[Callable[[], Any], Callable[[], Any], str | None]] = {
+    "other items": (
+        lambda: DataLoader(trainings.data(16, seed=1), 8),
+        lambda: DataLoader(trainings.data(16, seed=2), 8),
+        "the validation data of 'val' .* first item: ",
+    ),
+    "other batches": (
+        lambda: {"mine": list(trainings.loader(shuffle=False)), "same": part(8)},
+        lambda: {"mine": list(trainings.loader(shuffle=False))[::-1], "same": part(8)},
+        "the validation data of 'mine' .* first batch: .*; last batch: ",
+    ),
+    "another loader": (lambda: {"one": part(8)}, lambda: {"two": part(16), "one": part(8)}, None),
+    "the same": (lambda: part(16), lambda: part(16, num_workers=1), None),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALIDATION)
+def test_other_validation_data_is_warned_of_by_the_name_of_its_loader(name: str, tmp_path: Path) -> None:
+    saved, now, message = OTHER_VALIDATION[name]
+    stop_at(trainings.make(tmp_path, val_loader=saved()))
+    trainer = trainings.make(tmp_path, val_loader=now())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.start("auto")
+    trainer.close()
+    texts = [str(w.message) for w in caught if "the validation data of" in str(w.message)]
+    assert len(texts) == (message is not None)
+    assert all(re.match(str(message), text) for text in texts), texts
+
+
+def test_checkpoints_from_before_it_was_known_do_not_tell_of_validation_data(tmp_path: Path) -> None:
+    stop_at(trainings.make(tmp_path, val_loader=part(16)))
+    trainer = trainings.make(tmp_path, val_loader=part(24))
+    path = list_checkpoints(next(tmp_path.iterdir()) / "checkpoints")[0]
+    manifest, tree = read_checkpoint(path)
+    state, stream = trainer._training.snapshots, trainer._training.work.stream
+    for known in (True, False):
+        if not known:
+            del manifest["validation_data"]
+        said = agree(path, manifest, tree, state, stream, trainer._settings.binding).warnings
+        assert bool(said) == known, said
 
 
 def test_everything_that_differs_is_listed_at_once(tmp_path: Path) -> None:

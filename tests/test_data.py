@@ -1,6 +1,7 @@
 """orchestrator/data*.py: batches addressed by (epoch, index), against plain loaders and against
 themselves."""
 
+import functools
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -836,6 +838,7 @@ def test_fingerprint_tells_data_apart() -> None:
         "sampler/of/replacement": of(sampler=lambda data: RandomSampler(data, replacement=True)),
         "sampler/of/type": of(sampler=SequentialSampler),
         "number of batches": of(sampler=lambda data: RandomSampler(data, num_samples=40)),
+        "first and last item, collated": of(collate_fn=lambda items: -torch.stack(items)),
     }
     for key, other in expected.items():
         assert any(line.startswith(f"{key}: ") for line in compare_fingerprints(same, other)), key
@@ -862,6 +865,87 @@ def test_fingerprint_of_what_cannot_be_hashed_or_read() -> None:
         "number of batches: 2 when saved, 1 now",
         f"last batch: {digest(torch.zeros(2))} when saved, {digest(torch.ones(2))} now",
     ]
+
+
+def of_items(kind: str, items: list[torch.Tensor]) -> Any:
+    inputs = torch.stack(items)
+    return {
+        "list of batches": lambda: items,
+        "list": lambda: DataLoader(items, batch_size=4),
+        "TensorDataset": lambda: DataLoader(TensorDataset(inputs, inputs), batch_size=4),
+        "Subset": lambda: DataLoader(Subset(TensorDataset(inputs), range(len(items))), batch_size=4),
+        "ConcatDataset": lambda: DataLoader(ConcatDataset([TensorDataset(inputs)] * 2), batch_size=4),
+        "workers": lambda: DataLoader(TensorDataset(inputs), batch_size=4, num_workers=1),
+    }[kind]()
+
+
+KINDS = ["list of batches", "list", "TensorDataset", "Subset", "ConcatDataset", "workers"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [3, 40, 700])
+def test_data_in_memory_is_told_from_other_data_with_the_same_ends(kind: str, size: int) -> None:
+    items = [torch.full((2,), float(number)) for number in range(size)]
+    other = [items[0], *reversed(items[1:-1]), items[-1]] if size > 3 else [items[0], items[0], items[2]]
+    saved, same, now = (BatchStream(of_items(kind, each)).fingerprint() for each in (items, items, other))
+    assert compare_fingerprints(saved, same) == []
+    (line,) = compare_fingerprints(saved, now)
+    assert line.split(": ")[0] in ("items spread over the data set", "batches spread over the sequence")
+    old = {key: value for key, value in saved.items() if "spread" not in key and "collated" not in key}
+    assert compare_fingerprints(old, now) == []
+
+
+def test_a_large_item_in_the_middle_is_looked_at_in_part() -> None:
+    items = [torch.zeros(3, 2**20) for _ in range(3)]
+    saved = BatchStream(items).fingerprint()
+    items[1] = torch.rand(3, 2**20)
+    assert len(compare_fingerprints(saved, BatchStream(items).fingerprint())) == 1
+
+
+class Longest:
+    """Keeps something from batch to batch."""
+
+    def __init__(self) -> None:
+        self.longest, self.seen, self.rng = 0.0, [0], np.random.default_rng(3)
+
+    def __call__(self, items: list[Any]) -> Any:
+        self.longest = max(self.longest, float(items[-1]))
+        self.seen.append(1)
+        return torch.stack([torch.as_tensor(item) for item in items]) / self.longest + self.rng.random()
+
+    def method(self, items: list[Any]) -> Any:
+        return self(items)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_function_is_as_it_was_after_its_fingerprint(workers: int) -> None:
+    def fails(items: list[Any]) -> Any:
+        raise OSError("gone")
+
+    def other_each_time(items: list[Any]) -> Any:
+        return np.random.default_rng().random()
+
+    longest = Longest()
+    with_rng = (longest, longest.method, functools.partial(longest))
+    for collate_fn, known in (*((each, True) for each in with_rng), (fails, False), (other_each_time, False)):
+        loader = DataLoader(range(1, 9), batch_size=2, collate_fn=collate_fn, num_workers=workers)  # type: ignore[arg-type]
+        before = (states(loader), longest.longest, list(longest.seen), longest.rng.bit_generator.state)
+        taken = BatchStream(loader).fingerprint()
+        assert (taken["first and last item, collated"] is not None) == known
+        after = (states(loader), longest.longest, list(longest.seen), longest.rng.bit_generator.state)
+        assert before == after
+
+
+def test_items_that_are_batches_are_collated_one_by_one() -> None:
+    def of(sign: int) -> Any:
+        return DataLoader(
+            [torch.ones(2), torch.zeros(2)], batch_size=None, collate_fn=lambda item: sign * item
+        )
+
+    saved = BatchStream(of(1)).fingerprint()
+    assert [
+        line.split(": ")[0] for line in compare_fingerprints(saved, BatchStream(of(-1)).fingerprint())
+    ] == ["first and last item, collated"]
 
 
 def test_streams() -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     Subset,
+    TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
     random_split,
@@ -324,7 +325,32 @@ def swapped(samples: int) -> Any:
     return DataLoader(Subset(trainings.data(), list(range(samples))), batch_size=8)
 
 
+def by_vocabulary(words: str) -> Any:
+    numbers = {word: float(number) for number, word in enumerate(words)}
+
+    def collate(items: list[str]) -> Any:
+        return torch.tensor([[numbers[word] for word in item] for item in items]), torch.arange(
+            len(items)
+        ) % 3
+
+    return DataLoader(["abcdef", "bcdefa", "cdefab"] * 16, batch_size=8, shuffle=True, collate_fn=collate)
+
+
+def middle(turned: bool) -> Any:
+    inputs, targets = trainings.data().tensors
+    if turned:
+        inputs = torch.cat([inputs[:1], inputs[1:-1].flip(0), inputs[-1:]])
+    return DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True)
+
+
 OTHER: list[tuple[Any, Any, str]] = [
+    (lambda: by_vocabulary("abcdef"), lambda: by_vocabulary("fabcde"), "data: first and last item, collated"),
+    (lambda: middle(False), lambda: middle(True), "data: items spread over the data set: "),
+    (
+        lambda: list(trainings.loader(shuffle=False)),
+        lambda: [(x, y.flip(0) if i == 3 else y) for i, (x, y) in enumerate(trainings.loader(shuffle=False))],
+        "data: batches spread over the sequence: ",
+    ),
     (lambda: split(1), lambda: split(2), "data set/indices"),
     (lambda: files(range(40)), lambda: files(range(39, -1, -1)), "first item: .*\n .*last item"),
     (lambda: swapped(40), lambda: swapped(44), "length of the data set: 40 when saved, 44 now"),

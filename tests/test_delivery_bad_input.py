@@ -148,6 +148,7 @@ def test_a_server_that_asks_for_a_password(
 # -- what is gone ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_deleted_experiment_is_said_and_a_restored_one_gets_the_rest(
     run: RunFolder, server: MLflowServer
 ) -> None:

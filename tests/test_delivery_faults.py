@@ -163,6 +163,7 @@ def test_faults_at_random_while_a_run_trains(
 # -- outages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_server_that_never_answers(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def memory_kb(process: int) -> int:
 # -- everything dies ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_trainer_shipper_and_server_are_killed(run: RunFolder, server: MLflowServer) -> None:
     everything_dies(run, server, random.Random(1), attempts=2)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import trainings
 from orchestrator import (
@@ -708,3 +708,156 @@ def test_a_run_that_is_done_gives_the_generators_of_the_script_back(tmp_path: Pa
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*random generator")
         assert draws(tmp_path, random.Random(1)) == first
+
+
+# --- batches that are changed in place -----------------------------------------------------------------------
+
+
+class Dicts(Dataset[Any]):
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        inputs, targets = trainings.data()[index]
+        return {"x": inputs, "y": targets}
+
+
+class FollowsData(Callback):
+    """Sets the learning rate by what has become of the batch."""
+
+    def on_batch_end(self, batch: int, metrics: Any) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.05 * float(self.trainer.data["x"].detach().abs().mean())
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def adds_noise(model: nn.Module, batch: Any) -> Tensor:
+    batch["x"] += 0.3 * torch.randn_like(batch["x"])
+    return loss_of(model, batch)
+
+
+def puts_others(model: nn.Module, batch: Any) -> Tensor:
+    batch["x"] = 2 * batch["x"] + torch.randn_like(batch["x"])
+    return loss_of(model, batch)
+
+
+def puts_a_graph(model: nn.Module, batch: Any) -> Tensor:
+    before = batch["x"].detach()
+    batch["x"] = before + model[0](before).mean()
+    return loss_of(model, batch)
+
+
+def noise_when(when: str, trigger: Trigger) -> Callable[[Trainer], None]:
+    def hooked(trainer: Trainer) -> None:
+        def hook() -> None:
+            noise = 0.3 * torch.randn_like(trainer.data["x"])
+            if trigger is Trigger.FORWARD and when == "before":
+                trainer.data["x"].add_(noise)
+            else:  # backward needs it as it was
+                trainer.data["x"] = trainer.data["x"] + noise
+
+        getattr(trainer, when)(trigger)(hook)
+
+    return hooked
+
+
+IN_PLACE: dict[str, tuple[Any, Callable[[Trainer], None]]] = {
+    "forward": (adds_noise, lambda trainer: None),
+    "forward puts others": (puts_others, lambda trainer: None),
+    "forward puts a graph": (puts_a_graph, lambda trainer: None),
+    "before forward": (loss_of, noise_when("before", Trigger.FORWARD)),
+    "after forward": (puts_others, noise_when("after", Trigger.FORWARD)),
+    "before backward": (puts_others, noise_when("before", Trigger.BACKWARD)),
+    "after backward": (loss_of, noise_when("after", Trigger.BACKWARD)),
+    "before step": (loss_of, noise_when("before", Trigger.STEP)),
+    "after step": (loss_of, noise_when("after", Trigger.STEP)),
+    "before end_batch": (loss_of, noise_when("before", Trigger.END_BATCH)),
+}
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_has_become_of_a_batch_is_what_it_was_in_an_unbroken_run(
+    name: str, phases: int, tmp_path: Path
+) -> None:
+    forward, hook = IN_PLACE[name]
+
+    def make(root: Path) -> Trainer:
+        seed_everything(1)
+        model = trainings.network()
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05)
+        options: Options = {"forward": forward}
+        if phases == 2:
+            other = torch.optim.SGD(model.parameters(), lr=0.01)
+            optimizer = [Phase("one", optimizer, forward), Phase("two", other, forward)]
+            options = {"loss_fn": None}
+        trainer = trainings.make(
+            root,
+            model=model,
+            optimizer=optimizer,
+            train_loader=DataLoader(Dicts(), batch_size=8, shuffle=True),
+            callbacks=[FollowsData()],
+            epochs=1,
+            **options,
+        )
+        hook(trainer)
+        return trainer
+
+    unbroken = make(tmp_path / "unbroken")
+    unbroken.fit()
+    for state, again in ((State.FORWARD, 3 * phases), (State.BACKWARD, 0), (State.STEP, 0)):
+        root = tmp_path / state.value
+        first = make(root)
+        first.advance(until=State.BATCH_END)
+        first.advance(until=state)
+        first.close()
+        for _ in range(again):  # each next state, up to the end of the batch, has an attempt of its own
+            trainer = make(root)
+            trainer.start("auto")
+            trainer.advance()
+            trainer.close()
+        last = make(root)
+        last.fit(resume="auto")
+        trainings.assert_equal(trainings.weights(last), trainings.weights(unbroken))
+        assert [e["loss"] for e in last.history] == [e["loss"] for e in unbroken.history]
+
+
+def test_a_batch_that_forward_leaves_alone_is_not_stored(tmp_path: Path) -> None:
+    with trainings.make(tmp_path) as trainer:
+        for state in (State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP):
+            trainer.advance(until=state)
+            captured = trainer._training.snapshots.capture()
+            assert captured["batch"]["data"] is None
+            assert "passed" not in captured["batch"]
+
+
+def in_place(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = batch
+    inputs += 0.1 * torch.randn_like(inputs)
+    return nn.functional.cross_entropy(model(inputs.reshape(-1, 6)), targets.reshape(-1))
+
+
+STAYS: dict[str, tuple[Callable[[], Options], str | None]] = {
+    "a list": (lambda: {"train_loader": list(trainings.loader())}, "training"),
+    "items one by one": (
+        lambda: {"train_loader": DataLoader(TensorDataset(*trainings.data().tensors), batch_size=None)},
+        "training",
+    ),
+    "a list for validation": (lambda: {"val_loader": {"held out": list(trainings.loader())}}, "held out"),
+    "a loader": (lambda: {"train_loader": trainings.loader(), "val_loader": trainings.loader()}, None),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_a_forward_that_changes_the_data_themselves_is_told_of_once(name: str, tmp_path: Path) -> None:
+    make, role = STAYS[name]
+    model = nn.Sequential(nn.Linear(6, 3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainings.make(tmp_path, model=model, forward=in_place, **make()).fit()
+    told = [str(w.message) for w in caught if "is in no checkpoint" in str(w.message)]
+    assert len(told) == (role is not None), told
+    assert all(f"changes the batches of the {role} data in place" in text for text in told)

@@ -370,6 +370,7 @@ def _sync(run: RunFolder, store: str) -> None:
     sync(run, tracker=MLflow(store))
 
 
+@pytest.mark.long
 def test_a_store_without_logged_models_gets_an_artifact(tmp_path: Path) -> None:
     """MLflow 2.x answers such requests with a 404 that is not its own: seen, and done here by the client."""
     script = """

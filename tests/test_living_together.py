@@ -83,6 +83,7 @@ with mlflow.start_run(run_name="by hand") as mine:
     assert [step for key, step, *_ in remote.points if key == "batch/loss"] == list(range(1, BATCHES + 1))
 
 
+@pytest.mark.long
 def test_system_metrics_if_asked_for(run: RunFolder, tmp_path: Path) -> None:
     database = Database(tmp_path / "mlflow.db")
     training = Training(run)

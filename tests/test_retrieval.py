@@ -257,6 +257,7 @@ def test_what_cannot_be_had(tmp_path: Path, server: MLflowServer) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(

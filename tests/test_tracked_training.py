@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tracking.runs import RunFolder, list_runs
 from tracking.shipper import status, sync
 
@@ -101,6 +103,7 @@ ENDS = {
 }
 
 
+@pytest.mark.long
 def test_the_status_of_trainings_that_end_in_each_way(tmp_path: Path) -> None:
     """All at once, and none of them found a store: they make it together."""
     file = tmp_path / "mlflow.db"

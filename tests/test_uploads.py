@@ -151,6 +151,7 @@ def trainer_of(root: Path, uri: str, *, batches: int) -> Trainer:
     )
 
 
+@pytest.mark.long
 def test_nothing_is_removed_here_before_it_is_there(tmp_path: Path, store: Database, nobody: str) -> None:
     trainer = trainer_of(tmp_path, nobody, batches=8)
     with pytest.warns(UserWarning, match="checkpoints stay here until they are at the tracking server"):

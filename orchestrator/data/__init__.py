@@ -1,8 +1,16 @@
 """The batches of a loader, addressed by (epoch, index), the same ones every time."""
 
-from orchestrator.data.batches import count_samples, first_samples, to_device
+from orchestrator.data.batches import Looks, count_samples, first_samples, to_device
 from orchestrator.data.errors import DataError
 from orchestrator.data.fingerprint import compare_fingerprints
 from orchestrator.data.stream import BatchStream
 
-__all__ = ["BatchStream", "DataError", "compare_fingerprints", "count_samples", "first_samples", "to_device"]
+__all__ = [
+    "BatchStream",
+    "DataError",
+    "Looks",
+    "compare_fingerprints",
+    "count_samples",
+    "first_samples",
+    "to_device",
+]

@@ -2,14 +2,15 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["count_samples", "first_samples", "pinned", "to_device"]
+__all__ = ["Looks", "count_samples", "first_samples", "pinned", "to_device"]
 
 
 def count_samples(batch: Any) -> int:
@@ -58,6 +59,61 @@ def first_samples(batch: Any, samples: int) -> Any:
 def pinned(batch: Any) -> Any:
     """`batch` with every tensor in it in pinned memory, as a loader with `pin_memory=True` gives it."""
     return _mapped(batch, lambda item: item.pin_memory(), "pin_memory")
+
+
+class Looks:
+    """How a batch looked: which tensors were in it, and how often each had been written to in place.
+
+    Not seen is what is written past torch: by way of `.data`, or of a NumPy array.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._leaves: list[tuple[Any, int]] = [
+            (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, -1)
+            for leaf in _leaves(batch)
+        ]
+
+    def changed(self, batch: Any) -> bool:
+        """Whether `batch`, which is the same one, does not look so any more."""
+        now = _leaves(batch)
+        return len(now) != len(self._leaves) or not all(map(_looks_so, now, self._leaves))
+
+    def written(self) -> list[torch.Tensor]:
+        """The tensors that were written to in place since."""
+        tensors = ((then(), version) for then, version in self._leaves if version != -1)
+        return [tensor for tensor, version in tensors if tensor is not None and _version(tensor) != version]
+
+
+def _looks_so(leaf: Any, before: tuple[Any, int]) -> bool:
+    then, version = before
+    if version == -1:
+        return then is leaf
+    return then() is leaf and _version(leaf) == version
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _leaves(batch: Any) -> list[Any]:
+    found: list[Any] = []
+    _gather([batch], found)
+    return found
+
+
+def _gather(parts: Collection[Any], found: list[Any]) -> None:
+    for part in parts:
+        # Plain containers of tensors first: they are nearly all there is.
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif type(part) is dict:
+            _gather(part.values(), found)
+        elif type(part) in (list, tuple):
+            _gather(part, found)
+        elif isinstance(part, str | int | float) or not (inner := _parts(part)):
+            found.append(part)
+        else:
+            _gather(inner, found)
 
 
 def _sizes(batch: Any) -> Iterator[int]:

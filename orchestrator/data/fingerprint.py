@@ -1,21 +1,25 @@
 """What tells one data set from another: a fingerprint of plain values, and the differences of two."""
 
 import copy
+import functools
 import hashlib
 import struct
+import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
     Subset,
+    TensorDataset,
     WeightedRandomSampler,
     get_worker_info,
 )
@@ -28,43 +32,57 @@ from orchestrator.data.randomness import put_globals, seed_globals, take_globals
 __all__ = ["compare_fingerprints", "fingerprint_iterable", "fingerprint_loader", "fingerprint_sequence"]
 
 _UNSTABLE = "unstable"
+_COLLATED = "first and last item, collated"
+_SPREAD = "items spread over the data set"
+_SPREAD_BATCHES = "batches spread over the sequence"
+_SPREAD_COUNT = 64
+_LARGE = 2**18  # elements: of a larger tensor or array of the spread about so many are looked at
+_ENDS = frozenset({"length of the data set", "first item", "last item", "first batch", "last batch"})
 
 
 def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences of two fingerprints, one readable line each; none means the same data.
 
-    What one of them does not know (None) is not compared.
+    What one of them does not know (None), or was saved before it was taken, is not compared.
     """
-    lines = []
+    differing = {}
     flat_saved, flat_now = _flat(saved), _flat(now)
     for key in [*flat_saved, *(flat_now.keys() - flat_saved.keys())]:
         before, after = flat_saved.get(key), flat_now.get(key)
         if before is not None and after is not None and before != after:
-            lines.append(f"{key}: {before} when saved, {after} now")
-    return lines
+            differing[key] = f"{key}: {before} when saved, {after} now"
+    is_sequence = saved.get("kind") == "sequence"
+    if any(
+        key in _ENDS or key.startswith("data set/") or (is_sequence and key == "number of batches")
+        for key in differing
+    ):
+        for key in (_COLLATED, _SPREAD, _SPREAD_BATCHES):  # they follow from that
+            differing.pop(key, None)
+    return list(differing.values())
 
 
 def fingerprint_sequence(batches: list[Any] | tuple[Any, ...]) -> dict[str, Any]:
-    """The fingerprint of a sequence of batches: its length, and digests of its first and last batch."""
+    """The fingerprint of a sequence of batches: its length, and digests of its first and last batch and of 64."""
     ends = (batches[0], batches[-1]) if batches else (None, None)
     return {
         "kind": "sequence",
         "number of batches": len(batches),
         "first batch": _digest_or_none(ends[0]),
         "last batch": _digest_or_none(ends[1]),
+        _SPREAD_BATCHES: _spread_digest(batches, len(batches)),
     }
 
 
 def fingerprint_loader(loader: DataLoader[Any], length: int | None, role: str) -> dict[str, Any]:
     """The fingerprint of a loader; `length` is its number of batches.
 
-    The first and the last item of the data set are read, each twice, from streams of their own: in a worker
-    if the loader has workers, since a file that the data set opened here would be shared with every worker
-    forked.
+    The first and the last item of the data set are read, each twice, from streams of their own, and so are the two
+    as the collate function puts them together: in a worker if the loader has workers, since a file that the data
+    set opened here would be shared with every worker forked. Of a data set in memory 64 items are looked at.
     """
     dataset: Any = loader.dataset
     size = _size(dataset)
-    first, last = _end_digests(loader, size, role)
+    first, last, collated = _end_digests(loader, size, role)
     return {
         "kind": "map",
         "data set": _describe_dataset(dataset),
@@ -75,6 +93,8 @@ def fingerprint_loader(loader: DataLoader[Any], length: int | None, role: str) -
         "number of batches": length,
         "first item": first,
         "last item": last,
+        _COLLATED: collated,
+        _SPREAD: _spread_digest(dataset, size) if size and _is_in_memory(dataset) else None,
     }
 
 
@@ -146,34 +166,91 @@ def _digest_or_none(item: Any) -> str | None:
         return None
 
 
-class _ItemDigests(Dataset[Any]):
-    """A data set of the digests of another's items, each read twice from the same stream."""
+def _spread_digest(items: Any, size: int) -> str | None:
+    """A digest of up to 64 items at equal distances, of large tensors among them a part."""
+    chosen = sorted({round(index * (size - 1) / (_SPREAD_COUNT - 1)) for index in range(_SPREAD_COUNT)})
+    try:
+        return digest([_thinned(items[index]) for index in chosen]) if size else None
+    except Exception:  # as for an item
+        return None
 
-    def __init__(self, loader: DataLoader[Any], role: str) -> None:
-        self._maker = BatchMaker(loader, role)
-        self._maker.collate_fn = digest
-        self._maker._batched = False
+
+def _thinned(item: Any) -> Any:
+    if isinstance(item, torch.Tensor | np.ndarray):
+        size = item.numel() if isinstance(item, torch.Tensor) else item.size
+        return item.reshape(-1)[:: size // _LARGE] if size > _LARGE else item
+    if isinstance(item, Mapping):
+        return {key: _thinned(value) for key, value in item.items()}
+    return [_thinned(part) for part in item] if isinstance(item, list | tuple) else item
+
+
+def _is_in_memory(dataset: Any) -> bool:
+    """Whether reading an item of `dataset` is known to cost nothing, and to change nothing."""
+    if type(dataset) is Subset:
+        return _is_in_memory(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(_is_in_memory(part) for part in dataset.datasets)
+    return type(dataset) in (TensorDataset, list, tuple, torch.Tensor, np.ndarray)
+
+
+class _Digests(Dataset[Any]):
+    """A data set of digests: of another's items by their index, and by -1 of a batch of its first and last.
+
+    Each is made twice from the same stream.
+    """
+
+    def __init__(self, loader: DataLoader[Any], role: str, size: int) -> None:
         self.dataset = loader.dataset
+        self._loader, self._role = loader, role
+        self._ends: Any = [0, size - 1] if loader.batch_sampler is not None else 0
+        self._items = BatchMaker(loader, role)
+        self._items.collate_fn = digest
+        self._items._batched = False
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            once, again = (self._maker.make(Task(0, index, index)) for _ in range(2))
+            if index == -1:
+                maker, task = BatchMaker(self._loader, self._role), Task(0, 0, self._ends)
+                maker.collate_fn = _DigestOf(_own(self._loader.collate_fn))
+            else:
+                maker, task = self._items, Task(0, index, index)
+            once, again = (maker.make(task) for _ in range(2))
         except Exception:  # any: it is the user's data set, and training it will show
             return None
         return once if once == again else _UNSTABLE
 
 
-def _end_digests(loader: DataLoader[Any], size: int | None, role: str) -> tuple[str | None, str | None]:
+class _DigestOf:
+    """A collate function that gives the digest of what another makes."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: Any) -> str:
+        return digest(self.collate_fn(items))
+
+
+def _own(function: Any) -> Any:
+    """`function` where what it keeps in its object, if it is one or a method, is apart from the original."""
+    if isinstance(function, functools.partial):
+        return functools.partial(_own(function.func), *function.args, **function.keywords)
+    if isinstance(function, types.MethodType):
+        return types.MethodType(function.__func__, _apart(function.__self__))
+    return function if isinstance(function, types.FunctionType) else _apart(function)
+
+
+def _end_digests(
+    loader: DataLoader[Any], size: int | None, role: str
+) -> tuple[str | None, str | None, str | None]:
+    """Those of the first item, the last, and both as one batch."""
     if not size:
-        return None, None
-    digests = _ItemDigests(loader, role)
-    ends = [0, size - 1]
-    first, last = (
-        _in_worker(loader, digests, ends) if loader.num_workers else [digests[index] for index in ends]
-    )
-    if _UNSTABLE in (first, last):
+        return None, None, None
+    digests, keys = _Digests(loader, role, size), [0, size - 1, -1]
+    found = _in_worker(loader, digests, keys) if loader.num_workers else [digests[key] for key in keys]
+    if _UNSTABLE in found[:2]:
         _warn_of_unstable(role)
-    return None if first == _UNSTABLE else first, None if last == _UNSTABLE else last
+    first, last, collated = (None if each == _UNSTABLE else each for each in found)
+    return first, last, collated
 
 
 def _warn_of_unstable(role: str) -> None:
@@ -242,11 +319,11 @@ def _first_digest(loader: DataLoader[Any]) -> str | None:
     return found
 
 
-def _in_worker(loader: DataLoader[Any], digests: _ItemDigests, ends: list[int]) -> list[str | None]:
+def _in_worker(loader: DataLoader[Any], digests: _Digests, keys: list[int]) -> list[str | None]:
     try:
-        found = list(rebuilt(loader, digests, ends, generator=torch.Generator(), num_workers=1))
+        found = list(rebuilt(loader, digests, keys, generator=torch.Generator(), num_workers=1))
     except Exception:  # as for an item
-        return [None, None]
+        return [None] * len(keys)
     return found
 
 

@@ -398,6 +398,11 @@ class IterableSource:
             batches, self._batches = self._batches, None
             end_workers(batches)
 
+    @property
+    def data(self) -> Any:
+        """What the batches come from."""
+        return self._loader.dataset
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data set from another; its first item is read unless something is used up by that."""
         # In this process, reading could disturb a pass that is under way.

@@ -1,7 +1,10 @@
 """BatchStream: the batches of one loader, addressed by (epoch, index), the same one every time."""
 
+import contextlib
+import types
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orchestrator.data.acceptance import check_loader
@@ -15,6 +18,8 @@ from orchestrator.data.order import Order
 __all__ = ["BatchStream"]
 
 _VERSION = 1
+_FAR = 20_000
+_NO_DATA = (str, bytes, int, float, type, types.ModuleType, types.FunctionType)
 
 
 class BatchStream:
@@ -44,6 +49,7 @@ class BatchStream:
     """
 
     def __init__(self, loader: Any, *, role: str = "training") -> None:
+        self.role = role
         self._source = _source(loader, role)
         self._epoch: int | None = None
         self._position = 0
@@ -170,6 +176,11 @@ class BatchStream:
             self._fingerprint = self._source.fingerprint()
         return self._fingerprint
 
+    def holds(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether one of `tensors`, which were in a batch, is memory of the data themselves."""
+        theirs = _storages(self._source.data)
+        return any(tensor.untyped_storage().data_ptr() in theirs for tensor in tensors)
+
     def close(self) -> None:
         """End the data workers. The stream keeps its place, and a later `fetch` starts new ones."""
         self._source.close()
@@ -199,6 +210,8 @@ class _Source(Protocol):
     passes: int
 
     @property
+    def data(self) -> Any: ...
+    @property
     def length(self) -> int | None: ...
     @property
     def waiting(self) -> bool: ...
@@ -223,6 +236,10 @@ class _SequenceSource:
         self._batches = batches
         self._next = 0
         self.passes = 1
+
+    @property
+    def data(self) -> Any:
+        return self._batches
 
     @property
     def length(self) -> int:
@@ -278,6 +295,10 @@ class _LoaderSource:
         warn_of_unseeded(self._maker.find_generators(), role, stacklevel=4)
 
     @property
+    def data(self) -> Any:
+        return self._loader.dataset
+
+    @property
     def passes(self) -> int:
         return self._order.passes
 
@@ -322,6 +343,25 @@ class _LoaderSource:
 
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint_loader(self._loader, self.length, self._role)
+
+
+def _storages(data: Any) -> set[int]:
+    """The addresses of the tensors in `data`: attributes and containers are followed, 20,000 objects far."""
+    found: set[int] = set()
+    seen: set[int] = set()
+    ahead = [data]
+    while ahead and len(seen) < _FAR:
+        item = ahead.pop()
+        if isinstance(item, torch.Tensor):
+            with contextlib.suppress(Exception):  # a layout that has no storage
+                found.add(item.untyped_storage().data_ptr())
+        elif id(item) not in seen and not isinstance(item, _NO_DATA):
+            seen.add(id(item))
+            inside = (
+                item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
+            )
+            ahead += [*list(inside)[:_FAR], *getattr(item, "__dict__", {}).values()]
+    return found - {0}
 
 
 def _source(loader: Any, role: str) -> _Source:
