@@ -219,6 +219,8 @@ class _Fitting:
         self._fit_metrics()
         self._fit_settings()
         self._fit_data()
+        if {d.key for d in self.differences} & {"model", "optimizer"} and not self.tree["window"]["count"]:
+            self._replace(gradients=None)  # no step waits for them: hooks may have read them
 
     def _differs(self, key: str | None, text: str) -> None:
         self.differences.append(Difference(key, text))

@@ -343,8 +343,9 @@ def _comparable(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     for key in ("callbacks", "generators"):
         if key in chosen:
             chosen[key] = {name: value for name, value in tree[key].items() if name in other[key]}
-    if tree["guard"] is None or other["guard"] is None:  # whether to guard is not binding
-        chosen["guard"] = None
+    for key in ("guard", "gradients"):  # whether to guard is not binding, nor what hooks read
+        if tree[key] is None or other[key] is None:
+            chosen[key] = None
     for key in ("data", "passed"):  # the batch, where it was not fetched again: hooks may come and go
         if tree["batch"].get(key) is None or other["batch"].get(key) is None:
             chosen["batch"] = {name: value for name, value in chosen["batch"].items() if name != key}

@@ -747,14 +747,6 @@ def an_object_of_a_library() -> tuple[Options, str]:
     return {"forward": forward}, "scaler, a variable that forward encloses,"
 
 
-def a_list_of_batches_changed_in_place() -> tuple[Options, str]:
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        batch[0].add_(0.1)
-        return loss_of(model, batch)
-
-    return {"train_loader": list(trainings.loader()), "forward": forward}, "list, given as data,"
-
-
 def a_list_of_samples() -> tuple[Options, str]:
     samples = list(trainings.data())
 
@@ -824,7 +816,7 @@ TOLD |= {
         *(arguments_of_a_function_that_are_exchanged, a_transform_that_is_exchanged),
         *(an_activation_that_is_exchanged, a_hook_that_is_registered_while_training, a_hook_of_a_tensor),
         *(an_optimizer_that_a_tensor_calls, an_object_of_a_library),
-        *(a_list_of_batches_changed_in_place, a_list_of_samples),
+        a_list_of_samples,
         *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
     )
 }
