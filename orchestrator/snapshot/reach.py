@@ -38,8 +38,8 @@ _HOOKS = (
     "_backward_hooks",
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
-    "_post_accumulate_grad_hooks",
 )
+_TENSORS_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _OPTIMIZERS_OWN = frozenset({"step", "_opt_called", "_step_count"})
 """Set on an optimizer by torch's schedulers."""
 
@@ -323,8 +323,14 @@ class _In:
 
 
 def _hooks(item: object) -> Iterator[Any]:
-    for name in _HOOKS:
-        yield from (getattr(item, name, None) or {}).values()
+    if isinstance(item, Tensor):
+        found = [getattr(item, name, None) for name in _TENSORS_HOOKS]
+    else:
+        held = getattr(item, "__dict__", {})
+        found = [held.get(name) for name in _HOOKS]
+    for hooks in found:
+        if hooks:
+            yield from hooks.values()
 
 
 def _users_hooks(part: nn.Module) -> list[Any]:
