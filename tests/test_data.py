@@ -37,6 +37,7 @@ from torch.utils.data import (
 from orchestrator.data import (
     BatchStream,
     DataError,
+    Looks,
     compare_fingerprints,
     count_samples,
     first_samples,
@@ -1070,6 +1071,59 @@ def test_moves_nested_batches() -> None:
     assert moved["own"] == "moved to meta"
     assert batch["pair"].x is x
     assert to_device(batch, torch.device("cpu"))["list"][0] is x
+
+
+@dataclass
+class Sample:
+    x: Any
+    more: Any
+
+
+class Moves:
+    def __init__(self, x: Any) -> None:
+        self.x, self.label = x, "a"
+
+    def to(self, device: Any) -> "Moves":
+        return self
+
+
+def nested() -> Any:
+    with torch.inference_mode():
+        never_counted = torch.ones(1)
+    sparse = torch.eye(2).to_sparse()
+    return {
+        "x": [torch.ones(2), (torch.zeros(2), 3)],
+        "more": Sample(torch.ones(3), Moves(torch.ones(4))),
+        "else": ["a", None, np.ones(2), never_counted, sparse],
+    }
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "in a list": (lambda b: b["x"][0].add_(1), 1),
+    "a view in a tuple": (lambda b: b["x"][1][0][1:].zero_(), 1),
+    "in a dataclass": (lambda b: b["more"].x.mul_(2), 1),
+    "in an object": (lambda b: b["more"].more.x.mul_(2), 1),
+    "sparse": (lambda b: b["else"][4].mul_(2), 1),
+    "another number": (lambda b: b["x"].__setitem__(1, (b["x"][1][0], 4)), 0),
+    "another tensor": (lambda b: b["x"].__setitem__(0, torch.ones(2)), 0),
+    "another key": (lambda b: b.update(z=1), 0),
+    "one less": (lambda b: b["else"].pop(), 0),
+    "twice another": (lambda b: [b.update(x=torch.ones(2)) for _ in range(9)], 0),
+    "nothing": (lambda b: b["x"][0] + 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_become_of_a_batch_is_seen(name: str) -> None:
+    change, written = CHANGES[name]
+    batch = nested()
+    looks = Looks(batch)
+    assert not looks.changed(batch)
+    change(batch)
+    assert looks.changed(batch) == (name != "nothing")
+    assert len(looks.written()) == written
+    assert BatchStream([batch]).holds(looks.written()) == (written > 0 and name != "sparse")
+    assert not BatchStream([nested()]).holds(looks.written())
 
 
 def test_no_pinning_without_an_accelerator_is_said() -> None:

@@ -101,7 +101,7 @@ class Server:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "PYTHONHASHSEED": str(hash_seed),
-            "PYTHONPATH": str(SCRIPTS),
+            "PYTHONPATH": os.pathsep.join((str(SCRIPTS), str(HERE.parent))),
         }
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "script_server.py")],

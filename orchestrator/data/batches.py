@@ -64,7 +64,8 @@ def pinned(batch: Any) -> Any:
 class Looks:
     """How a batch looked: which tensors were in it, and how often each had been written to in place.
 
-    Not seen is what is written past torch: by way of `.data`, or of a NumPy array.
+    They are looked for in mappings, lists, tuples, dataclasses, and the attributes of objects that have `.to`. What is
+    written past torch is not seen: by way of `.data`, or of a NumPy array.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -110,10 +111,16 @@ def _gather(parts: Collection[Any], found: list[Any]) -> None:
             _gather(part.values(), found)
         elif type(part) in (list, tuple):
             _gather(part, found)
-        elif isinstance(part, str | int | float) or not (inner := _parts(part)):
+        elif isinstance(part, str | int | float) or not (inner := _parts(part) or _tensors_of(part)):
             found.append(part)
         else:
             _gather(inner, found)
+
+
+def _tensors_of(item: Any) -> list[torch.Tensor]:
+    if not hasattr(item, "to"):
+        return []
+    return [value for value in getattr(item, "__dict__", {}).values() if isinstance(value, torch.Tensor)]
 
 
 def _sizes(batch: Any) -> Iterator[int]:

@@ -1,6 +1,5 @@
 """BatchStream: the batches of one loader, addressed by (epoch, index), the same one every time."""
 
-import contextlib
 import types
 from typing import Any, Protocol
 
@@ -179,7 +178,7 @@ class BatchStream:
     def holds(self, tensors: list[torch.Tensor]) -> bool:
         """Whether one of `tensors`, which were in a batch, is memory of the data themselves."""
         theirs = _storages(self._source.data)
-        return any(tensor.untyped_storage().data_ptr() in theirs for tensor in tensors)
+        return any(_address(tensor) in theirs for tensor in tensors)
 
     def close(self) -> None:
         """End the data workers. The stream keeps its place, and a later `fetch` starts new ones."""
@@ -345,6 +344,14 @@ class _LoaderSource:
         return fingerprint_loader(self._loader, self.length, self._role)
 
 
+def _address(tensor: torch.Tensor) -> int:
+    """Where the memory of `tensor` begins; 0 where it has none of its own kind, as a sparse one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
 def _storages(data: Any) -> set[int]:
     """The addresses of the tensors in `data`: attributes and containers are followed, 20,000 objects far."""
     found: set[int] = set()
@@ -353,8 +360,7 @@ def _storages(data: Any) -> set[int]:
     while ahead and len(seen) < _FAR:
         item = ahead.pop()
         if isinstance(item, torch.Tensor):
-            with contextlib.suppress(Exception):  # a layout that has no storage
-                found.add(item.untyped_storage().data_ptr())
+            found.add(_address(item))
         elif id(item) not in seen and not isinstance(item, _NO_DATA):
             seen.add(id(item))
             inside = (
