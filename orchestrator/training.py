@@ -277,7 +277,7 @@ class Training:
         """How the attempt ends, as things stand."""
         error = self.requests.halt.error if self.requests.halt is not None else None
         asked = isinstance(error, SystemExit | KeyboardInterrupt)
-        if self.tainted or error is not None:
+        if self.tainted or (error is not None and not asked):
             return "stopped" if asked else "failed"
         return "done" if self.state is State.DONE else "stopped"
 
