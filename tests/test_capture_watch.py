@@ -747,6 +747,21 @@ def an_object_of_a_library() -> tuple[Options, str]:
     return {"forward": forward}, "scaler, a variable that forward encloses,"
 
 
+def what_a_collating_object_keeps() -> tuple[Options, str]:
+    class Scaled:
+        def __init__(self) -> None:
+            self.largest = 0.0
+
+        def __call__(self, items: list[Any]) -> Any:
+            inputs, targets = default_collate(items)
+            self.largest = max(self.largest, float(inputs.max()))
+            return inputs / self.largest, targets
+
+    return {
+        "train_loader": trainings.loader(collate_fn=Scaled())
+    }, "Scaled.largest, an attribute of the data,"
+
+
 def a_list_of_samples() -> tuple[Options, str]:
     samples = list(trainings.data())
 
@@ -816,7 +831,7 @@ TOLD |= {
         *(arguments_of_a_function_that_are_exchanged, a_transform_that_is_exchanged),
         *(an_activation_that_is_exchanged, a_hook_that_is_registered_while_training, a_hook_of_a_tensor),
         *(an_optimizer_that_a_tensor_calls, an_object_of_a_library),
-        a_list_of_samples,
+        *(a_list_of_samples, what_a_collating_object_keeps),
         *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
     )
 }

@@ -203,6 +203,11 @@ class Reach:
                 }
 
             self.owners.append(Owner(f"{type(item).__name__}.", kind, shuffled, True))
+        elif "__call__" in methods and "__getitem__" not in methods:
+            # What collates items sees batch after batch: all that it keeps is of those before.
+            self.owners.append(
+                Owner(f"{type(item).__name__}.", kind, functools.partial(variables, item), True)
+            )
 
     def add_values(self, item: object) -> None:
         """A list, dict, tensor or array that was given as data: the plain values, tensors and arrays in it."""
