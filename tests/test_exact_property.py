@@ -210,6 +210,7 @@ def check(description: Description, cuts: list[Cut]) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", r"batch \d+ of epoch \d+ is empty")
         warnings.filterwarnings("ignore", "calls, a variable that count encloses")  # the test's own counter
+        warnings.filterwarnings("ignore", ".*was trained by another Trainer of this process")  # so it was
         unbroken = build(description, folder / "unbroken")
         unbroken.fit()
         expected = ending(unbroken)
@@ -232,8 +233,9 @@ def interrupted(description: Description, cuts: list[Cut], root: Path) -> Traine
         there = carry_out(cut, trainer) if cut is not None else None
         if cut is None:
             trainer.fit("auto")
-        assert expected is None or stood == [expected]
-        expected = there
+        broken_off = cut is not None and cut.place == "forward" and not stood  # as a forward was done again
+        assert expected is None or broken_off or stood == [expected]
+        expected = expected if broken_off else there
         workers = cut.workers if cut is not None and description.workers else 0
     return trainer
 
@@ -252,6 +254,8 @@ def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut]) 
     [
         # Resuming warned of a learning rate that the scheduler, not the user, had changed.
         (Description(two_groups=True, optimizer="Adagrad", scheduler="plateau by batch"), [Cut(at=40)]),
+        # The forward that a resume does again raises: the next attempt stands there all the same.
+        (Description(), [Cut(until=State.FORWARD), Cut(place="forward", how="raise")]),
     ],
 )
 def test_what_the_property_found(description: Description, cuts: list[Cut]) -> None:
