@@ -113,7 +113,8 @@ def test_training_goes_on_and_ends_with_one_warning(tmp_path: Path) -> None:
 # -- who may -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", ["401", pytest.param("403", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("answer", ["401", "403"])
 def test_credentials_that_are_refused_are_said_once_and_tried_again(
     run: RunFolder, server: MLflowServer, answer: str
 ) -> None:

@@ -339,6 +339,7 @@ def child(root: Path, slow: float = 0.01, workers: int = 0) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     chance = random.Random(os.environ.get("PYTEST_SEED"))
     for _ in range(3):

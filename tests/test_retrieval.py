@@ -223,6 +223,7 @@ def test_a_checkpoint_by_name_and_a_folder_that_is_here(
     assert not list((tmp_path / "other").iterdir())
 
 
+@pytest.mark.long
 def test_a_moment_of_a_run_that_is_elsewhere(tmp_path: Path, server: MLflowServer, remote: RemoteRun) -> None:
     trainer = trainings.make(
         tmp_path,
@@ -240,6 +241,7 @@ def test_a_moment_of_a_run_that_is_elsewhere(tmp_path: Path, server: MLflowServe
 # -- what is in the way ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_what_cannot_be_had(tmp_path: Path, server: MLflowServer) -> None:
     tracker = MLflow(server.uri)
     with pytest.raises(FetchError, match=f"{server.uri}: there is no MLflow run '{'0' * 32}'"):
@@ -268,6 +270,7 @@ def test_a_server_that_is_away_is_not_waited_for_for_ever(tmp_path: Path) -> Non
     assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.long
 def test_a_damaged_upload_is_named_and_the_one_before_taken(
     tmp_path: Path, server: MLflowServer, remote: RemoteRun
 ) -> None:

@@ -272,6 +272,7 @@ while True: training.batch(0.002)
     assert expected_points(run).items() <= found.items()
 
 
+@pytest.mark.long
 def test_an_outbox_that_is_lost(run: RunFolder, store: Database) -> None:
     training = Training(run)
     for _ in range(8):
@@ -293,6 +294,7 @@ def test_an_outbox_that_is_lost(run: RunFolder, store: Database) -> None:
 # -- outages -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_server_that_is_down_at_the_start_in_the_middle_and_at_the_end(
     run: RunFolder, server: MLflowServer
 ) -> None:
@@ -489,6 +491,7 @@ assert found.data.tags["interlock.outcome"] == "failed"
 """
 
 
+@pytest.mark.long
 def test_a_run_that_the_user_began_is_used_and_never_ended(run: RunFolder, store: Database) -> None:
     second = create_run(run.path.parent, "second")
     done = subprocess.run(
@@ -505,6 +508,7 @@ def test_a_run_that_the_user_began_is_used_and_never_ended(run: RunFolder, store
     assert store.run(second.id).status == "RUNNING"
 
 
+@pytest.mark.long
 def test_a_branch_is_shown_below_its_parent(tmp_path: Path, store: Database) -> None:
     """The parent's own id is told as soon as the parent's outbox has it; elsewhere it would mean nothing."""
     mother = create_run(tmp_path, "mother")
@@ -596,6 +600,7 @@ def folders(remote: RemoteRun) -> set[str]:
     return {path.name for path in (remote.artifacts / "checkpoints").glob("*")}
 
 
+@pytest.mark.long
 def test_best_and_last_replace_those_before(run: RunFolder, store: Database) -> None:
     training = Training(run)
     training.batch()

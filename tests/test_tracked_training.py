@@ -66,6 +66,7 @@ def points(store: Path, run_id: str) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.long
 def test_killed_with_its_shipper_then_resumed_every_point_arrives_once(tmp_path: Path) -> None:
     root, file = tmp_path / "runs", tmp_path / "mlflow.db"
     store = f"sqlite:///{file}"
