@@ -112,7 +112,8 @@ class Journal:
 
     def last_transition(self, scope: str = TRAIN, *, live: bool = True) -> Transition | None:
         """The newest transition of `scope` that is not superseded; None if there is none. Takes no scan."""
-        view = self._recorder() if live else None
+        # The recorder first, then how far the journal goes: what is drained meanwhile is in the rows.
+        view, drained = (self._recorder() if live else None), self.newest_seq()
         rows = self._all(
             f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
                     WHERE scopes.name = ?
@@ -122,8 +123,8 @@ class Journal:
             scope,
         )
         newest = [_transition(row) for row in rows]
-        newest += [found for found in self._recorded(view, self.newest_seq()) if found.scope == scope]
-        return newest[-1] if newest else None
+        newest += [found for found in self._recorded(view, drained) if found.scope == scope]
+        return max(newest, key=lambda found: found.seq, default=None)
 
     def losses(self, after: int = 0, until: int | None = None) -> Iterator[Loss]:
         """The losses of the training that stand, with after < seq <= until, in the order of seq.
