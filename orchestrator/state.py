@@ -286,10 +286,9 @@ class TrainingState:
         work.history[:] = [dict(values) for values in tree["history"]]
         work.epoch_metrics.load_state_dict(before.get("metrics", tree["metrics"]))
         self._requests.stop = self._requests.stop or tree["stop"]
-        self._restore_validation_data(tree["validation_data"])
         self._restore_callbacks(tree)
         self._stand_in_epoch(tree)
-        # Where both have one generator, standing in the epoch has set it to what it was as the epoch began.
+        # After that: where both loaders have one generator, it stands now where it did as the epoch began.
         self._restore_validation_data(tree["validation_data"])
         self._generators.restore(tree.get("generators", {}))
         capture.restore_random(tree["random"])
