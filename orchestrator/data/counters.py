@@ -2,10 +2,15 @@
 
 from typing import Any
 
-__all__ = ["Counters", "chain"]
+__all__ = ["Counters", "chain", "is_plain"]
 
 _DEPTH = 8
 _PLAIN = (bool, int, float, str)
+
+
+def is_plain(value: object) -> bool:
+    """Whether `value` is of a kind that is kept as a counter."""
+    return value is None or type(value) in _PLAIN
 
 
 class Counters:
@@ -42,7 +47,7 @@ class Counters:
             f"{path}.{name}": value
             for path, owner in self._owners.items()
             for name, value in vars(owner).items()
-            if value is None or type(value) in _PLAIN
+            if is_plain(value)
         }
 
 

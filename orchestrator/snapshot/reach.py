@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from orchestrator.data.counters import is_plain
 from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.users_code import (
@@ -187,7 +188,7 @@ class Reach:
             return {
                 name: value
                 for name, value in variables(item).items()
-                if name not in given and (not counts and name in sets if _is_plain(value) else name in uses)
+                if name not in given and (not counts and name in sets if is_plain(value) else name in uses)
             }
 
         kind = "an attribute of the data"
@@ -348,13 +349,9 @@ def _users_hooks(part: nn.Module) -> list[Any]:
     ]
 
 
-def _is_plain(value: object) -> bool:
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def _values(item: Any, depth: int) -> Any:
     """A copy of the containers of `item`, with nothing in place of objects."""
-    if isinstance(item, Tensor | np.ndarray | np.generic) or _is_plain(item):
+    if isinstance(item, Tensor | np.ndarray | np.generic) or is_plain(item):
         return item
     if depth > _DEPTH:
         return None
@@ -369,7 +366,7 @@ def _size(value: object) -> tuple[int, ...]:
     """The shape of a list, array or tensor of values, of lists of values too; empty for anything else."""
     if isinstance(value, Tensor | np.ndarray):
         return tuple(value.shape)
-    if isinstance(value, list) and all(_is_plain(v) or isinstance(v, list | tuple) for v in value[:_FIRST]):
+    if isinstance(value, list) and all(is_plain(v) or isinstance(v, list | tuple) for v in value[:_FIRST]):
         return (len(value),) if value else ()
     return ()
 

@@ -145,25 +145,28 @@ def stored_attributes(cls: type) -> set[str]:
     return set().union(*(set_attributes(function.__code__) for function in functions_of(cls)))
 
 
+def _read(
+    codes: Iterable[types.CodeType],
+) -> Iterator[tuple[dis.Instruction | None, dis.Instruction]]:
+    """Where `codes` read something other than to add to it, each with the instruction before."""
+    for found in map(_instructions, codes):
+        for here, instruction in enumerate(found):
+            if instruction.opname in _READS and not _only_adds(found, here):
+                yield (found[here - 1] if here else None), instruction
+
+
 def variables_read(codes: Iterable[types.CodeType]) -> set[str]:
     """The variables that `codes` read, as such or as `file.name`, other than to add to them."""
     return {
         i.argval
-        for found in map(_instructions, codes)
-        for here, i in enumerate(found)
-        if i.opname in _READS and not _only_adds(found, here)
-        if i.opname not in _ATTRIBUTES or (here and found[here - 1].opname in _GLOBALS)
+        for before, i in _read(codes)
+        if i.opname not in _ATTRIBUTES or (before is not None and before.opname in _GLOBALS)
     }
 
 
 def attributes_read(codes: Iterable[types.CodeType]) -> set[str]:
     """The attributes, of whatever, that `codes` read other than to add to them."""
-    return {
-        i.argval
-        for found in map(_instructions, codes)
-        for here, i in enumerate(found)
-        if i.opname in _ATTRIBUTES and not _only_adds(found, here)
-    }
+    return {i.argval for _, i in _read(codes) if i.opname in _ATTRIBUTES}
 
 
 def only_written(name: str, codes: Iterable[types.CodeType]) -> bool:
