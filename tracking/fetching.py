@@ -8,8 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from states.errors import InterlockError
+from tracking import processes
 from tracking.delivery import Destination
 from tracking.masking import mask_text
 from tracking.rows import Checkpoint
@@ -183,11 +182,10 @@ class RemoteFiles:
 
     def _start(self) -> "subprocess.Popen[str]":
         child = subprocess.Popen(
-            # -P: a folder called `tracking` where the user works must not be taken for this package.
-            [sys.executable, "-P", "-m", "tracking.mlflow_fetching"],
+            processes.command("tracking.mlflow_fetching"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_environment(),
+            env=processes.environment(),
             text=True,
             start_new_session=True,  # Ctrl-C is for the trainer, which closes this
         )
@@ -205,15 +203,6 @@ class RemoteFiles:
             self._child.kill()
             self._child.communicate()
             self._child = None
-
-
-def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    home = str(Path(__file__).resolve().parent.parent)
-    if home not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        found = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{found}{os.pathsep}{home}" if found else home
-    return environment
 
 
 # -- what the run's folder keeps of it ---------------------------------------------------------------------

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from tracking import processes
+
 __all__ = ["OneOff", "go_with_parent"]
 
 _PR_SET_PDEATHSIG = 1
@@ -21,9 +23,8 @@ class OneOff:
         """`output` is the file that takes what it prints. After `limit_s` seconds it is ended."""
         self._deadline = None if limit_s is None else time.monotonic() + limit_s
         with output.open("wb") as stdout:
-            # -P: a folder of that name where the user works must not be taken for the module.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *arguments], stdin=subprocess.DEVNULL, stdout=stdout
+                processes.command(module, *arguments), stdin=subprocess.DEVNULL, stdout=stdout
             )
 
     def wait(self, seconds: float) -> int | None:

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from states.errors import InterlockError
+from tracking import processes
 from tracking.delivery import Closed, Target, Tracker
 from tracking.journal import Attempt, Journal, settle
 from tracking.line import Line
@@ -104,7 +104,7 @@ def start_shipper(run: RunFolder, tracker: Tracker) -> "subprocess.Popen[bytes] 
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment(),
+                env=processes.environment(),
                 start_new_session=True,
             )
     except OSError as error:
@@ -166,7 +166,7 @@ def sync(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=_environment(),
+            env=processes.environment(),
             cwd=folder,
             text=True,
         )
@@ -240,19 +240,7 @@ def _read_target(run: RunFolder) -> Target | None:
 
 
 def _command(run: RunFolder) -> list[str]:
-    # -P: a folder called `tracking` where the user works must not be taken for this package.
-    return [sys.executable, "-P", "-m", "tracking.shipper", str(run.path.resolve())]
-
-
-def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    home = str(Path(__file__).resolve().parent.parent)
-    if home not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        found = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{found}{os.pathsep}{home}" if found else home
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = "1"  # importing NumPy would start a thread for each core
-    return environment
+    return processes.command("tracking.shipper", str(run.path.resolve()))
 
 
 # -- the process -------------------------------------------------------------------------------------------
