@@ -34,10 +34,9 @@ from tracking.journal import Checkpoint, Journal, JournalError
 from tracking.journal_copy import JOURNAL, forget_checkpoints, journal_from_copy
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import RootError, RunFolder
+from tracking.uploads import CHECKPOINTS
 
 __all__ = ["Retrieved", "retrieve"]
-
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def retrieve(
         draft = _draft(root)
         try:
             names = _fill(draft, wanted, seen, remote, say)
-            artifacts = {f"{_CHECKPOINTS}/{name}": size for name, size in seen.checkpoints.items()}
+            artifacts = {f"{CHECKPOINTS}/{name}": size for name, size in seen.checkpoints.items()}
             keep_fetched(draft.path, Fetched(destination.place, seen.run_id, artifacts))
             draft.path.rename(here.path)
         except BaseException:
@@ -164,7 +163,7 @@ def _first_whole(
     draft = folder / ".tmp-fetched"
     for row in candidates:
         try:
-            path = remote.download(seen.run_id, f"{_CHECKPOINTS}/{row.name}", draft)
+            path = remote.download(seen.run_id, f"{CHECKPOINTS}/{row.name}", draft)
             verify_checkpoint(path)
             path.rename(folder / row.name)
             return row

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from tracking.packing import ROW_LENGTH
 from tracking.rows import Metric, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import UNPACKED_METRICS, connect_to_read
-from tracking.source import keep_source, read_sources, script_of, source_tags
+from tracking.source import Source, keep_source, read_sources, script_of, source_tags
 from tracking.system_metrics import SystemSender
 from tracking.thinning import Pace
 from tracking.uploads import Uploads, waiting_artifacts
@@ -233,6 +233,8 @@ class Shipment:
             self._next_tags = time.monotonic() + _TAGS_EVERY_S
             moved = self._journal.last_transition()
             newest = moved.dest if moved else None
+        attempts, sources = self._journal.attempts(), read_sources(self._run)
+        checkpoints = self._uploads.checkpoint_tags()
         tags = {
             "interlock.attempt": str(attempt.attempt),
             "interlock.heartbeat": self._heartbeat(attempt),
@@ -240,11 +242,11 @@ class Shipment:
             "interlock.outcome": attempt.outcome or "running",
             "interlock.reason": attempt.reason,
             "interlock.exception": attempt.exception,
-            **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in self._journal.attempts()},
+            **{f"interlock.attempt.{one.attempt}": _in_words(one) for one in attempts},
             **self._parent_tags(),
-            **self._uploads.checkpoint_tags(),
-            **source_tags(read_sources(self._run), owned=self._remote is None or self._remote.owned),
-            **self._description(),
+            **checkpoints,
+            **source_tags(sources, owned=self._remote is None or self._remote.owned),
+            **self._description(attempts, sources, checkpoints),
         }
         if newest is not None:
             tags["interlock.state"] = newest.value
@@ -252,17 +254,18 @@ class Shipment:
         self._data.send(self._at_server)
         self._system.send(self._at_server, attempt)
 
-    def _description(self) -> dict[str, str]:
+    def _description(
+        self, attempts: Sequence[Attempt], sources: Mapping[int, Source], checkpoints: Mapping[str, str]
+    ) -> dict[str, str]:
         """The run in words, where the server has a place for it; a user's run is described by its owner."""
         tag = getattr(self._at_server, "description_tag", "")
         if not tag or self._remote is None or self._remote.owned:
             return {}
-        sources, named = read_sources(self._run), self._uploads.checkpoint_tags()
         text = describe(
             self._run.id,
             self._remote.run_id,
-            self._journal.attempts(),
-            {key.rpartition(".")[2]: name for key, name in named.items()},
+            attempts,
+            {key.rpartition(".")[2]: name for key, name in checkpoints.items()},
             parent=self._journal.run_info().parent,
             source=sources[max(sources)] if sources else None,
         )
