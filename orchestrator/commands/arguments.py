@@ -9,7 +9,15 @@ import click
 
 from tracking.runs import RunFolder, find_run
 
-__all__ = ["json_option", "reference", "root_of", "root_option", "run_argument"]
+__all__ = [
+    "json_option",
+    "output_option",
+    "reference",
+    "root_of",
+    "root_option",
+    "run_argument",
+    "timeout_option",
+]
 
 _DEFAULT_ROOT = Path("runs")
 _ROOT = "orchestrator.commands.root"
@@ -57,6 +65,30 @@ def run_argument(name: str = "run", *, required: bool = True) -> Callable[[Decor
 def json_option(command: Decorated) -> Decorated:
     """`--json`, handed over as `as_json: bool`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def output_option(help_text: str, default: str | None = None) -> Callable[[Decorated], Decorated]:
+    """`-o FILE`, handed over as `output: Path`, None where it is not given and there is no `default`."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        default=default,
+        show_default=default is not None,
+        help=help_text,
+    )
+
+
+def timeout_option(default: float) -> Callable[[Decorated], Decorated]:
+    """`--timeout SECONDS` for what waits for a server."""
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=default,
+        metavar="SECONDS",
+        help=f"How long a server that is away is tried again.  [default: {default:g}]",
+    )
 
 
 def reference(run: RunFolder, root: Path) -> str:

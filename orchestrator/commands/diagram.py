@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.arguments import root_option, run_argument
+from orchestrator.commands.arguments import output_option, root_option, run_argument
 from states.diagram import mermaid, svg
 from states.table import TRAINING
 from tracking.runs import RunFolder
@@ -24,13 +24,7 @@ _ENDINGS = {".mmd": "mermaid", ".mermaid": "mermaid", ".md": "mermaid"}
     type=click.Choice(list(_DRAWN)),
     help="Default: mermaid for a FILE that ends in .mmd, .mermaid or .md, else svg.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Where to, instead of standard output.",
-)
+@output_option("Where to, instead of standard output.")
 @root_option
 def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> None:
     """Draw the states of a training and its transitions.

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from orchestrator.commands.arguments import root_of, root_option
+from orchestrator.commands.arguments import root_of, root_option, timeout_option
 from orchestrator.commands.standing import standing_of
 from states.errors import InterlockError
 from states.table import State
@@ -94,13 +94,7 @@ def _find(ctx: click.Context, _: click.Parameter, value: str) -> RunFolder | str
     metavar="URI",
     help="Where MLflow is, for mlflow:RUN_ID.  [default: MLFLOW_TRACKING_URI, or the local store]",
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=60.0,
-    metavar="SECONDS",
-    help="How long a server that is away is tried again.  [default: 60]",
-)
+@timeout_option(60.0)
 @root_option
 @click.pass_context
 def resume(ctx: click.Context, run: RunFolder | str, tracking_uri: str | None, timeout: float) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import click
 
-from orchestrator.commands.arguments import root_of, root_option, run_argument
+from orchestrator.commands.arguments import root_of, root_option, run_argument, timeout_option
 from orchestrator.commands.layout import count
 from states.errors import InterlockError
 from tracking.masking import mask_text
@@ -20,13 +20,7 @@ __all__ = ["in_words", "sync"]
 @click.command()
 @run_argument(required=False)
 @click.option("--all", "every", is_flag=True, help="Every run that has something left to deliver.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0, min_open=True),
-    default=600.0,
-    metavar="SECONDS",
-    help="How long a server that is away is tried again.  [default: 600]",
-)
+@timeout_option(600.0)
 @root_option
 @click.pass_context
 def sync(ctx: click.Context, run: RunFolder | None, every: bool, timeout: float) -> None:

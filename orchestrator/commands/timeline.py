@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.arguments import root_option, run_argument
+from orchestrator.commands.arguments import output_option, root_option, run_argument
 from tracking.runs import RunFolder
 from tracking.timeline import write_timeline
 
@@ -13,15 +13,7 @@ __all__ = ["timeline"]
 
 @click.command()
 @run_argument()
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    default="timeline.html",
-    show_default=True,
-    help="Where to.",
-)
+@output_option("Where to.", default="timeline.html")
 @root_option
 def timeline(run: RunFolder, output: Path) -> None:
     """Write a page that shows where the time of RUN went.
