@@ -656,7 +656,7 @@ class Trainer:
         if self.state is not State.DONE and (training.attempt is None or training.attempt.closed):
             self.start()
         last = None
-        keep, training.work.keep = training.work.keep, training.work.keep
+        keep = training.work.keep
         if until in (None, State.FORWARD):
             training.work.keep = training.snapshots.before_forward
         try:

@@ -22,6 +22,7 @@ from orchestrator.snapshot.users_code import (
     global_names,
     has_users_variables,
     is_users,
+    is_users_module,
     owner_of,
     set_attributes,
     stored_attributes,
@@ -284,7 +285,7 @@ class Reach:
         self._add_names(namespace, used)
         for name in used:  # what it uses of another file of the user's, as `file.name`
             module = namespace.get(name)
-            if isinstance(module, types.ModuleType) and is_users(_In(module.__name__)):
+            if is_users_module(module):
                 named = used_attributes(function.__code__) | set_attributes(function.__code__)
                 self._add_names(vars(module), named & vars(module).keys())
 
@@ -319,13 +320,6 @@ class Reach:
             self._own(
                 Owner(f"{kind.__name__}.", "an attribute of a class", functools.partial(_of_class, kind))
             )
-
-
-@dataclass(frozen=True)
-class _In:
-    """Something that stands in the module of this name."""
-
-    __module__: str
 
 
 def _hooks(item: object) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from orchestrator.snapshot.users_code import (
     functions_of,
     global_names,
     is_users,
+    is_users_module,
     used_attributes,
     variables,
     variables_read,
@@ -99,7 +100,7 @@ class Readers:
         for name in global_names(code):
             value = function.__globals__.get(name)
             yield value
-            if isinstance(value, types.ModuleType) and _is_users_module(value):
+            if is_users_module(value):
                 yield from (vars(value).get(used) for used in used_attributes(code))
 
 
@@ -107,10 +108,6 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
     for kind in cls.__mro__:
         if is_users(kind):
             yield from functions_of(kind)
-
-
-def _is_users_module(module: types.ModuleType) -> bool:
-    return is_users(types.SimpleNamespace(__module__=module.__name__))
 
 
 def _place(value: object) -> Hashable:

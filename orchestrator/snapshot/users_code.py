@@ -19,6 +19,7 @@ __all__ = [
     "global_names",
     "has_users_variables",
     "is_users",
+    "is_users_module",
     "only_written",
     "owner_of",
     "set_attributes",
@@ -80,6 +81,11 @@ def owner_of(hook: Any) -> Any:
     while isinstance(hook, functools.partial) or hasattr(hook, "__wrapped__"):
         hook = hook.func if isinstance(hook, functools.partial) else hook.__wrapped__
     return type(hook.__self__) if isinstance(hook, types.MethodType) else hook
+
+
+def is_users_module(item: object) -> bool:
+    """Whether it is a module, and the user's own."""
+    return isinstance(item, types.ModuleType) and _is_users_module(item.__name__)
 
 
 def variables(item: object) -> dict[str, Any]:
