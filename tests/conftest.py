@@ -1,14 +1,21 @@
 """Hypothesis profiles, one torch thread for each worker of pytest, and trainings to test with."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from mlflow_server import MLflowServer
+from mlflow_server import Database, MLflowServer
+from tracking.runs import RunFolder, create_run
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background by a shell without job control; tests interrupt the processes that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", max_examples=25, deadline=None, suppress_health_check=_quiet)
@@ -28,6 +35,18 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowSe
     """A real MLflow server for all tests that make experiments of their own in it, and leave it running."""
     with MLflowServer(tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    """A plain SQLite store of MLflow's, for all tests that look at nothing in it but their own runs."""
+    return Database.made(tmp_path_factory.mktemp("store") / "mlflow.db")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run's folder with nothing in it yet."""
+    return create_run(tmp_path, "digits")
 
 
 @pytest.fixture(autouse=True)

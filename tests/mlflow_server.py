@@ -106,6 +106,14 @@ class Database:
 
     path: Path
 
+    @classmethod
+    def made(cls, path: Path) -> "Database":
+        """A plain SQLite store with its tables, and the artifacts of its default experiment beside it."""
+        made = cls(path)
+        script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
+        subprocess.run([sys.executable, "-c", script, made.uri], cwd=path.parent, check=True)
+        return made
+
     @property
     def uri(self) -> str:
         return f"sqlite:///{self.path}"

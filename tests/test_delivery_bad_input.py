@@ -16,18 +16,13 @@ from orchestrator import MLflow as FromTheTrainer
 from states.table import State
 from tracking.artifacts import REPORTS
 from tracking.mlflow_delivery import MLflow
-from tracking.runs import RunFolder, create_run, list_runs
+from tracking.runs import RunFolder, list_runs
 from tracking.shipper import status, sync
 
 
 @pytest.fixture
 def server(shared_server: MLflowServer) -> MLflowServer:
     return shared_server
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 def log_of(run: RunFolder) -> list[str]:

@@ -19,7 +19,7 @@ from states.table import State
 from tracking.journal import Journal
 from tracking.mlflow_delivery import MLflow
 from tracking.outbox import read_outbox
-from tracking.runs import RunFolder, create_run, lease_holder
+from tracking.runs import RunFolder, lease_holder
 from tracking.shipper import start_shipper, status, sync
 
 REQUESTS = {
@@ -43,11 +43,6 @@ def server(shared_server: MLflowServer) -> MLflowServer:
 def proxy(server: MLflowServer) -> Iterator[FaultyProxy]:
     with FaultyProxy(server.port) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 def log_of(run: RunFolder) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 import trainings
 from deliveries import ENVIRONMENT, until
+from mlflow_server import Database
 from orchestrator import EMA, MLflow, Phase
 from orchestrator.final_model import HandOverError, call_of, hand_over
 from orchestrator.model_export import load
@@ -244,8 +245,6 @@ def trained(root: Path, store: str, body: str) -> RunFolder:
     return run
 
 
-_MAKE_DATABASE = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-
 _LOOK = """
 import json, sys
 import mlflow, numpy
@@ -346,7 +345,7 @@ trainings.make(Path(sys.argv[1]), track=MLflow()).fit()
     )
     (run,) = list_runs(tmp_path / "runs")
     # MLflow does not survive that the making of its tables is killed.
-    subprocess.run([sys.executable, "-c", _MAKE_DATABASE, store], check=True, env=ENVIRONMENT, cwd=tmp_path)
+    Database.made(tmp_path / "mlflow.db")
     chance = random.Random(5)
     for _ in range(6):
         first = threading.Thread(target=_sync, args=(run, store))

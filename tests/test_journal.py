@@ -46,11 +46,6 @@ NAN = math.nan
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
-
-
-@pytest.fixture
 def lease(run: RunFolder) -> Iterator[Lease]:
     with Lease.acquire(run) as lease:
         yield lease

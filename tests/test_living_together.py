@@ -16,16 +16,11 @@ from mlflow_server import Database, MLflowServer
 from orchestrator.retrieval import retrieve
 from tracking.fetching import FetchError
 from tracking.mlflow_delivery import MLflow
-from tracking.runs import RunFolder, create_run
+from tracking.runs import RunFolder
 from tracking.shipper import start_shipper, status, sync
 
 OLDER = os.environ.get("MLFLOW2_PYTHON", "")
 """The interpreter of an environment with mlflow 2.x, whose server is to be tried."""
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 class OtherServer(MLflowServer):

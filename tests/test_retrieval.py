@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,8 @@ print("losses", trainer.attempt, *losses)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
-    server = MLflowServer(tmp_path_factory.mktemp("server"))
-    server.start(180)
-    yield server
-    server.stop()
+def server(shared_server: MLflowServer) -> MLflowServer:
+    return shared_server
 
 
 def machine(folder: Path) -> Path:

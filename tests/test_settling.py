@@ -16,18 +16,13 @@ import tracking
 from states.table import TERMINAL, State, Trigger
 from tracking.journal import DIED, Journal, Settled, Transition, settle
 from tracking.recorder import read_recorder
-from tracking.runs import Lease, RunFolder, create_run
+from tracking.runs import Lease, RunFolder
 from walk import Walk, begin
 
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(Path(tracking.__file__).parent.parent), str(Path(__file__).parent)]),
 }
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 def rows(run: RunFolder) -> list[Transition]:

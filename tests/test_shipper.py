@@ -29,8 +29,6 @@ from tracking.outbox import Flight, Outbox, select
 from tracking.runs import RunFolder, create_run, lease_holder
 from tracking.shipper import NotTrackedError, start_shipper, status, sync
 
-_MAKE_DATABASE = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
@@ -38,22 +36,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     server = MLflowServer(tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Database:
-    """A plain SQLite store, with the artifacts of its default experiment beside it."""
-    folder = tmp_path_factory.mktemp("store")
-    database = Database(folder / "mlflow.db")
-    subprocess.run(
-        [sys.executable, "-c", _MAKE_DATABASE, database.uri], cwd=folder, check=True, env=ENVIRONMENT
-    )
-    return database
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 def shipped(run: RunFolder) -> bool:

@@ -3,7 +3,6 @@
 import shutil
 import socket
 import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import trainings
-from deliveries import ENVIRONMENT, Training
+from deliveries import Training
 from mlflow_server import Database
 from orchestrator import Checkpointing, MLflow, Trainer
 from orchestrator.durability import Durability, not_safe
@@ -25,23 +24,6 @@ from tracking.outbox import Outbox
 from tracking.runs import RunFolder, create_run
 from tracking.shipper import sync
 from tracking.uploads import wanted_checkpoints
-
-_MAKE_DATABASE = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Database:
-    folder = tmp_path_factory.mktemp("store")
-    database = Database(folder / "mlflow.db")
-    subprocess.run(
-        [sys.executable, "-c", _MAKE_DATABASE, database.uri], cwd=folder, check=True, env=ENVIRONMENT
-    )
-    return database
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
-    return create_run(tmp_path, "digits")
 
 
 def test_all_of_them_the_newest_first_and_each_file_once_on_disk(run: RunFolder, store: Database) -> None:
