@@ -61,9 +61,7 @@ FAST = {
     "char_rnn_set",
     "digits_cnn",
     "gan",
-    "learned_loss_weights",
     "mean_teacher",
-    "transformer_lm",
 }
 
 

@@ -351,15 +351,14 @@ def test_the_status_is_told_where_only_files_cannot_be_delivered(
 def test_points_of_which_nobody_knows_whether_they_arrived(
     run: RunFolder,
     store: Database,
-    server: MLflowServer,
+    shared_server: MLflowServer,
     kind: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The shipper dies after the server has taken a flight, and before it is struck out."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    if kind == "http" and not server.answers():
-        server.start()
+    server = shared_server
     uri = {"sqlite": store.uri, "http": server.uri, "file": (tmp_path / "files").as_uri()}[kind]
     training = Training(run)
     for _ in range(7):
@@ -384,9 +383,10 @@ def test_points_of_which_nobody_knows_whether_they_arrived(
         assert_once(run, (store if kind == "sqlite" else server.database).run(run.id))
 
 
-def test_what_the_server_refuses_is_said_and_the_rest_arrives(run: RunFolder, server: MLflowServer) -> None:
-    if not server.answers():
-        server.start()
+def test_what_the_server_refuses_is_said_and_the_rest_arrives(
+    run: RunFolder, shared_server: MLflowServer
+) -> None:
+    server = shared_server
     training = Training(run)
     training.batch()
     training.writer.metrics("train", 0, 0, 1, {"../up": 1.0, "x" * 300: 2.0, "fine": 3.0}, time.time_ns())
