@@ -25,7 +25,7 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-SHARED = {"shared_server", "store", "servers"}
+SHARED = {"shared_server", "store", "servers", "work_tree"}
 """Fixtures that take long to make, and serve many tests: one worker of pytest has all that use them."""
 
 
@@ -59,6 +59,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Database:
 def run(tmp_path: Path) -> RunFolder:
     """A run's folder with nothing in it yet."""
     return create_run(tmp_path, "digits")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

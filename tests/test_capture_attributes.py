@@ -193,9 +193,9 @@ def test_a_constant_that_the_script_changed_is_listed_and_the_checkpoint_wins(tm
 
 
 def test_a_second_attempt_in_the_same_process_goes_back_to_how_it_was(tmp_path: Path) -> None:
-    whole = trainings.make(tmp_path / "whole", model=Tempered())
+    whole = trainings.make(tmp_path / "whole", model=Tempered)
     whole.fit()
-    trainer = trainings.make(tmp_path / "broken", model=Tempered())
+    trainer = trainings.make(tmp_path / "broken", model=Tempered)
     trainer.start()
     for _ in range(9):
         trainer.advance()
@@ -234,15 +234,15 @@ def test_a_validation_that_is_broken_off_leaves_the_model_as_it_was(tmp_path: Pa
             return super().forward(x) * (1 + 0.001 * self.seen + 0.01 * self.calls)
 
     halting: list[int] = []
-    trainer = whole = trainings.make(tmp_path / "whole", model=Counting(), val_loader=trainings.loader(8))
+    trainer = whole = trainings.make(tmp_path / "whole", model=Counting, val_loader=trainings.loader(8))
     whole.fit()
     halting.append(1)
-    trainer = trainings.make(tmp_path / "broken", model=Counting(), val_loader=trainings.loader(8))
+    trainer = trainings.make(tmp_path / "broken", model=Counting, val_loader=trainings.loader(8))
     assert trainer.fit().state is State.HALTED
     assert trainer.model.calls == 6
     assert trainer.model.seen == 48
     assert not hasattr(trainer.model, "latest")
-    trainer = trainings.make(tmp_path / "broken", model=Counting(), val_loader=trainings.loader(8))
+    trainer = trainings.make(tmp_path / "broken", model=Counting, val_loader=trainings.loader(8))
     trainer.fit("auto")
     trainings.assert_equal(trainings.weights(trainer), trainings.weights(whole))
     assert trainer.model.calls == whole.model.calls

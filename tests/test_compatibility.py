@@ -361,7 +361,12 @@ SCHEDULES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize(
-    "place", [(0, 3, State.BATCH_END), (1, 0, State.BATCH_START), (0, 5, State.EPOCH_END)]
+    "place",
+    [
+        (0, 3, State.BATCH_END),
+        pytest.param((1, 0, State.BATCH_START), marks=pytest.mark.long),
+        pytest.param((0, 5, State.EPOCH_END), marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_new_learning_rate_takes_its_place_on_the_schedule(name: str, place: Any, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_an_experiment_id_that_is_none(
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_params_that_are_refused_or_differ_are_said_and_the_rest_arrives(
     run: RunFolder, server: MLflowServer
 ) -> None:

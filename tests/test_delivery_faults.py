@@ -97,7 +97,8 @@ def train(run: RunFolder, batches: int, pause_s: float = 0.0) -> tuple[Training,
 # -- one fault after another -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["cut", pytest.param("half", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["cut", "half"])
 def test_each_request_is_served_and_its_answer_lost(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy, fault: str
 ) -> None:

@@ -552,7 +552,13 @@ def assert_exact(make: Callable[[], Options], root: Path) -> Trainer:
     return last
 
 
-@pytest.mark.parametrize("name", PARTS)
+def one_of_each(name: str) -> Any:
+    """bf16 beside fp32 for two of the optimizers only; the others take their time."""
+    short = not name.endswith(", bf16") or name in ("NAdam, bf16", "AdamW fused, bf16")
+    return name if short else pytest.param(name, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", [one_of_each(name) for name in PARTS])
 def test_cut_and_resumed_equals_unbroken(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(is in no checkpoint|random generator)")
@@ -778,7 +784,7 @@ IN_PLACE: dict[str, tuple[Any, Callable[[Trainer], None]]] = {
 }
 
 
-@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("phases", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_what_has_become_of_a_batch_is_what_it_was_in_an_unbroken_run(
     name: str, phases: int, tmp_path: Path

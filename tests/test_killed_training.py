@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# One process imports torch and forks a training for each kill, so that fifty of them take seconds.
+import pytest
+
+# One process imports torch and forks a training for each kill, so that many of them take seconds.
 SCRIPT = """
 import mmap, os, random, signal, struct, sys, time
 from pathlib import Path
@@ -17,7 +19,8 @@ from tracking.runs import list_runs
 torch.set_num_threads(1)
 chance = random.Random(int(sys.argv[2]))
 losses = 0
-for kill in range(50):
+kills = int(sys.argv[3])
+for kill in range(kills):
     root = Path(sys.argv[1], str(kill))
     marks = mmap.mmap(-1, 8)
     child = os.fork()
@@ -50,14 +53,18 @@ for kill in range(50):
         rows = list(journal.transitions())
     assert len(rows) == recorded + 1 and rows[-1].trigger is Trigger.HALT, (kill, settled)
     losses += marked - recorded
-print("recorded", 50, "kills,", losses, "of them between hook and record")
+print("recorded", kills, "kills,", losses, "of them between hook and record")
 """
 
 
-def test_no_completed_transition_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
+def test_no_completed_transition_is_lost(kills: int, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     seed = str(int.from_bytes(os.urandom(4)))
     found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), seed], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, str(tmp_path), seed, str(kills)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert found.stdout.startswith("recorded 50 kills"), f"seed {seed}\n{found.stdout}\n{found.stderr}"
+    assert found.stdout.startswith(f"recorded {kills} kills"), f"seed {seed}\n{found.stdout}\n{found.stderr}"

@@ -30,7 +30,9 @@ def make(root: Path, **options: Any) -> Trainer:
 
 
 def on_disk(root: Path) -> set[Path]:
-    return {path for path in root.rglob("*") if path.name not in ("lease", "recorder.bin")}
+    """The files of a run but for those that whoever reads its journal, and nothing more, may make."""
+    of_readers = ("lease", "recorder.bin", "journal.sqlite-wal", "journal.sqlite-shm")
+    return {path for path in root.rglob("*") if path.name not in of_readers}
 
 
 class Watch(Callback):

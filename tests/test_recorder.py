@@ -219,11 +219,12 @@ while True:
 """
 
 
-def test_a_killed_process_loses_no_transition(tmp_path: Path) -> None:
-    """SIGKILL at 50 random moments: every marked transition is there, whole, and no other but the next."""
-    chance = random.Random(7)
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
+def test_a_killed_process_loses_no_transition(kills: int, tmp_path: Path) -> None:
+    """SIGKILL at random moments: every marked transition is there, whole, and no other but the next."""
+    chance = random.Random(kills)
     counts = set()
-    for round_ in range(50):
+    for round_ in range(kills):
         folder = tmp_path / str(round_)
         folder.mkdir()
         (folder / "marks").write_bytes(bytes(8))
@@ -245,7 +246,7 @@ def test_a_killed_process_loses_no_transition(tmp_path: Path) -> None:
         assert marked <= len(view.records) <= marked + 1
         assert view.damaged == 0
         counts.add(marked)
-    assert len(counts) > 40
+    assert len(counts) > 0.8 * kills
 
 
 def test_a_reader_beside_a_fast_writer_sees_whole_records_only(tmp_path: Path) -> None:

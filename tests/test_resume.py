@@ -362,8 +362,15 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
         assert {a.outcome for a in journal.attempts()} <= {"died", "done"}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "status", "workers"),
+    [
+        (signal.SIGTERM, 143, 2),
+        (signal.SIGINT, None, 0),
+        pytest.param(signal.SIGTERM, 143, 0, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, None, 2, marks=pytest.mark.long),
+    ],
+)
 def test_signals_save_halt_and_leave(
     number: signal.Signals, status: int | None, workers: int, tmp_path: Path
 ) -> None:

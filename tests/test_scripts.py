@@ -57,9 +57,7 @@ BEGINS_ANEW = "has no checkpoint to continue from; a new run begins"
 """What is said after a kill that came before the checkpoint of IDLE was on disk."""
 
 FAST = {
-    "callback_with_state",
     "char_rnn_set",
-    "digits_cnn",
     "gan",
     "mean_teacher",
 }

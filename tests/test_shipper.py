@@ -176,6 +176,7 @@ training.end({outcome!r}, "because", "ValueError: no\\nmore" if {outcome == "fai
             assert list(journal.transitions())[-1].dest is State.HALTED
 
 
+@pytest.mark.long
 def test_a_replay_is_not_sent_again_and_the_run_stays_the_same(run: RunFolder, store: Database) -> None:
     first = Training(run)
     shipper = start_shipper(run, MLflow(store.uri))

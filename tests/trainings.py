@@ -48,10 +48,13 @@ def loader(batch_size: int = 8, shuffle: bool = True, **options: Any) -> DataLoa
 
 
 def make(root: Path, *, seed: int = 1, **options: Any) -> Trainer:
-    """A trainer of 3 epochs of 6 batches; silent, untracked, everything else by default."""
+    """A trainer of 3 epochs of 6 batches; silent, untracked, everything else by default.
+
+    `model` is a module, or what makes one after seeding; `optimizer` is one, or what makes one of the model.
+    """
     seed_everything(seed)
-    model = options.pop("model", None)
-    model = network() if model is None else model
+    model = options.pop("model", network)
+    model = model if isinstance(model, nn.Module) else model()
     optimizer = options.pop("optimizer", None)
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
