@@ -29,12 +29,10 @@ SHARED = {"shared_server", "store", "servers", "work_tree"}
 """Fixtures that take long to make, and serve many tests: one worker of pytest has all that use them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in sorted(SHARED.intersection(getattr(item, "fixturenames", ()))):
-            item.add_marker(pytest.mark.xdist_group(name))
-            break
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for name in sorted(SHARED.intersection(getattr(item, "fixturenames", ()))):
+        item.add_marker(pytest.mark.xdist_group(name))
+        break
 
 
 @pytest.fixture(autouse=True, scope="session")
