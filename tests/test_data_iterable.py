@@ -526,6 +526,7 @@ def test_worker_init_fn_and_worker_info_go_on_with_the_same_numbers() -> None:
     )
 
 
+@pytest.mark.long
 def test_spawned_workers() -> None:
     """Without lambdas and local classes, everything that a worker needs can be sent to it."""
     seed_all(5)

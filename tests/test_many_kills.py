@@ -224,6 +224,7 @@ def final(run: RunFolder) -> dict[str, Any]:
     return dict(leaves({**{part: tree[part] for part in kept}, "history": history}, ""))
 
 
+@pytest.mark.long
 def test_killed_five_times() -> None:
     seed = os.environ.get("PYTEST_SEED", str(int.from_bytes(os.urandom(4))))
     print(f"PYTEST_SEED={seed}")

@@ -101,11 +101,12 @@ with Lease.acquire(run) as lease:
 """.replace("import mmap", "import math, mmap, time")
 
 
-def test_a_run_killed_again_and_again_misses_nothing(run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempts", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_a_run_killed_again_and_again_misses_nothing(attempts: int, run: RunFolder, tmp_path: Path) -> None:
     """SIGKILL while recording and draining; each next attempt goes back to somewhere in what is kept."""
     chance = random.Random(11)
     marks = tmp_path / "marks"
-    for attempt in range(1, 13):
+    for attempt in range(1, attempts + 1):
         marks.write_bytes(bytes(8))
         with subprocess.Popen(
             [sys.executable, "-c", TRAINER, str(run.path), str(attempt), str(marks)],
@@ -136,7 +137,7 @@ def test_a_run_killed_again_and_again_misses_nothing(run: RunFolder, tmp_path: P
         assert rows(run) == found
     settle(run)
     with Journal.open(run) as journal:
-        assert [row.outcome for row in journal.attempts()] == ["died"] * 12
+        assert [row.outcome for row in journal.attempts()] == ["died"] * attempts
         assert {row.end_state for row in journal.attempts()} == {State.HALTED}
 
 

@@ -384,6 +384,7 @@ def test_points_of_which_nobody_knows_whether_they_arrived(
         assert_once(run, (store if kind == "sqlite" else server.database).run(run.id))
 
 
+@pytest.mark.long
 def test_what_the_server_refuses_is_said_and_the_rest_arrives(
     run: RunFolder, shared_server: MLflowServer
 ) -> None:
@@ -650,6 +651,7 @@ def test_the_next_attempt_of_the_same_process_gets_a_shipper_of_its_own(
     assert_once(run, remote)
 
 
+@pytest.mark.long
 def test_sync_beside_a_shipper_says_so_and_waits(run: RunFolder, store: Database) -> None:
     training = Training(run)
     start_shipper(run, MLflow(store.uri))
