@@ -18,7 +18,7 @@ from mlflow_server import Database, RemoteRun
 from orchestrator.errors import ConfigurationError
 from states.table import State
 from tracking.description import describe
-from tracking.inputs import input_in
+from tracking.inputs import inputs_in
 from tracking.journal import Attempt, Journal, Parent
 from tracking.runs import RunFolder, list_runs
 from tracking.shipper import status
@@ -30,8 +30,9 @@ import torch, trainings
 from orchestrator import MLflow
 from states import Trigger
 torch.set_num_threads(1)
+held_out = torch.utils.data.DataLoader(trainings.data(16, seed=6), batch_size=8)
 trainer = trainings.make(
-    "runs", epochs=1, track=MLflow("sqlite:///mlflow.db"),
+    "runs", epochs=1, val_loader=held_out, track=MLflow("sqlite:///mlflow.db"),
     config={{"data": {{"path": "x", "api_key": "{SECRET}"}}, "max_tokens": 512, "long": "y" * 7000}},
 )
 @trainer.after(Trigger.STEP)
@@ -96,7 +97,7 @@ def test_the_page_of_a_run_that_failed(run: RunFolder, remote: RemoteRun, work_t
     assert f"commit `{commit[:12]}`" in note
 
 
-def test_the_data_set_is_an_input(run: RunFolder, remote: RemoteRun, work_tree: Path) -> None:
+def test_the_data_sets_are_inputs(run: RunFolder, remote: RemoteRun, work_tree: Path) -> None:
     with sqlite3.connect(work_tree / "mlflow.db") as database:
         rows = database.execute(
             """SELECT datasets.name, digest, input_tags.name, input_tags.value FROM datasets
@@ -105,9 +106,13 @@ def test_the_data_set_is_an_input(run: RunFolder, remote: RemoteRun, work_tree: 
             (remote.id,),
         ).fetchall()
     newest = sorted(run.checkpoints.iterdir())[-1]
-    found = input_in(newest)
-    assert found is not None
-    assert rows == [("TensorDataset", found.digest, "mlflow.data.context", "training")]
+    training, validation = inputs_in(newest)
+    assert training.digest != validation.digest
+    assert sorted(rows) == sorted(
+        ("TensorDataset", found.digest, "mlflow.data.context", found.context)
+        for found in (training, validation)
+    )
+    assert (training.context, validation.context) == ("training", "validation")
 
 
 def test_no_secret_leaves_the_machine(run: RunFolder, remote: RemoteRun, work_tree: Path) -> None:

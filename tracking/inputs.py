@@ -1,4 +1,4 @@
-"""The data that a run was trained on, as a tracking server shows it: from the fingerprint in a checkpoint."""
+"""The data that a run was trained and validated on, as a tracking server shows it: from a checkpoint's fingerprint."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from tracking.delivery import Delivery, Refused, Unavailable
 from tracking.journal import Journal
 from tracking.runs import RunFolder
 
-__all__ = ["DataInput", "DataSender", "TakesInputs", "input_in"]
+__all__ = ["DataInput", "DataSender", "TakesInputs", "inputs_in"]
 
 _TRIES = 5
 
@@ -31,16 +31,23 @@ class TakesInputs(Protocol):
     """A delivery that has a place for data sets; not every backend has."""
 
     def inputs(self, inputs: Iterable[DataInput]) -> None:
-        """Show what the run was trained on; again is once."""
+        """Show what the run was trained and validated on; again is once."""
 
 
-def input_in(checkpoint: Path) -> DataInput | None:
-    """The training data that the manifest of a checkpoint tells of; None if it tells of none, or is not there."""
+def inputs_in(checkpoint: Path) -> list[DataInput]:
+    """The data that a checkpoint's manifest tells of, training first; none if it tells of none, or is not there."""
     try:
-        data = json.loads((checkpoint / "manifest.json").read_text())["data"]
-        kind = data["data set"]["type"] if "data set" in data else data["kind"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        found = [_input(manifest["data"], "training")]
+        for name, data in manifest.get("validation_data", {}).items():
+            found.append(_input(data, "validation" if name == "val" else f"validation/{name}"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return found
+
+
+def _input(data: Mapping[str, Any], context: str) -> DataInput:
+    kind = data["data set"]["type"] if "data set" in data else data["kind"]
     # How the data is cut into batches is not what it is.
     identity = {
         key: value
@@ -49,11 +56,11 @@ def input_in(checkpoint: Path) -> DataInput | None:
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     name = str(kind).rpartition(".")[2]
-    return DataInput(name, hashlib.sha256(text.encode()).hexdigest()[:16], "training", data)
+    return DataInput(name, hashlib.sha256(text.encode()).hexdigest()[:16], context, data)
 
 
 class DataSender:
-    """Sends what a run is trained on, once a checkpoint tells. Nothing else waits for it."""
+    """Sends what a run is trained and validated on, once a checkpoint tells. Nothing else waits for it."""
 
     def __init__(self, run: RunFolder, journal: Journal, notice: Callable[[str], None]):
         self._run, self._journal, self._notice = run, journal, notice
@@ -64,14 +71,14 @@ class DataSender:
         if self._tries <= 0 or not isinstance(delivery, TakesInputs):
             return
         folders = (self._run.checkpoints / row.name for row in reversed(self._journal.checkpoints()))
-        found = next(filter(None, map(input_in, folders)), None)
+        found = next(filter(None, map(inputs_in, folders)), None)
         if found is None:
             return
         self._tries -= 1
         try:
-            delivery.inputs([found])
+            delivery.inputs(found)
             self._tries = 0
         except (Refused, Unavailable) as error:  # one that is too old has no answer, like one that is away
             if not self._tries or isinstance(error, Refused):
                 self._tries = 0
-                self._notice(f"data set {found.name}: {error}")
+                self._notice(f"data set {found[0].name}: {error}")
