@@ -52,8 +52,10 @@ trainer = Trainer(
 result = trainer.fit(resume=options.resume or False)
 
 run, tools = result.run.name, os.path.relpath(os.path.dirname(sys.executable))
+store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+browse = store if store.startswith("http") else f"{tools}/mlflow ui --backend-store-uri {store}"
 print(f"""
 validation accuracy {result.history[-1]["val/accuracy"]:.1%}; the run is in {os.path.relpath(result.run)}
-browse it in MLflow:     {tools}/mlflow ui --backend-store-uri sqlite:///mlflow.db
+browse it in MLflow:     {browse}
 read its transitions:    {tools}/interlock log {run}
 train it further:        {tools}/python examples/digits.py --epochs {options.epochs + 5} --resume {run}""")

@@ -86,7 +86,10 @@ class MLflowServer:
 
 @dataclass(frozen=True)
 class RemoteRun:
-    """A run as MLflow's database has it. `points` are (key, step, value, timestamp in ms); NaN is None."""
+    """A run as MLflow's database has it. `points` are (key, step, value, timestamp in ms); NaN is None.
+
+    `system` are those of `system/*`, which the journal does not have.
+    """
 
     id: str
     stage: str
@@ -98,6 +101,7 @@ class RemoteRun:
     tags: dict[str, str]
     params: dict[str, str]
     points: list[tuple[str, int, float | None, int]]
+    system: list[tuple[str, int, float | None, int]]
 
 
 @dataclass(frozen=True)
@@ -145,17 +149,16 @@ class Database:
                    (SELECT run_uuid FROM tags WHERE key = 'interlock.run_id' AND value = ?)""",
             (ours,),
         ).fetchall()
+        points = """SELECT key, step, CASE WHEN is_nan THEN NULL ELSE value END, timestamp
+                    FROM metrics WHERE run_uuid = ? AND key {} LIKE 'system/%' ORDER BY key, step, timestamp"""
         return [
             RemoteRun(
                 *row[:6],
                 artifacts=Path(row[6]),
                 tags=dict(connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", row[:1])),
                 params=dict(connection.execute("SELECT key, value FROM params WHERE run_uuid = ?", row[:1])),
-                points=connection.execute(
-                    """SELECT key, step, CASE WHEN is_nan THEN NULL ELSE value END, timestamp
-                       FROM metrics WHERE run_uuid = ? ORDER BY key, step, timestamp""",
-                    row[:1],
-                ).fetchall(),
+                points=connection.execute(points.format("NOT"), row[:1]).fetchall(),
+                system=connection.execute(points.format(""), row[:1]).fetchall(),
             )
             for row in found
         ]

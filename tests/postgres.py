@@ -106,7 +106,7 @@ class _Execute:
         self._cursor = connection.cursor()
 
     def execute(self, sql: str, arguments: Sequence[object]) -> "_Execute":
-        self._cursor.execute(sql.replace("?", "%s"), tuple(arguments))
+        self._cursor.execute(sql.replace("%", "%%").replace("?", "%s"), tuple(arguments))
         return self
 
     def fetchall(self) -> list[Any]:

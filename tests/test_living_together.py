@@ -79,23 +79,38 @@ with mlflow.start_run(run_name="by hand") as mine:
 
 
 @pytest.mark.long
-def test_system_metrics_if_asked_for(run: RunFolder, tmp_path: Path) -> None:
+def test_system_metrics(run: RunFolder, tmp_path: Path) -> None:
     database = Database(tmp_path / "mlflow.db")
     training = Training(run)
-    shipper = start_shipper(run, MLflow(database.uri, system_metrics=True))
+    shipper = start_shipper(run, MLflow(database.uri))
     training.batch()
-    until(
-        lambda: any(key.startswith("system/") for found in database.runs(run.id) for key, *_ in found.points),
-        120,
-    )
+    until(lambda: any(found.system for found in database.runs(run.id)), 120)
     training.end()
     assert shipper is not None
     assert shipper.wait(120) == 0, (run.path / "shipper.log").read_text()
-    points = [(key, step) for key, step, *_ in database.run(run.id).points if key.startswith("system/")]
+    points = [(key, step) for key, step, *_ in database.run(run.id).system]
     assert len(points) == len(set(points))
     keys = {key for key, _ in points}
     assert {"system/cpu_utilization_percentage", "system/process_memory_megabytes"} <= keys
-    assert MLflow(database.uri).destination().settings.get("system_metrics") is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "wanted"),
+    [
+        (None, None, True),
+        (None, "false", False),
+        (None, "true", True),
+        (True, "false", True),
+        (False, "true", False),
+    ],
+)
+def test_whether_system_metrics_are_wanted(
+    argument: bool | None, variable: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", variable)
+    settings = MLflow("sqlite:///x.db", system_metrics=argument).destination().settings
+    assert settings.get("system_metrics", True) is wanted
 
 
 @pytest.mark.long

@@ -64,7 +64,8 @@ class MLflow:
         upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
         patience_s: seconds that a server which cannot be reached is tried again after the training has
             ended; after that `interlock sync` delivers what is left.
-        system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains.
+        system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains;
+            None: as MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and yes where it says nothing.
         log_model: log the final model (the one that is validated), as an MLflow model in the format pt2, or as
             its weights where torch.export cannot export it.
 
@@ -76,7 +77,7 @@ class MLflow:
     run_id: str | None = None
     upload: Upload = "best+last"
     patience_s: float = 600.0
-    system_metrics: bool = False
+    system_metrics: bool | None = None
     log_model: bool = True
 
     backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
@@ -120,8 +121,11 @@ class MLflow:
             "experiment_id": number,
             "run_id": run_id,
         }
-        if self.system_metrics:
-            settings["system_metrics"] = True
+        wanted = self.system_metrics
+        if wanted is None:
+            wanted = environment("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("true", "1")
+        if not wanted:
+            settings["system_metrics"] = False
         return Destination(place, settings)
 
 

@@ -125,7 +125,7 @@ class Shipment:
             at_once=at_once,
         )
         self._data = DataSender(run, journal, self._notice)
-        self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
+        self._system = SystemSender(journal, wanted=target.settings.get("system_metrics", True))
         attempts = journal.attempts()
         if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
             keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)

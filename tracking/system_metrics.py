@@ -73,7 +73,9 @@ def _devices() -> Iterator[tuple[Any, Any]]:
 
 
 class SystemSender:
-    """Sends what the machine is doing while the run trains. It is in no journal: what cannot be sent is lost.
+    """Sends what the machine is doing while the run trains, first after ten seconds of it.
+
+    It is in no journal: what cannot be sent is lost.
 
     What may have arrived is sent again as it was, so that it is not there twice.
     """
@@ -84,7 +86,7 @@ class SystemSender:
         self._seen: tuple[int, System] | None = None
         self._samples: list[Point] = []
         self._uncertain = False
-        self._next = 0.0
+        self._next = time.monotonic() + _EVERY_S
 
     def send(self, delivery: Delivery, attempt: Attempt) -> None:
         """Take a sample if one is due, and send what there is."""
