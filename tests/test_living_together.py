@@ -14,9 +14,10 @@ import pytest
 from deliveries import BATCHES, Training, assert_once, train_in_child, until
 from mlflow_server import Database, MLflowServer
 from orchestrator.retrieval import retrieve
+from tracking.delivery import TrackerError
 from tracking.fetching import FetchError
 from tracking.mlflow_delivery import MLflow
-from tracking.runs import RunFolder
+from tracking.runs import RunFolder, create_run
 from tracking.shipper import start_shipper, status, sync
 
 OLDER = os.environ.get("MLFLOW2_PYTHON", "")
@@ -53,7 +54,8 @@ class OtherServer(MLflowServer):
 
 
 def test_inside_a_run_of_the_users(run: RunFolder, tmp_path: Path) -> None:
-    """`with mlflow.start_run():` around the training: that run is used, and left open."""
+    """`with mlflow.start_run():` around the training: that run is used, and left open; or it gets one below."""
+    fold = create_run(tmp_path, "fold")
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     body = f"""
 import mlflow
@@ -69,6 +71,12 @@ with mlflow.start_run(run_name="by hand") as mine:
     assert shipper.wait(120) == 0
     mlflow.log_metric("after", 1.0)
     assert mlflow.get_run(mine.info.run_id).info.status == "RUNNING", "left open for its owner"
+    run = RunFolder(pathlib.Path({str(fold.path)!r}))
+    training = Training(run)
+    shipper = start_shipper(run, MLflow(nested=True))
+    training.batch()
+    training.end("done", "finished")
+    assert shipper.wait(120) == 0
 """
     assert train_in_child(run, body).wait(200) == 0, (run.path / "shipper.log").read_text()
     remote = Database(tmp_path / "mlflow.db").run(run.id)
@@ -76,6 +84,23 @@ with mlflow.start_run(run_name="by hand") as mine:
     assert remote.params == {"theirs": "1", "lr": "0.1"}
     assert remote.tags["interlock.owner"] == "user"
     assert [step for key, step, *_ in remote.points if key == "batch/loss"] == list(range(1, BATCHES + 1))
+    below = Database(tmp_path / "mlflow.db").run(fold.id)
+    assert (below.name, below.experiment, below.status) == ("fold", "mine", "FINISHED")
+    assert below.tags["mlflow.parentRunId"] == remote.id
+    assert "interlock.owner" not in below.tags
+    assert_once(fold, below)
+
+
+def test_there_must_be_a_run_to_nest_in(run: RunFolder, store: Database) -> None:
+    with pytest.raises(TrackerError, match="found no run to nest in; expected an active one"):
+        MLflow(store.uri, nested=True).destination()
+    assert MLflow(store.uri, run_id="abc", nested=True).destination().settings["parent_run_id"] == "abc"
+    training = Training(run)
+    training.batch()
+    training.end()
+    report = sync(run, tracker=MLflow(store.uri, run_id="abc", nested=True))
+    assert not report.complete
+    assert "there is no MLflow run 'abc'; expected the run that nested=True is to nest in" in report.trouble
 
 
 @pytest.mark.long

@@ -68,8 +68,10 @@ class MLflow:
             None: as MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and yes where it says nothing.
         log_model: log the final model (the one that is validated), as an MLflow model in the format pt2, or as
             its weights where torch.export cannot export it.
+        nested: make a run below your own (the active one, or that of run_id) instead of delivering to it; for
+            trainings that belong together, such as those of a sweep or of cross-validation.
 
-    Raises TrackerError for a value that makes no sense.
+    Raises TrackerError for a value that makes no sense; as a training begins, also if there is no run to nest in.
     """
 
     tracking_uri: str | Path | None = None
@@ -79,6 +81,7 @@ class MLflow:
     patience_s: float = 600.0
     system_metrics: bool | None = None
     log_model: bool = True
+    nested: bool = False
 
     backend: ClassVar[str] = "tracking.mlflow_delivery:open_delivery"
 
@@ -121,6 +124,13 @@ class MLflow:
             "experiment_id": number,
             "run_id": run_id,
         }
+        if self.nested:
+            if run_id is None:
+                raise TrackerError(
+                    "MLflow(nested=True): found no run to nest in; expected an active one, as in "
+                    "`with mlflow.start_run():`, or run_id or MLFLOW_RUN_ID to name it"
+                )
+            settings |= {"run_id": None, "parent_run_id": run_id}
         wanted = self.system_metrics
         if wanted is None:
             wanted = environment("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("true", "1")
@@ -225,11 +235,10 @@ class MLflowDelivery:
                 self._client = client
             self._our_id = run.run_id
             wanted = self._settings["run_id"]
-            found = self._existing(wanted) if wanted else (self._existing(known) if known else None)
-            if wanted and found is None:
-                raise Closed(
-                    f"{self._uri}: there is no MLflow run {wanted!r}; expected the run that run_id names"
-                )
+            if wanted:
+                found = self._at_hand(wanted, "run_id names")
+            else:
+                found = self._existing(known) if known else None
             found = found or self._find(run) or self._create(run)
             self._check_active(found)
             tags = found.data.tags
@@ -427,6 +436,13 @@ class MLflowDelivery:
                 return None
             raise
 
+    def _at_hand(self, run_id: str, purpose: str) -> Any:
+        """A run of the user's; raises Closed if it is not there."""
+        found = self._existing(run_id)
+        if found is None:
+            raise Closed(f"{self._uri}: there is no MLflow run {run_id!r}; expected the run that {purpose}")
+        return found
+
     def _find(self, run: Identity) -> Any:
         """The run that carries our tag; of several the one with values, then the first."""
         mine = self._tagged(run.run_id, self._experiment())
@@ -453,6 +469,8 @@ class MLflowDelivery:
             "mlflow.source.name": run.source,
             "mlflow.source.type": "LOCAL",
         }
+        if parent := self._settings.get("parent_run_id"):
+            tags[self.parent_tag] = parent
         try:
             return self._client.create_run(
                 self._experiment(), start_time=run.started_ns // 1_000_000, tags=tags, run_name=run.name
@@ -462,9 +480,11 @@ class MLflowDelivery:
             raise
 
     def _experiment(self) -> str:
-        """The experiment's id; it is made where there is none of that name."""
+        """The experiment's id: the parent's, where there is one; it is made where there is none of that name."""
         from mlflow.exceptions import MlflowException
 
+        if parent := self._settings.get("parent_run_id"):
+            return str(self._at_hand(parent, "nested=True is to nest in").info.experiment_id)
         name, number = self._settings["experiment"], self._settings["experiment_id"]
         if not name:
             return str(number or "0")

@@ -289,7 +289,8 @@ class Shipment:
         if parent.seq is not None:
             tags["interlock.parent_seq"] = str(parent.seq)
         there = self._outbox.sent_tags.get(self._at_server.parent_tag) or self._parent_there(parent)
-        if there and self._at_server.parent_tag and self._remote and not self._remote.owned:
+        nested = "parent_run_id" in self._target.settings  # in a run of the user's
+        if there and self._at_server.parent_tag and self._remote and not (self._remote.owned or nested):
             tags[self._at_server.parent_tag] = there
         return tags
 
