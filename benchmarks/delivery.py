@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# In the place of this file's folder, where this file would be taken for the package `tracking`.
+# What the tests have for it: a real server, and trainings that are only recorded.
 sys.path[0] = str(Path(__file__).parent.parent / "tests")
 
 import torch
