@@ -117,6 +117,8 @@ def test_system_metrics(run: RunFolder, tmp_path: Path) -> None:
     assert len(points) == len(set(points))
     keys = {key for key, _ in points}
     assert {"system/cpu_utilization_percentage", "system/process_memory_megabytes"} <= keys
+    values = {key: value for key, _, value, _ in database.run(run.id).system}
+    assert values["system/cpu_utilization_percentage"] > 0, "of the time since the last look"
 
 
 @pytest.mark.parametrize(

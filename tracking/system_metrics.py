@@ -1,6 +1,7 @@
 """What the machine and the trainer's process are doing: values for `system/*`, by the names that MLflow gives them."""
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -75,26 +76,30 @@ def _devices() -> Iterator[tuple[Any, Any]]:
 class SystemSender:
     """Sends what the machine is doing while the run trains, first after ten seconds of it.
 
-    It is in no journal: what cannot be sent is lost.
-
-    What may have arrived is sent again as it was, so that it is not there twice.
+    It is in no journal: what cannot be sent is lost. What may have arrived is sent again as it was, so that it is not there twice.
     """
 
     def __init__(self, journal: Journal, *, wanted: bool):
         self._wanted = wanted
         self._began = journal.run_info().created_ns
-        self._seen: tuple[int, System] | None = None
+        self._attempt = 0
+        self._system: System | None = None
+        self._next = math.inf
         self._samples: list[Point] = []
         self._uncertain = False
-        self._next = time.monotonic() + _EVERY_S
 
     def send(self, delivery: Delivery, attempt: Attempt) -> None:
         """Take a sample if one is due, and send what there is."""
         if not self._wanted or attempt.outcome is not None:
             return
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _EVERY_S
-            self._samples = [*self._samples, *self._sample(attempt)][-_MOST:]
+        now = time.monotonic()
+        if attempt.attempt != self._attempt:  # what is counted since the last look, is from here on
+            here = attempt.host == socket.gethostname()
+            self._attempt, self._system = attempt.attempt, System(attempt.pid if here else 0)
+            self._next = now + _EVERY_S
+        if self._system is not None and now >= self._next:
+            self._next = now + _EVERY_S
+            self._samples = [*self._samples, *self._sample(self._system)][-_MOST:]
         if not self._samples:
             return
         samples = sorted(self._samples, key=lambda point: (point.key, point.step))
@@ -105,11 +110,8 @@ class SystemSender:
             delivery.points(samples)
         self._samples, self._uncertain = [], False
 
-    def _sample(self, attempt: Attempt) -> list[Point]:
-        if self._seen is None or self._seen[0] != attempt.attempt:
-            here = attempt.host == socket.gethostname()
-            self._seen = (attempt.attempt, System(attempt.pid if here else 0))
+    def _sample(self, system: System) -> list[Point]:
         now = time.time_ns()
         step = max(0, now - self._began) // 1_000_000_000  # seconds, which no later attempt repeats
-        values = self._seen[1].sample()
+        values = system.sample()
         return [Point(f"system/{key}", step, now // 1_000_000, value) for key, value in values.items()]
