@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -199,6 +199,44 @@ def test_by_batch_does_not_step_after_a_skipped_update(tmp_path: Path) -> None:
     trainer = training.trainer(LRScheduling(scheduler, every="batch"), model=model, optimizer=optimizer)
     trainer.fit()
     assert scheduler.last_epoch == BATCHES - 1
+
+
+@pytest.mark.parametrize(
+    ("every", "length", "total", "needed"),
+    [
+        ("batch", {"epochs": 3}, 14, 15),
+        ("batch", {"epochs": 3}, 15, None),
+        ("batch", {"epochs": 3, "accumulate": 2}, 8, 9),  # three windows an epoch
+        ("batch", {"epochs": 3, "accumulate": 2}, 9, None),
+        ("batch", {"epochs": None, "max_batches": 12}, 11, 12),
+        ("batch", {"epochs": None, "max_batches": 12}, 12, None),
+        ("epoch", {"epochs": 3}, 2, 3),
+        ("epoch", {"epochs": 3}, 3, None),
+    ],
+)
+def test_a_schedule_that_is_over_too_early_is_told_before(
+    every: Literal["epoch", "batch"], length: dict[str, Any], total: int, needed: int | None, tmp_path: Path
+) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=total)
+    trainer = _Training(tmp_path, **length).trainer(
+        LRScheduling(scheduler, every=every), model=model, optimizer=optimizer
+    )
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.advance(until=State.BATCH_START)
+    said = [str(warning.message) for warning in found if "total_steps" in str(warning.message)]
+    if needed is None:
+        assert said == []
+        trainer.fit()
+        assert trainer.state is State.DONE
+        return
+    (text,) = said
+    assert f"OneCycleLR has {total} steps, 0 of them done, and the training comes to {needed}" in text
+    assert f"total_steps={needed};" in text
+    with pytest.raises(ValueError, match=f"Tried to step {total + 1} times"):
+        trainer.fit()
 
 
 def test_with_phases_it_follows_the_phase_of_its_optimizer(tmp_path: Path) -> None:

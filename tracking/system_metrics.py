@@ -76,7 +76,8 @@ def _devices() -> Iterator[tuple[Any, Any]]:
 class SystemSender:
     """Sends what the machine is doing while the run trains, first after ten seconds of it.
 
-    It is in no journal: what cannot be sent is lost. What may have arrived is sent again as it was, so that it is not there twice.
+    It is in no journal: what cannot be sent is lost. What may have arrived is sent again as it was, so that it is not
+    there twice.
     """
 
     def __init__(self, journal: Journal, *, wanted: bool):

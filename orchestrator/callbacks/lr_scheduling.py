@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +67,7 @@ class LRScheduling(Callback):
         self.every = every
         self.monitor = monitor
         self._stepped = False
+        self._length_checked = False
 
     @property
     def name(self) -> str:
@@ -89,6 +91,38 @@ class LRScheduling(Callback):
             trainer.after(Trigger.STEP)(self._after_update)
         else:
             trainer.after(Trigger.END_EPOCH)(self._after_epoch)
+        if isinstance(getattr(self.scheduler, "total_steps", None), int):
+            trainer.after(Trigger.BEGIN_EPOCH)(self._check_length)
+
+    def _check_length(self) -> None:
+        """Warn, once, of a schedule that is over before the training: OneCycleLR raises at the next step."""
+        if self._length_checked:
+            return
+        self._length_checked = True
+        scheduler = self.scheduler
+        total: int = scheduler.total_steps  # type: ignore[attr-defined]
+        needed = scheduler.last_epoch + self._steps_left()
+        if needed > total:
+            warnings.warn(
+                f"{type(scheduler).__name__} has {total} steps, {scheduler.last_epoch} of them done, and the training "
+                f"comes to {needed}: the step after the last raises an error. Construct it with total_steps={needed}; "
+                "to resume with that, say override={'total_steps'}",
+                stacklevel=2,
+            )
+
+    def _steps_left(self) -> int:
+        """As many as are sure to come, at the beginning of an epoch; 0 where the training has no end that is known."""
+        trainer, limits = self.trainer, []
+        accumulate = trainer._training.work.accumulate
+        if self.every == "epoch" and trainer.epochs is not None:
+            limits.append(trainer.epochs - trainer.epoch)
+        if self.every == "batch" and trainer.epochs is not None and trainer.batches_per_epoch is not None:
+            limits.append(
+                (trainer.epochs - trainer.epoch) * math.ceil(trainer.batches_per_epoch / accumulate)
+            )
+        if self.every == "batch" and trainer.max_batches is not None:
+            limits.append((trainer.max_batches - trainer.batches) // accumulate)
+        return min(limits, default=0)
 
     def _after_update(self) -> None:
         if not self.trainer.skipped and self.trainer.phase in self._phases:
