@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -109,6 +110,18 @@ run = RunFolder(pathlib.Path({str(run.path)!r}))
 {body}
 """
     return subprocess.Popen([sys.executable, "-c", script], env=ENVIRONMENT)
+
+
+def go_back(run: RunFolder, chance: random.Random) -> tuple[int, int, int]:
+    """Somewhere to go on from, as (position, batches done there), and how many were done by the attempt that died.
+
+    Like a checkpoint it stands after a batch whose values are in the journal; those of the last died with the process.
+    """
+    with Journal.open(run) as journal:
+        ends = [row.seq for row in journal.transitions(live=True) if row.trigger is Trigger.END_BATCH]
+        kept = sum(row.batch >= 0 for row in journal.metrics(scope="train", key="acc@1"))
+    done = chance.randrange(1, kept + 1)
+    return ends[done - 1], done, len(ends)
 
 
 def expected_points(run: RunFolder) -> dict[tuple[str, int], float]:

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from deliveries import BATCHES, Training, assert_once, train_in_child, until
+from deliveries import BATCHES, Training, assert_once, go_back, train_in_child, until
 from faulty_proxy import FaultyProxy, at_random, each, nothing
 from mlflow_server import MLflowServer, RemoteRun
 from postgres import PostgresCluster, PostgresDatabase, find_binaries
-from states.table import State
-from tracking.journal import Journal
 from tracking.mlflow_delivery import MLflow
 from tracking.outbox import read_outbox
 from tracking.runs import RunFolder, lease_holder
@@ -187,13 +185,14 @@ def test_a_long_outage_takes_little_memory_and_few_words(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy
 ) -> None:
     """A server that fails again and again, while 150,000 batches are trained; all of them arrive."""
-    proxy.choose = at_random(3, 0.9)
+    proxy.choose = nothing
     training = Training(run)
     shipper = start_shipper(run, MLflow(proxy.uri, "long", upload="none"))
     assert shipper is not None
     training.batch()
     training.writer.sync()
     until(lambda: status(run).points_delivered, 120)
+    proxy.choose = at_random(3, 0.9)
     before = memory_kb(shipper.pid)
     for _ in range(150_000):
         training.batch()
@@ -263,11 +262,8 @@ while True: training.batch(0.01)
             if number % 2:
                 kill_shipper(run)
                 run.outbox.unlink(missing_ok=True)  # a fresh machine
-            with Journal.open(run) as journal:
-                ends = [row for row in journal.transitions(live=True) if row.dest is State.BATCH_END]
-                highest = max(highest, len(ends))
-                done = chance.randrange(1, len(ends) + 1)  # go back, but not before the very first batch
-                position = ends[done - 1].seq
+            position, done, reached = go_back(run, chance)
+            highest = max(highest, reached)
         last = Training(run, position, done)
         while last.done <= highest:
             last.batch()

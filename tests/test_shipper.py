@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 
-from deliveries import BATCHES, ENVIRONMENT, Training, assert_once, expected_points, train_in_child, until
+from deliveries import (
+    BATCHES,
+    ENVIRONMENT,
+    Training,
+    assert_once,
+    expected_points,
+    go_back,
+    train_in_child,
+    until,
+)
 from mlflow_server import Database, MLflowServer, RemoteRun
 from states.table import State
 from tracking.artifacts import REPORTS
@@ -229,6 +238,7 @@ start_shipper(run, MLflow({store.uri!r}, upload="none"))
 while True: training.batch(0.002)
 """,
         )
+        until(lambda: (now := status(run)).points_waiting or now.points_delivered)
         deadline = time.monotonic() + chance.uniform(1.0, 4.0)
         while time.monotonic() < deadline:
             time.sleep(chance.uniform(0.0, 1.5))
@@ -240,11 +250,7 @@ while True: training.batch(0.002)
         trainer.wait()
         if chance.random() < 0.5 and (holder := lease_holder(run.outbox_lease)) is not None:
             os.kill(holder.pid, signal.SIGKILL)
-        with Journal.open(run) as journal:
-            ends = [row.seq for row in journal.transitions(live=True) if row.dest is State.BATCH_END]
-            # Go back, but not before the very first batch.
-            done = chance.randrange(1, len(ends) + 1)
-            position = ends[done - 1]
+        position, done, _ = go_back(run, chance)
     report = sync(run, timeout=30)
     assert report.complete, log_of(run)
     remote = store.run(run.id)
@@ -252,7 +258,8 @@ while True: training.batch(0.002)
     points = [(key, step) for key, step, _, _ in remote.points]
     assert len(points) == len(set(points))
     found = {(key, step): value for key, step, value, _ in remote.points}
-    assert expected_points(run).items() <= found.items()
+    missing = {point: value for point, value in expected_points(run).items() if found.get(point) != value}
+    assert not missing, (missing, {point: found.get(point) for point in missing}, log_of(run))
 
 
 @pytest.mark.long
