@@ -181,6 +181,7 @@ def test_a_server_that_never_answers(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # its waits alone may be longer than the others' time
 def test_a_long_outage_takes_little_memory_and_few_words(
     run: RunFolder, server: MLflowServer, proxy: FaultyProxy
 ) -> None:
