@@ -51,16 +51,22 @@ def times(root: str, at: State | None) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=400)
-    parser.add_argument("--every", type=int, default=20, help="a save in FORWARD every so many batches")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=900)
+    parser.add_argument("--every", type=int, default=100, help="a save in FORWARD every so many batches")
+    parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    ways: tuple[State | None, ...] = (None, State.FORWARD)
+    found: dict[State | None, list[tuple[float, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as root:
-        rounds = [(times(root, None), times(root, State.FORWARD)) for _ in range(options.rounds + 1)][1:]
-    never = statistics.median(plain for (plain, _), _ in rounds)
-    other = statistics.median(others / plain for (plain, _), (others, _) in rounds)
-    due = statistics.median(due / plain for (plain, _), (_, due) in rounds)
+        for number in range(options.rounds + 1):
+            for way in ways[:: -1 if number % 2 else 1]:  # neither is always the first
+                both = times(root, way)
+                if number:  # the first round warms up
+                    found[way].append(both)
+    never = statistics.median(plain for plain, _ in found[None])
+    other = statistics.median(others for others, _ in found[State.FORWARD]) / never
+    due = statistics.median(due for _, due in found[State.FORWARD]) / never
     print(f"fetch to FORWARD, never saved there   {never:7.1f} µs")
     print(f"the same, of batches that are not due {other:7.2f} times that")
     print(f"and of batches that are saved there   {due:7.2f} times that")
