@@ -212,6 +212,7 @@ def test_by_batch_does_not_step_after_a_skipped_update(tmp_path: Path) -> None:
         ("batch", {"epochs": None, "max_batches": 12}, 12, None),
         ("epoch", {"epochs": 3}, 2, 3),
         ("epoch", {"epochs": 3}, 3, None),
+        ("epoch", {"epochs": 3, "max_batches": 10}, 2, None),  # two epochs of five
     ],
 )
 def test_a_schedule_that_is_over_too_early_is_told_before(

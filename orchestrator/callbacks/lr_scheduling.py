@@ -113,15 +113,15 @@ class LRScheduling(Callback):
     def _steps_left(self) -> int:
         """As many as are sure to come, at the beginning of an epoch; 0 where the training has no end that is known."""
         trainer, limits = self.trainer, []
-        accumulate = trainer._training.work.accumulate
-        if self.every == "epoch" and trainer.epochs is not None:
-            limits.append(trainer.epochs - trainer.epoch)
-        if self.every == "batch" and trainer.epochs is not None and trainer.batches_per_epoch is not None:
-            limits.append(
-                (trainer.epochs - trainer.epoch) * math.ceil(trainer.batches_per_epoch / accumulate)
-            )
-        if self.every == "batch" and trainer.max_batches is not None:
-            limits.append((trainer.max_batches - trainer.batches) // accumulate)
+        length, accumulate = trainer.batches_per_epoch, trainer._training.work.accumulate
+        if self.every == "epoch":
+            steps_an_epoch, batches_a_step = 1, length
+        else:
+            steps_an_epoch, batches_a_step = math.ceil((length or 0) / accumulate), accumulate
+        if trainer.epochs is not None:
+            limits.append((trainer.epochs - trainer.epoch) * steps_an_epoch)
+        if trainer.max_batches is not None:
+            limits.append((trainer.max_batches - trainer.batches) // batches_a_step if batches_a_step else 0)
         return min(limits, default=0)
 
     def _after_update(self) -> None:
