@@ -137,7 +137,7 @@ def test_whether_system_metrics_are_wanted(
     if variable is not None:
         monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", variable)
     settings = MLflow("sqlite:///x.db", system_metrics=argument).destination().settings
-    assert settings.get("system_metrics", True) is wanted
+    assert settings["system_metrics"] is wanted
 
 
 @pytest.mark.long

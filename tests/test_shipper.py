@@ -542,7 +542,7 @@ def where(tracker: MLflow) -> dict[str, Any]:
 
 def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    nothing = {"experiment": None, "experiment_id": None, "run_id": None}
+    nothing = {"experiment": None, "experiment_id": None, "run_id": None, "system_metrics": True}
     assert where(MLflow()) == {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", **nothing}
     assert where(MLflow("sqlite:///a/b.db?x=1"))["tracking_uri"] == f"sqlite:///{tmp_path}/a/b.db?x=1"
     assert where(MLflow("./old"))["tracking_uri"] == f"file://{tmp_path}/old"
@@ -567,12 +567,14 @@ def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "abc")
     assert where(MLflow()) == {
         "tracking_uri": f"sqlite:///{tmp_path}/c.db", "experiment": None, "experiment_id": "4", "run_id": "abc",
+        "system_metrics": True,
     }  # fmt: skip
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named")
     assert where(MLflow())["experiment"] == "named"
     assert where(MLflow())["experiment_id"] is None
     assert where(MLflow("http://h", "mine", "def")) == {
         "tracking_uri": "http://h", "experiment": "mine", "experiment_id": None, "run_id": "def",
+        "system_metrics": True,
     }  # fmt: skip
 
 

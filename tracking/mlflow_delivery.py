@@ -38,6 +38,7 @@ __all__ = ["MLflow", "MLflowDelivery", "open_delivery"]
 
 _OUR_ID = "interlock.run_id"
 _OWNER = "interlock.owner"
+_PARENT = "mlflow.parentRunId"
 
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000
@@ -134,8 +135,7 @@ class MLflow:
         wanted = self.system_metrics
         if wanted is None:
             wanted = environment("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("true", "1")
-        if not wanted:
-            settings["system_metrics"] = False
+        settings["system_metrics"] = wanted
         return Destination(place, settings)
 
 
@@ -195,7 +195,7 @@ class MLflowDelivery:
     """
 
     most_points = 1000
-    parent_tag = "mlflow.parentRunId"
+    parent_tag = _PARENT
     description_tag = "mlflow.note.content"
 
     def __init__(self, settings: Mapping[str, Any]):
@@ -203,6 +203,8 @@ class MLflowDelivery:
         from mlflow.tracking import MlflowClient
 
         self._settings = settings
+        if settings.get("parent_run_id"):
+            self.parent_tag = ""  # it gets the user's run for a parent, and no other
         self._uri: str = settings["tracking_uri"]
         self._our_id = self._run_id = ""
         self._experiment_id = ""
@@ -470,7 +472,7 @@ class MLflowDelivery:
             "mlflow.source.type": "LOCAL",
         }
         if parent := self._settings.get("parent_run_id"):
-            tags[self.parent_tag] = parent
+            tags[_PARENT] = parent
         try:
             return self._client.create_run(
                 self._experiment(), start_time=run.started_ns // 1_000_000, tags=tags, run_name=run.name

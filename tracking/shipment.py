@@ -125,7 +125,7 @@ class Shipment:
             at_once=at_once,
         )
         self._data = DataSender(run, journal, self._notice)
-        self._system = SystemSender(journal, wanted=target.settings.get("system_metrics", True))
+        self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
         attempts = journal.attempts()
         if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
             keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)
@@ -289,8 +289,7 @@ class Shipment:
         if parent.seq is not None:
             tags["interlock.parent_seq"] = str(parent.seq)
         there = self._outbox.sent_tags.get(self._at_server.parent_tag) or self._parent_there(parent)
-        nested = "parent_run_id" in self._target.settings  # in a run of the user's
-        if there and self._at_server.parent_tag and self._remote and not (self._remote.owned or nested):
+        if there and self._at_server.parent_tag and self._remote and not self._remote.owned:
             tags[self._at_server.parent_tag] = there
         return tags
 
