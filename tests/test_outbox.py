@@ -1,7 +1,10 @@
 """What is sent, when it is sent again, and that it arrives once: the outbox without a server."""
 
 import math
+import signal
 import sqlite3
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -190,6 +193,25 @@ def test_a_damaged_outbox_is_put_aside(tmp_path: Path) -> None:
         assert outbox.remote_run_id is None
     with Outbox.open(path) as outbox:
         assert outbox.put_aside is None
+
+
+def test_a_shipper_that_was_killed_while_it_wrote(tmp_path: Path) -> None:
+    """Its half transaction is in the file by then, and nobody has rolled it back."""
+    path = tmp_path / "outbox.sqlite"
+    begun(path).close()
+    before = read_outbox(path)
+    code = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.executescript("PRAGMA cache_size = 1; BEGIN IMMEDIATE")
+for number in range(2000):
+    connection.execute("INSERT INTO tags VALUES (?, ?)", (f"key {number}", "value" * 100))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(path)])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "outbox.sqlite-journal").stat().st_size, "the test kills too early or too late"
+    assert read_outbox(path) == before
 
 
 def test_a_newer_outbox_is_refused(tmp_path: Path) -> None:

@@ -678,6 +678,35 @@ def test_sync_beside_a_shipper_says_so_and_waits(run: RunFolder, store: Database
     assert_once(run, store.run(run.id))
 
 
+def test_sync_tells_the_status_though_another_holds_the_lease_of_a_run_that_died(
+    run: RunFolder, store: Database
+) -> None:
+    """As a shipper does that writes down the end, and whoever tidies the journal."""
+    trainer = train_in_child(
+        run, "training = Training(run); training.batch(); training.writer.sync(); os.kill(os.getpid(), 9)"
+    )
+    assert trainer.wait(60) == -signal.SIGKILL
+    holder = train_in_child(
+        run, "with Lease.acquire(run): until(lambda: status(run).points_delivered, 60); time.sleep(2.0)"
+    )
+    until(lambda: lease_holder(run) is not None)
+    assert sync(run, tracker=MLflow(store.uri, upload="none")).complete
+    assert holder.wait(60) == 0
+    assert store.run(run.id).status == "KILLED"
+
+
+def test_two_may_begin_to_deliver_at_the_same_moment(run: RunFolder) -> None:
+    """A training that goes on, and `interlock sync` by hand."""
+    code = """
+from tracking import shipper
+for number in range(300): shipper._write_target(run, MLflow(f"http://h:{number}"))
+"""
+    writers = [train_in_child(run, code) for _ in range(2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert status(run).place == "http://h:299"
+    assert not list(run.path.glob("*.new"))
+
+
 def test_a_run_without_a_tracker(run: RunFolder) -> None:
     assert not status(run).tracked
     with pytest.raises(NotTrackedError, match="track=None"):

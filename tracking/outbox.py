@@ -357,20 +357,29 @@ def read_outbox(path: Path) -> OutboxView:
     if not path.exists():
         return NOTHING_SENT
     try:
-        connection = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5, factory=Connection
-        )
         try:
-            connection.file = path.resolve()
-            forget_in_children(connection)
-            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'artifacts'").fetchall():
-                return NOTHING_SENT
-            connection.execute("BEGIN")
-            return _view(connection)
-        finally:
-            connection.close()
+            return _read(path, "ro")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            return _read(path, "rw")  # a shipper was killed in mid-transaction: it is rolled back first
     except sqlite3.Error as error:
         raise OutboxError(f"{path}: cannot read the outbox ({error}); the shipper makes a new one") from error
+
+
+def _read(path: Path, mode: str) -> OutboxView:
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode={mode}", uri=True, timeout=5, factory=Connection
+    )
+    try:
+        connection.file = path.resolve()
+        forget_in_children(connection)
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'artifacts'").fetchall():
+            return NOTHING_SENT
+        connection.execute("BEGIN")
+        return _view(connection)
+    finally:
+        connection.close()
 
 
 def _text(windows: Mapping[str, Window]) -> str:

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -221,11 +222,15 @@ def _write_target(run: RunFolder, tracker: Tracker) -> None:
         folder=os.getcwd(),
         token=secrets.token_hex(8),
     )
-    draft = _target_file(run).with_suffix(".new")
-    # A tracking URI may have a password in it.
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(asdict(target), file, indent=1)
-    draft.replace(_target_file(run))
+    # A tracking URI may have a password in it, and another process may be writing its own at this moment.
+    number, draft = tempfile.mkstemp(prefix=".tracker-", suffix=".new", dir=run.path)  # its mode is 0600
+    try:
+        with os.fdopen(number, "w") as file:
+            json.dump(asdict(target), file, indent=1)
+        os.replace(draft, _target_file(run))
+    except BaseException:
+        os.unlink(draft)
+        raise
 
 
 def _read_target(run: RunFolder) -> Target | None:
@@ -319,7 +324,7 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
                 outbox.note(trouble=told)
             if moved:
                 continue
-            if roads.open and not over and not stay:
+            if roads.open and not over and not stay and _trains(run):
                 return True
             if roads.open and over and roads.values.call(shipment.conclude, attempt):
                 # A training that was resumed meanwhile is delivered as well.
@@ -434,7 +439,19 @@ def _take_lease(run: RunFolder, target: Target, timeout: float | None) -> Lease 
 def _up_to_date(run: RunFolder) -> bool:
     """Is all of a run that trains delivered? (One that has ended is to get its status too.)"""
     now = status(run)
-    return lease_holder(run) is not None and not (now.points_waiting or now.artifacts_waiting)
+    return _trains(run) and not (now.points_waiting or now.artifacts_waiting)
+
+
+def _trains(run: RunFolder) -> bool:
+    """Does the newest attempt live? Who writes down the end of one that died holds the run's lease as well."""
+    holder = lease_holder(run)
+    with Journal.open(run) as journal:
+        attempts = journal.attempts()
+    return (
+        holder is not None
+        and bool(attempts)
+        and (holder.host, holder.pid) == (attempts[-1].host, attempts[-1].pid)
+    )
 
 
 def _run(run: RunFolder, *, foreground: bool, timeout: float) -> int:
