@@ -193,7 +193,7 @@ def test_a_long_outage_takes_little_memory_and_few_words(
     training.batch()
     training.writer.sync()
     until(lambda: status(run).points_delivered, 120)
-    proxy.choose = at_random(3, 0.9)
+    proxy.choose = at_random(3, 0.3)
     before = memory_kb(shipper.pid)
     for _ in range(150_000):
         training.batch()
