@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed
 
-.PHONY: demo test test-long test-stock lint bench-exact install clean help
+.PHONY: demo test test-long test-stock lint bench bench-exact install clean help
 
 help:
 	@echo "make demo        install, then train a new run on scikit-learn's digits"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-long   the longer tests as well"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
-	@echo "make bench-exact the table of docs/exactness.md, in an environment of its own; WRITE=1 writes it there"
+	@echo "make bench       how fast it is, beside others, in an environment of its own; WRITE=1 writes benchmarks/RESULTS.md"
+	@echo "make bench-exact the table of docs/exactness.md, in that environment; WRITE=1 writes it there"
 
 install: $(STAMP)
 
@@ -52,6 +53,9 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/exact/requirements.txt
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) -r benchmarks/exact/requirements.txt
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e .
 	touch $(BENCH_STAMP)
+
+bench: $(BENCH_STAMP)
+	$(BENCH)/bin/python benchmarks/speed/table.py $(if $(WRITE),--write)
 
 bench-exact: $(BENCH_STAMP)
 	$(BENCH)/bin/python benchmarks/exact/table.py $(if $(WRITE),--write)

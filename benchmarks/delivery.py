@@ -18,6 +18,7 @@ sys.path[0] = str(Path(__file__).parent.parent / "tests")
 import torch
 from torch import nn
 
+import deliveries
 from deliveries import Training
 from mlflow_server import MLflowServer
 from orchestrator import MLflow, Tracker, Trainer, seed_everything
@@ -118,7 +119,8 @@ def deliver(folder: Path, server: MLflowServer) -> None:
 
 
 def flood(folder: Path, server: MLflowServer) -> None:
-    """A training of 5,000 batches a second, and whether the shipper keeps up with it."""
+    """A training of 5,000 batches a second, five epochs of them, and whether the shipper keeps up with it."""
+    deliveries.BATCHES = 1000  # values of epochs are not thinned
     run = create_run(folder, "fast")
     training = Training(run)
     start_shipper(run, MLflow(server.uri, "fast", upload="none"))

@@ -52,26 +52,29 @@ _CLOSES_EPOCH = [arc.trigger is Trigger.END_EPOCH for arc in ARCS]
 _NO_LOSS = float("nan")
 
 
+_read = time.perf_counter_ns
+
+
 class Clock:
     """Times transitions: nanoseconds since 1970 that never run backwards, and those since the last lap."""
 
-    __slots__ = ("_mark", "_offset", "_read")
+    __slots__ = ("mark", "offset")
 
     def __init__(self, like: Clock | None = None) -> None:
-        self._read = time.perf_counter_ns
-        self._offset: int = like._offset if like is not None else time.time_ns() - self._read()
-        self._mark = self._read()
+        self.offset: int = like.offset if like is not None else time.time_ns() - _read()
+        """From what is read to the time since 1970."""
+        self.mark = _read()
+        """When the last lap ended."""
 
     def restart(self) -> None:
         """What has passed since the last lap belongs to no transition."""
-        self._mark = self._read()
+        self.mark = _read()
 
     def lap(self) -> tuple[int, int]:
         """(now in ns since 1970, ns since the last lap or restart)."""
-        now = self._read()
-        elapsed = now - self._mark
-        self._mark = now
-        return now + self._offset, elapsed
+        now = _read()
+        elapsed, self.mark = now - self.mark, now
+        return now + self.offset, elapsed
 
 
 _opened: set[Path] = set()
@@ -86,7 +89,13 @@ class Attempt:
     """One process's work on a run: holds the lease, writes the journal and the checkpoints."""
 
     def __init__(
-        self, run: RunFolder, lease: Lease, settings: Settings, plan: Plan, scopes: Sequence[str]
+        self,
+        run: RunFolder,
+        lease: Lease,
+        settings: Settings,
+        plan: Plan,
+        scopes: Sequence[str],
+        work: TrainingWork,
     ) -> None:
         self.run = run
         self.closed = False
@@ -100,12 +109,14 @@ class Attempt:
         self._pending: int | None = None
         self._lease = lease
         self._settings = settings
+        self._work = work
         self._validation_scopes = {scope: number for number, scope in enumerate(scopes)}
         self._deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         overridden = plan.checkpoint.overridden if plan.checkpoint is not None else ()
         phases = [*(phase.name for phase in settings.phases), ""]
         self._no_phase = len(phases) - 1
         self._recorder, self._journal = open_attempt(run, lease, _start(settings, plan), list(scopes), phases)
+        self._record = self._recorder.record
         self._last_seq = self._recorder.next_seq - 1
         self.number: int = self._journal.attempt
         try:
@@ -131,16 +142,24 @@ class Attempt:
 
     @classmethod
     def open(
-        cls, plan: Plan, settings: Settings, scopes: Sequence[str], parent: Parent | None = None
+        cls,
+        plan: Plan,
+        settings: Settings,
+        scopes: Sequence[str],
+        work: TrainingWork,
+        parent: Parent | None = None,
     ) -> Attempt:
-        """Make or take the run's folder, lease and journal; a new run is linked to `parent`."""
+        """Make or take the run's folder, lease and journal; a new run is linked to `parent`.
+
+        What is recorded is `work`.
+        """
         fresh = plan.run is None
         run = create_run(settings.root, settings.name, parent=parent) if plan.run is None else plan.run
         lease = plan.lease if plan.lease is not None else Lease.acquire(run)
         try:
             if fresh or not run.command.exists():  # one that was fetched has come without
                 _keep_command(run)
-            attempt = cls(run, lease, settings, plan, scopes)
+            attempt = cls(run, lease, settings, plan, scopes, work)
             _opened.add(run.path.resolve())
             return attempt
         except BaseException:
@@ -159,21 +178,17 @@ class Attempt:
 
     # -- writing down ----------------------------------------------------------------------------
 
-    def record(self, arc: int, work: TrainingWork) -> None:
+    def record(self, arc: int) -> None:
         """Write down a transition of the training, and at the end of batch or epoch its metrics."""
-        now, elapsed = self.clock.lap()
+        work, clock = self._work, self.clock
         place, note = work.place, work.note
+        now = _read()
+        elapsed, clock.mark = now - clock.mark, now
+        now += clock.offset
+        loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
         self._pending = arc
-        self.seq = self._last_seq = self._recorder.record(
-            arc,
-            0,
-            work.phase,
-            place.epoch,
-            place.batch,
-            now,
-            elapsed,
-            work.loss if _IS_FORWARD[arc] else _NO_LOSS,
-            note,
+        self.seq = self._last_seq = self._record(
+            arc, 0, work.phase, place.epoch, place.batch, now, elapsed, loss, note
         )
         self.state = _DEST[arc]
         self._pending = None
@@ -197,7 +212,7 @@ class Attempt:
         with_validation: bool = True,
     ) -> None:
         """Journal `values`, those of validation under scopes of their own."""
-        own = {k: v for k, v in values.items() if k not in validated}
+        own = {k: v for k, v in values.items() if k not in validated} if validated else values
         self._journal.metrics("train", epoch, batch, step, own, now, seq=self.seq)
         if not (with_validation and validated.keys() & values.keys()):
             return

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from orchestrator.data import BatchStream
-from orchestrator.loop import Loop
+from orchestrator.loop import Asked, Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
 from orchestrator.phase import Forward
 from orchestrator.policy import Situation
+from orchestrator.requests import Requests
 from orchestrator.signals import GiveWay
 from orchestrator.snapshot.capture import capture_random, restore_random
 from orchestrator.work import EvaluationWork, Place
@@ -23,6 +24,8 @@ from states.table import EVALUATION, State, Trigger
 __all__ = ["Evaluation", "as_it_was"]
 
 Journal = Callable[[int, EvaluationWork], None]
+
+_NOBODY = Requests()
 
 
 @contextmanager
@@ -77,20 +80,27 @@ class Evaluation:
         pass
 
     def run(
-        self, model: nn.Module, epoch: int, halting: Callable[[], bool] = lambda: False
+        self,
+        model: nn.Module,
+        epoch: int,
+        asked: Asked = _NOBODY,
+        halting: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """One pass of `model` over the loader; the metrics over all of it.
 
-        Raises GiveWay as soon as `halting()` says that the training is to halt.
+        Raises GiveWay as soon as `halting()`, which is looked at after each batch, and wherever `asked.open`.
         """
         work, situation = self.work, self._situation
         self._loop.stand(State.IDLE)
         situation.halt = False
         situation.batches_left = True
         work.model, work.place.epoch, work.place.batches = model, epoch, 0
+
+        def look_up() -> None:
+            situation.halt = situation.halt or halting()
+
         with as_it_was(model, self._device):
-            while self._loop.advance():
-                situation.halt = situation.halt or halting()
+            self._loop.run(asked, look_up)
         if self._loop.state is State.HALTED:
             raise GiveWay
         return dict(work.values)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
-from orchestrator.policy import Situation, next_trigger
+from transitions import State as MachineState
+from transitions import Transition
+
+from orchestrator.policy import CHOICES, Situation, next_trigger
 from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
 
-__all__ = ["Loop", "NestedTriggerError"]
+__all__ = ["Asked", "Loop", "NestedTriggerError"]
 
 Hook = Callable[[], object]
 HookT = TypeVar("HookT", bound=Hook)
@@ -22,10 +25,46 @@ class NestedTriggerError(InterlockError):
     """A trigger was fired from inside a transition; only the loop fires triggers, one at a time."""
 
 
+class Asked(Protocol):
+    """Whoever may want to be looked at between two transitions."""
+
+    open: bool
+
+
 class _Position:
     """The model of the machine: what `transitions` sets the state on."""
 
     state: State
+
+
+class _Link:
+    """A transition that has nothing but callbacks, as `run` takes it. The lists are those of the machine."""
+
+    __slots__ = ("after", "arc", "before", "dest", "enter", "looks", "node")
+
+    before: list[Hook]
+    enter: list[Hook]
+    after: list[Hook]
+
+    def __init__(self, transition: Transition, dest: MachineState, arc: int, node: _Node) -> None:
+        self.before, self.after = cast(list[Hook], transition.before), cast(list[Hook], transition.after)
+        self.enter = cast(list[Hook], dest.on_enter)
+        self.dest = ARCS[arc].dest
+        self.arc, self.node = arc, node
+        self.looks = ARCS[arc].trigger not in _WITHIN_A_BATCH
+
+
+class _Node:
+    """A state, what is chosen in it, and the links that lead from it."""
+
+    __slots__ = ("choose", "links")
+
+    def __init__(self, state: State) -> None:
+        self.choose = CHOICES[state]
+        self.links: dict[Trigger, _Link] = {}
+
+
+_WITHIN_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP)
 
 
 class Loop:
@@ -33,6 +72,9 @@ class Loop:
 
     In one transition: the before-hooks, the work, the change of state, the after-hooks, the journal.
     Illegal moves raise `transitions.MachineError` and change nothing.
+
+    `fire` leaves a transition to the machine. `run`, which goes through millions, takes those that have nothing but
+    callbacks itself, by the machine's own lists: states are linked to those that follow, and nothing is looked up.
     """
 
     def __init__(
@@ -44,10 +86,11 @@ class Loop:
         initial: State = State.IDLE,
     ) -> None:
         self.situation = situation
-        self.last: Arc | None = None
+        self._last: int | None = None
         self._inside = False
         self._journal = journal
         self._position = _Position()
+        self._table = table
         self.machine = CompiledMachine(
             model=self._position,
             states=State,
@@ -58,8 +101,8 @@ class Loop:
                     "trigger": event_name(row.trigger, row.dest),
                     "source": source,
                     "dest": row.dest,
-                    "before": [self._enter, work[row.trigger]],
-                    "after": [partial(self._leave, ARCS.index(Arc(row.trigger, source, row.dest)))],
+                    "before": [work[row.trigger]],
+                    "after": [],
                 }
                 for row in table
                 for source in row.sources
@@ -82,6 +125,11 @@ class Loop:
         """Whether a transition is under way."""
         return self._inside
 
+    @property
+    def last(self) -> Arc | None:
+        """The last transition; None before the first."""
+        return None if self._last is None else ARCS[self._last]
+
     def advance(self) -> bool:
         """Fire the next trigger; False if there is none."""
         trigger = next_trigger(self.situation)
@@ -93,10 +141,71 @@ class Loop:
     def fire(self, trigger: Trigger, dest: State | None = None) -> None:
         """Fire `trigger` (for `resume`: to `dest`). What work or hooks raise passes through unchanged."""
         self.check_outside()
+        position, source = self._position, self._position.state
+        self._inside = True
         try:
             self._triggers[trigger, dest]()
+            self._last = ARCS.index(Arc(trigger, source, position.state))
+            self._journal(self._last)
+            self.situation.state = position.state
         finally:
             self._inside = False
+
+    def run(
+        self, asked: Asked, look_up: Callable[[], object], journal: Callable[[int], object] | None = None
+    ) -> None:
+        """Fire the next trigger until nothing is left.
+
+        `look_up` is called between two transitions, but within a batch only where `asked.open`. It may fire triggers.
+        `journal` is a shorter way to do what the loop's own would.
+        """
+        self.check_outside()
+        situation, position = self.situation, self._position
+        journal = journal or self._journal
+        nodes = self._linked()
+        node = nodes[position.state]
+        try:
+            while True:
+                trigger = node.choose(situation)
+                if trigger is None:
+                    return
+                link = node.links.get(trigger)
+                if link is None:  # more than callbacks belongs to it
+                    self.fire(trigger)
+                    look_up()
+                    nodes = self._linked()
+                    node = nodes[position.state]
+                    continue
+                self._inside = True
+                for call in link.before:
+                    call()
+                position.state = link.dest
+                for call in link.enter:
+                    call()
+                for call in link.after:
+                    call()
+                self._last = link.arc
+                journal(link.arc)
+                situation.state = link.dest
+                self._inside = False
+                node = link.node
+                if link.looks or asked.open:
+                    look_up()
+                    node = nodes[position.state]
+        finally:
+            self._inside = False
+
+    def _linked(self) -> dict[State, _Node]:
+        """The states, linked as the machine is now."""
+        nodes = {state: _Node(state) for state in State}
+        for row in self._table:
+            for source in row.sources:
+                transition = self.machine.plain(event_name(row.trigger, row.dest), source.name)
+                if transition is not None and row.trigger is not Trigger.RESUME:
+                    arc = ARCS.index(Arc(row.trigger, source, row.dest))
+                    dest = self.machine.states[row.dest.name]
+                    nodes[source].links[row.trigger] = _Link(transition, dest, arc, nodes[row.dest])
+        return nodes
 
     def stand(self, state: State) -> None:
         """Put the machine where the journal says it stands; used after work or a hook has raised."""
@@ -110,16 +219,6 @@ class Loop:
                 "a trigger was fired from inside a transition; hooks may only request: "
                 "use trainer.save(), trainer.stop(reason) or trainer.halt(reason)"
             )
-
-    def _enter(self) -> None:
-        self.check_outside()
-        self._inside = True
-
-    def _leave(self, arc: int) -> None:
-        self._journal(arc)
-        self.last = ARCS[arc]
-        self.situation.state = self.last.dest
-        self._inside = False
 
     def before(self, trigger: Trigger) -> Callable[[HookT], HookT]:
         """A decorator: call the function before the work of every transition of `trigger`."""
@@ -136,7 +235,7 @@ class Loop:
 
         def register(hook: HookT) -> HookT:
             for transition in self._transitions(trigger):
-                transition.after.insert(len(transition.after) - 1, hook)
+                transition.after.append(hook)
             return hook
 
         return register
@@ -166,11 +265,11 @@ class Loop:
 
     def hooks_before(self, trigger: Trigger) -> list[object]:
         """What is called before the work of `trigger`."""
-        return [hook for transition in self._transitions(trigger) for hook in transition.before[1:-1]]
+        return [hook for transition in self._transitions(trigger) for hook in transition.before[:-1]]
 
     def hooks_after(self, trigger: Trigger, dest: State) -> list[object]:
         """What is called after the work of `trigger`, and as `dest` is entered."""
-        after = [hook for transition in self._transitions(trigger) for hook in transition.after[:-1]]
+        after = [hook for transition in self._transitions(trigger) for hook in transition.after]
         return [*after, *self.machine.get_state(dest).on_enter]
 
     def hooks(self) -> list[object]:

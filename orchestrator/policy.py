@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from states.table import State, Trigger
 
-__all__ = ["Situation", "next_trigger"]
+__all__ = ["CHOICES", "Situation", "next_trigger"]
 
 
 @dataclass(slots=True)
@@ -37,26 +38,68 @@ class Situation:
 
 def next_trigger(situation: Situation) -> Trigger | None:
     """The one trigger that is next, or None where nothing is: DONE and HALTED."""
-    s = situation
-    state = s.state
-    if state is State.DONE or state is State.HALTED:
-        return None
+    return CHOICES[situation.state](situation)
+
+
+# -- what is next in each state ----------------------------------------------------------------------------
+
+
+def _in_idle(s: Situation) -> Trigger:
+    return Trigger.HALT if s.halt else Trigger.BEGIN_EPOCH
+
+
+def _between_batches(s: Situation) -> Trigger:
     if s.halt:
         return Trigger.HALT
-    if state is State.BATCH_START:
-        if not s.empty:
-            return Trigger.FORWARD
-        return Trigger.STEP if s.pending and s.window_closes else Trigger.END_BATCH
-    if state is State.FORWARD:
-        return Trigger.END_BATCH if s.evaluating else Trigger.BACKWARD
-    if state is State.BACKWARD:
-        return Trigger.STEP if s.window_closes else Trigger.END_BATCH
-    if state is State.STEP:
-        return Trigger.FORWARD if s.another_phase else Trigger.END_BATCH
-    if state is State.BATCH_END or state is State.EPOCH_START:
-        more = s.has_batch and s.batches_left and not s.stop
-        return Trigger.FETCH if more else Trigger.END_EPOCH
-    if state is State.EPOCH_END:
-        more = s.epochs_left and s.batches_left and not s.stop
-        return Trigger.BEGIN_EPOCH if more else Trigger.FINISH
-    return Trigger.BEGIN_EPOCH  # IDLE
+    return Trigger.FETCH if s.has_batch and s.batches_left and not s.stop else Trigger.END_EPOCH
+
+
+def _in_batch_start(s: Situation) -> Trigger:
+    if s.halt:
+        return Trigger.HALT
+    if not s.empty:
+        return Trigger.FORWARD
+    return Trigger.STEP if s.pending and s.window_closes else Trigger.END_BATCH
+
+
+def _in_forward(s: Situation) -> Trigger:
+    if s.halt:
+        return Trigger.HALT
+    return Trigger.END_BATCH if s.evaluating else Trigger.BACKWARD
+
+
+def _in_backward(s: Situation) -> Trigger:
+    if s.halt:
+        return Trigger.HALT
+    return Trigger.STEP if s.window_closes else Trigger.END_BATCH
+
+
+def _in_step(s: Situation) -> Trigger:
+    if s.halt:
+        return Trigger.HALT
+    return Trigger.FORWARD if s.another_phase else Trigger.END_BATCH
+
+
+def _in_epoch_end(s: Situation) -> Trigger:
+    if s.halt:
+        return Trigger.HALT
+    return Trigger.BEGIN_EPOCH if s.epochs_left and s.batches_left and not s.stop else Trigger.FINISH
+
+
+def _at_the_end(s: Situation) -> None:
+    return None
+
+
+CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
+    State.IDLE: _in_idle,
+    State.EPOCH_START: _between_batches,
+    State.BATCH_START: _in_batch_start,
+    State.FORWARD: _in_forward,
+    State.BACKWARD: _in_backward,
+    State.STEP: _in_step,
+    State.BATCH_END: _between_batches,
+    State.EPOCH_END: _in_epoch_end,
+    State.DONE: _at_the_end,
+    State.HALTED: _at_the_end,
+}
+"""For each state the choice that is made in it."""

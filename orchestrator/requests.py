@@ -65,6 +65,22 @@ class Requests:
     """Of the next boundary."""
     later: list[tuple[State, Save]] = field(default_factory=list)
     """Of the next boundary at which the training stands in this state."""
+    open: bool = False
+    """Whether the next boundary is to be looked at; what asks for something at one sets it."""
+
+    def add_save(self, save: Save, at: State | None = None) -> None:
+        """Ask for a checkpoint of the next boundary, or of the next one at which the training stands in `at`."""
+        if at is None:
+            self.saves.append(save)
+        else:
+            self.later.append((at, save))
+        self.open = True
+
+    def looked_at(self) -> None:
+        """What is open after a boundary was looked at is open at the next one too."""
+        self.open = False
+        if self.halt is not None or self.saves or self.later:  # after it: a signal may ask in between
+            self.open = True
 
     def arrive(self, state: State) -> None:
         """The training has reached `state`: what was to be saved there is to be saved now."""
@@ -86,11 +102,13 @@ class Requests:
     def take(self, other: Requests) -> None:
         """Be what `other` is."""
         self.stop, self.halt, self.saves, self.later = other.stop, other.halt, other.saves, other.later
+        self.open = True
 
     def add_halt(self, request: HaltRequest) -> None:
         """The first reason to halt is the one that counts, but an error outranks a wish."""
         if self.halt is None or (self.halt.error is None and request.error is not None):
             self.halt = request
+        self.open = True
 
     def abandon_saves(self, why: str) -> None:
         """Answer whoever waits for a save of this boundary that will not come."""

@@ -200,7 +200,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         training = self._training
         return training.validation.run(
-            self.validation_model, self.epoch, training.halting, training.begin_validation
+            self.validation_model, self.epoch, training.requests, training.halting, training.begin_validation
         )
 
     def _add_callbacks(self, scheduler: Any, callbacks: Sequence[Callback]) -> None:
@@ -450,11 +450,11 @@ class Trainer:
             return self._saved_at_the_end(save)
         outside = not training.loop.inside and not self._beginning
         if at is not None and not (outside and self.state is at and training.saveable()):
-            training.requests.later.append((at, save))
+            training.requests.add_save(save, at)
             if at is State.FORWARD:
                 training.work.keep = training.snapshots.before_forward
             return save
-        training.requests.saves.append(save)
+        training.requests.add_save(save)
         if outside:
             while training.requests.saves and not training.saveable() and training.fire_next():
                 pass
@@ -515,8 +515,7 @@ class Trainer:
             elif resume or override:
                 raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
             try:
-                while training.fire_next():
-                    pass
+                training.run()
             finally:
                 self.close()
         return self._leave()
@@ -644,7 +643,7 @@ class Trainer:
             training.work.note = f"from {checkpoint.info.name}{said}"
             training.loop.fire(Trigger.RESUME, checkpoint.state)
         elif self._settings.checkpoint is not None:
-            training.requests.saves.append(Save())
+            training.requests.add_save(Save())
         training.carry_out()
 
     def advance(self, until: State | None = None) -> Arc | None:
@@ -692,11 +691,11 @@ class Trainer:
             attempt.clock.restart()
             work, note = training.work, f"branched from {past.run.id} at {past.moment}"
             place, work.place, work.note = work.place, Place(), note
-            attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)), work)
+            attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)))
             work.place, work.note = place, note
-            attempt.record(ARCS.index(Arc(Trigger.RESUME, State.HALTED, self.state)), work)
+            attempt.record(ARCS.index(Arc(Trigger.RESUME, State.HALTED, self.state)))
             if self._settings.checkpoint is not None:
-                training.requests.saves.append(Save())
+                training.requests.add_save(Save())
             training.carry_out_saves(BRANCH)
         except BaseException as error:
             training.fail(error)

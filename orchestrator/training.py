@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator import recovery
@@ -29,7 +29,7 @@ __all__ = ["Training"]
 class Training:
     """The machine with its work, the attempt that records it, and the requests that wait for the next boundary.
 
-    `fire_next` is one transition and what follows it:
+    `fire_next` is one transition and what follows it, `run` all that are left:
 
         fire(next_trigger(situation))    # before-hooks, work, change of state, after-hooks, journal
         carry out what was asked for     # saves, stops, halts
@@ -88,7 +88,7 @@ class Training:
     def open(self, plan: recovery.Plan, settings: Settings, parent: Parent | None) -> Attempt:
         """Open the attempt that records what follows."""
         scopes = ("train", *self.validation.scopes)
-        self.attempt = Attempt.open(plan, settings, scopes, parent)
+        self.attempt = Attempt.open(plan, settings, scopes, self.work, parent)
         return self.attempt
 
     @property
@@ -96,17 +96,35 @@ class Training:
         """Where the machine stands."""
         return self.loop.state
 
+    def run(self) -> None:
+        """Fire transitions, and carry out what was asked for, until nothing is left."""
+        while self._guarded(self._run):
+            pass
+
     def fire_next(self) -> bool:
         """Fire the next transition and carry out what was asked for; False where nothing is left."""
+        return self._guarded(self._fire_next)
+
+    def _run(self) -> bool:
+        journal = self.attempt.record if self.attempt is not None and self.expected is None else None
+        self.loop.run(self.requests, self._look_up, journal)
+        return False
+
+    def _fire_next(self) -> bool:
+        if not self.loop.advance():
+            return False
+        self._look_up()
+        return True
+
+    def _guarded(self, go: Callable[[], bool]) -> bool:
+        """What `go` says, or True where it was broken off and the training stands as if it had not begun."""
         self.loop.check_outside()
         try:
             if self.requests.halt is not None and self.state not in TERMINAL:
                 self.carry_out()  # it was asked for between two transitions
                 if self.state in TERMINAL:
                     return True
-            if not self.loop.advance():
-                return False
-            self._look_up()
+            return go()
         except GiveWay:
             # Nothing had changed: the training stands, intact, where the journal says.
             self.work.note = ""
@@ -126,6 +144,7 @@ class Training:
             self._arrive()
         if self.halting() or self.requests.saves or self.state is State.DONE:
             self.carry_out()
+        self.requests.looked_at()
 
     def _arrive(self) -> None:
         self.requests.arrive(self.state)
@@ -243,7 +262,7 @@ class Training:
         except Exception as second:
             warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
             self.work.note = note
-            attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)), self.work)
+            attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)))
             self.loop.stand(State.HALTED)
 
     def diverged(self, divergence: Divergence) -> None:
@@ -293,7 +312,7 @@ class Training:
 
     def _journal(self, arc: int) -> None:
         if self.attempt is not None:
-            self.attempt.record(arc, self.work)
+            self.attempt.record(arc)
         else:
             self.work.note = ""
             if ARCS[arc].trigger is Trigger.END_BATCH:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from orchestrator.evaluation import Evaluation
+from orchestrator.loop import Asked
 from orchestrator.signals import GiveWay
 from orchestrator.snapshot.kept import Kept
 
@@ -34,11 +35,16 @@ class Validation:
         return any(evaluation.stream.waiting for evaluation in self.evaluations.values())
 
     def run(
-        self, model: nn.Module, epoch: int, halting: Callable[[], bool], begin: Callable[[], None]
+        self,
+        model: nn.Module,
+        epoch: int,
+        asked: Asked,
+        halting: Callable[[], bool],
+        begin: Callable[[], None],
     ) -> dict[str, float]:
         """The metrics of all loaders, `NAME/KEY`; `begin` is called before each.
 
-        Raises GiveWay as soon as `halting()`; generators and the model are then as before.
+        Raises GiveWay as soon as `halting()` (see `Evaluation.run`); generators and the model are then as before.
         """
         if not self.evaluations:
             return {}
@@ -49,7 +55,7 @@ class Validation:
             self.under_way = evaluation
             begin()
             try:
-                found = evaluation.run(model, epoch, halting)
+                found = evaluation.run(model, epoch, asked, halting)
             except GiveWay:
                 for begun, state in before.items():
                     self.evaluations[begun].stream.load_state_dict(state)

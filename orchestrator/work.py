@@ -70,7 +70,7 @@ def supervised(loss_fn: Callable[[Any, Any], Any]) -> Forward:
     """The default `forward`: a batch is a pair `(inputs, targets)`, the loss `loss_fn(model(inputs), targets)`."""
 
     def forward(model: nn.Module, batch: Any) -> tuple[Any, Any, Any]:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             found = f"a {type(batch).__name__}"
             if isinstance(batch, Mapping):
                 found += f" with keys {', '.join(map(repr, batch))}"
@@ -87,24 +87,27 @@ def supervised(loss_fn: Callable[[Any, Any], Any]) -> Forward:
     return forward
 
 
-def _read_loss(result: Any, training: bool, where: str) -> tuple[Tensor, Any, Any]:
+def _read_loss(result: Any, training: bool, where: Callable[[str], str] = str) -> tuple[Tensor, Any, Any]:
+    """(loss, outputs, targets) of what a forward has returned; `where` names it in messages."""
     outputs = targets = None
     if isinstance(result, tuple):
         if len(result) != 3:
             raise LossError(
-                f"{where} returned a tuple of {len(result)}; expected a loss, or (loss, outputs, targets)"
+                f"{where('forward')} returned a tuple of {len(result)}; expected a loss, or (loss, outputs, targets)"
             )
         result, outputs, targets = result
     if not isinstance(result, Tensor):
-        raise LossError(f"{where} returned a {type(result).__name__} as the loss; expected a scalar tensor")
+        raise LossError(
+            f"{where('forward')} returned a {type(result).__name__} as the loss; expected a scalar tensor"
+        )
     if result.numel() != 1 or not result.is_floating_point():
         raise LossError(
-            f"{where} returned a loss of shape {tuple(result.shape)} and type {result.dtype}; expected a "
+            f"{where('forward')} returned a loss of shape {tuple(result.shape)} and type {result.dtype}; expected a "
             "scalar floating-point tensor: reduce it, for instance with .mean()"
         )
     if training and not result.requires_grad:
         raise LossError(
-            f"{where} returned a loss that does not depend on any parameter that requires a gradient; "
+            f"{where('forward')} returned a loss that does not depend on any parameter that requires a gradient; "
             "expected one: was it detached, computed under torch.no_grad(), or is the whole model frozen?"
         )
     return result, outputs, targets
@@ -214,7 +217,7 @@ class BatchWork:
             )
 
     def _count_loss(self, loss: Tensor, outputs: Any, targets: Any, name: str) -> None:
-        self.loss = float(loss.detach())
+        self.loss = loss.item()
         if name:
             self.metrics[f"loss/{name}"] = self.loss
         self.metrics["loss"] = self.metrics.get("loss", 0.0) + self.loss
@@ -255,7 +258,7 @@ class EvaluationWork(BatchWork):
         """Model and loss, without gradients."""
         with torch.no_grad(), self.precision.autocast():
             result = self._forward(self.model, self.data)
-        self._count_loss(*_read_loss(result, training=False, where="forward"), "")
+        self._count_loss(*_read_loss(result, training=False), "")
 
     def end_batch(self) -> None:
         """Fold the batch into the pass."""
@@ -394,7 +397,7 @@ class TrainingWork(BatchWork):
                 result = phase.forward(self.model, self.data)
         finally:
             self.computing = False
-        loss, outputs, targets = _read_loss(result, training=True, where=self._named("forward"))
+        loss, outputs, targets = _read_loss(result, training=True, where=self._named)
         self._count_loss(loss, outputs, targets, phase.name if len(self.phases) > 1 else "")
         self._result = loss
 
@@ -404,7 +407,7 @@ class TrainingWork(BatchWork):
         assert loss is not None
         self.before_forward = None
         if window.count == 0:
-            self.phases[self.phase].optimizer.zero_grad(set_to_none=True)
+            numerics.zero(self.phases[self.phase].optimizer)
         loss = loss * self._share() if self.accumulate > 1 else loss
         scaler = self.precision.scalers[self.phase]
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
@@ -420,15 +423,14 @@ class TrainingWork(BatchWork):
             scaler.unscale_(optimizer)
         grads = numerics.gradients(optimizer)
         numerics.rescale(grads, self._correction())
-        total = numerics.norm(grads)
-        finite = math.isfinite(total)
-        self.skipped = not (finite and self.window.finite)
+        total, norm = numerics.norm(grads)
+        self.skipped = not (math.isfinite(norm) and self.window.finite)
         if self.skipped:
             self._skip(scaler is not None)
         else:
             if self._clip_grad_norm is not None:
                 numerics.clip(optimizer, self._clip_grad_norm, total)
-            self.metrics["grad_norm"] = float(total)
+            self.metrics["grad_norm"] = norm
         if scaler is not None:
             if self.window.finite:
                 scaler.step(optimizer)

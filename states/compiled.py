@@ -668,6 +668,23 @@ class CompiledMachine(Machine):
         """How many calls were left to stock's code so far, by reason; any other call went by its plan."""
         return self._watch.fallbacks
 
+    def plain(self, event: str, source: str) -> CompiledTransition | None:
+        """The transition that `event` takes in the state `source`, if nothing but callbacks belongs to it; else None.
+
+        To take it then is: call what is in `before`, set the state, call what is in the destination's `on_enter`, call
+        what is in `after`. That holds as long as neither the machine nor its transitions and states get callbacks or
+        conditions of other kinds, and no callback is added by its name.
+        """
+        watch = self._watch
+        step = cast(CompiledEvent, self.events[event])._plan_for(self.states[source].value).step
+        if step is None or step.fallback is not None or not step.simple or _records(_INFO):
+            return None
+        more = (step.before_all, step.after_all, watch.on_exception, watch.finalize_event)
+        if any(more) or (step.dest.final and watch.on_final):
+            return None
+        callbacks = (*step.before, *step.dest.on_enter, *step.after)
+        return None if any(isinstance(func, str) for func in callbacks) else step.transition
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "states" and type(value) is OrderedDict and not value:
             value = _States()

@@ -20,6 +20,8 @@ __all__ = [
 class State(Enum):
     """Where a training stands: the work that the state is named for is complete."""
 
+    __hash__ = object.__hash__  # Enum's own is a call of a Python function; members are compared by identity
+
     IDLE = "IDLE"
     EPOCH_START = "EPOCH_START"
     BATCH_START = "BATCH_START"
@@ -34,6 +36,8 @@ class State(Enum):
 
 class Trigger(Enum):
     """What moves a training from one state to the next; the value is the name in the journal."""
+
+    __hash__ = object.__hash__
 
     BEGIN_EPOCH = "begin_epoch"
     FETCH = "fetch"

@@ -10,7 +10,7 @@ from torch import nn
 import trainings
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
 from orchestrator.errors import NonFiniteAgainError
-from orchestrator.numerics import norm
+from orchestrator.numerics import norm, zero
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -117,7 +117,7 @@ def test_non_finite_gradients_under_a_finite_loss(tmp_path: Path) -> None:
 
 
 def test_a_norm_that_overflows_is_taken_again_in_double() -> None:
-    total = norm([torch.full((4,), 3e38)])
+    total, _ = norm([torch.full((4,), 3e38)])
     assert float(total) == pytest.approx(6e38)
 
 
@@ -156,8 +156,39 @@ def test_clipping_bounds_the_norm(tmp_path: Path) -> None:
 
     @trainer.after(Trigger.STEP)
     def _look() -> None:
-        norms.append(float(norm([p.grad for p in trainer.model.parameters()])))
+        norms.append(norm([p.grad for p in trainer.model.parameters()])[1])
 
     history = trainer.fit().history
     assert max(norms) <= 1e-3 * (1 + 1e-5)
     assert history[-1]["grad_norm"] > 1e-2  # what is reported is the norm before clipping
+
+
+@pytest.mark.parametrize(
+    "kinds", [[torch.float32], [torch.float64], [torch.bfloat16], [torch.float32, torch.bfloat16]]
+)
+def test_the_norm_is_that_of_torch_bit_for_bit(kinds: list[torch.dtype]) -> None:
+    for size in range(1, 60):
+        grads = [
+            torch.randn(size, number + 1).to(kinds[number % len(kinds)]) for number in range(size % 7 + 1)
+        ]
+        assert torch.equal(norm(grads)[0], torch.nn.utils.get_total_norm(grads))
+
+
+class _Forgetful(torch.optim.SGD):
+    """Its gradients are set to zero, not to None."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none=False)
+
+
+def test_gradients_are_forgotten_as_the_optimizer_forgets_them() -> None:
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    zero(_Forgetful(model.parameters(), lr=0.1))
+    assert [bool(parameter.grad.any()) for parameter in model.parameters()] == [False, False]
+    patched, calls = torch.optim.SGD(model.parameters(), lr=0.1), []
+    patched.zero_grad = lambda set_to_none: calls.append(set_to_none)
+    zero(patched)
+    assert calls == [True]
+    zero(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]

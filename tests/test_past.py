@@ -29,7 +29,10 @@ def make(root: Path, **options: Any) -> Trainer:
     return trainings.make(root, val_loader=trainings.loader(16), **options)
 
 
-def on_disk(root: Path) -> set[Path]:
+def on_disk(root: Path, trainer: Trainer) -> set[Path]:
+    moments(
+        trainer
+    )  # beside a journal that is read SQLite makes two files, whoever reads; who writes removes them
     return {path for path in root.rglob("*") if path.name not in ("lease", "recorder.bin")}
 
 
@@ -66,7 +69,6 @@ def done(tmp_path_factory) -> tuple[Path, Trainer, list[dict[str, str]], Watch]:
     while trainer.advance() is not None:
         if trainer.state is not State.DONE:
             states.append(state_of(trainer))
-    moments(trainer)  # beside a journal that is read SQLite makes two files, whoever reads
     return root, trainer, states, watch
 
 
@@ -88,7 +90,7 @@ def moments(trainer: Trainer) -> list[tuple[int, int | None, State]]:
 def test_any_moment_is_reached_bit_for_bit_and_leaves_no_trace(done, number: int) -> None:
     root, trainer, states, _ = done
     epoch, batch, state = moments(trainer)[number]
-    files = on_disk(root)
+    files = on_disk(root, trainer)
     again = make(root, callbacks=[Watch()])
     past = again.seek(epoch, batch, state, run=trainer.run.path)
     assert (again.state, again.epoch) == (state, epoch)
@@ -96,7 +98,7 @@ def test_any_moment_is_reached_bit_for_bit_and_leaves_no_trace(done, number: int
     assert again.divergence is None
     assert past.moment.seq <= 133
     again.close()
-    assert on_disk(root) == files
+    assert on_disk(root, trainer) == files
 
 
 @pytest.mark.parametrize("state", [State.IDLE, State.EPOCH_START, State.FORWARD, State.STEP, State.EPOCH_END])
@@ -270,7 +272,7 @@ def test_phases_are_told_apart(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_stretch_again_with_new_hooks(done, first, last, losses: slice, epochs: int) -> None:
     root, trainer, _, watch = done
-    files = on_disk(root)
+    files = on_disk(root, trainer)
     question = Watch()
     again = make(root)
     replay = again.replay(first, last, [question], run=trainer.run.path)
@@ -279,7 +281,7 @@ def test_a_stretch_again_with_new_hooks(done, first, last, losses: slice, epochs
     assert replay.divergence is None
     assert sum(found[0] == "epoch ends" for found in question.seen) == epochs
     assert (again.state, again.epoch, again.run) == (State.IDLE, -1, None)
-    assert on_disk(root) == files
+    assert on_disk(root, trainer) == files
 
 
 def test_a_replay_leaves_the_trainer_where_it_stood(tmp_path: Path) -> None:

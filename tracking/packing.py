@@ -1,21 +1,28 @@
 """Packed rows: transitions and metrics as the journal stores them, written in the caller's transaction."""
 
+from __future__ import annotations
+
 import math
 import sqlite3
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import groupby, repeat
+from typing import TYPE_CHECKING, NamedTuple
 
 from states.table import Trigger
 from tracking.recorder import Chunk, Slot, is_pending
+
+if TYPE_CHECKING:
+    from tracking.blocks import Block
 
 __all__ = ["ROW_LENGTH", "MetricValues", "Packer", "from_number", "to_number"]
 
 ROW_LENGTH = 8
 """Most transitions, and most metric values, in one packed row."""
 
-_INSERT_TRANSITIONS = f"INSERT INTO packed_transitions VALUES ({', '.join('?' * 24)})"
-_INSERT_METRICS = f"INSERT INTO packed_metrics VALUES (NULL, {', '.join('?' * 16)})"
-_NONE = (None,) * ROW_LENGTH
+# Columns that are NULL are left out: sqlite3 binds a None five times as slowly as a number.
+_PLACE = ("seq", "attempt", "scope", "word", "epoch", "batch", "time_ns")
+_MEASURED = ("attempt", "seq", "scope", "epoch", "batch", "step", "keyset", "time_ns")
 
 Pattern = tuple[tuple[str, str, str, str, bool], ...]  # (trigger, source, dest, phase, carries the loss)
 SqlNumber = float | str | None
@@ -29,6 +36,27 @@ def from_number(value: float) -> float | str:
 def to_number(stored: SqlNumber) -> float | None:
     """The float that `from_number` was given; None for NULL."""
     return stored if stored is None else float(stored)
+
+
+_Row = list[tuple[str, object]]
+_MANY = 64 * 64  # bytes: fewer slots are written one by one
+
+
+def _times(length: int) -> list[str]:
+    return [f"t{at}" for at in range(1, length)]
+
+
+def _durations(length: int) -> list[str]:
+    return [f"d{at}" for at in range(length)]
+
+
+def _stored(loss: float) -> SqlNumber:
+    return loss if loss == loss else None if is_pending(loss) else "nan"
+
+
+@cache
+def _insert(table: str, columns: tuple[str, ...]) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
 class MetricValues(NamedTuple):
@@ -83,7 +111,42 @@ class Packer:
 
     def transitions(self, chunk: Chunk) -> None:
         """Write the transitions of a chunk."""
-        self._connection.executemany(_INSERT_TRANSITIONS, self._rows(chunk))
+        if len(chunk.data) < _MANY or chunk.noted:
+            self.slots(chunk.slots, chunk.notes)
+            return
+        from tracking.blocks import blocks  # numpy is not for those who only look on
+
+        found, rest = blocks(chunk.data, self._forwards, ROW_LENGTH)
+        for block in found:
+            self._block(block)
+        self.slots(rest, {})
+
+    def slots(self, slots: Iterable[Slot], notes: Mapping[int, str]) -> None:
+        """Write transitions, one by one."""
+        for row in self._rows(slots, notes):
+            columns = tuple(name for name, value in row if value is not None)
+            self._connection.execute(
+                _insert("packed_transitions", columns), [value for _, value in row if value is not None]
+            )
+
+    def _block(self, block: Block) -> None:
+        count = len(block.seq)
+        columns = [*_PLACE, *_times(len(block.arcs)), *_durations(len(block.arcs))]
+        values: list[Iterable[object]] = [
+            block.seq,
+            repeat(self._attempt, count),
+            (self._scopes[scope] for scope in block.scope),
+            repeat(self._word_of(block.arcs, block.phases, block.loss_at), count),
+            block.epoch,
+            block.batch,
+            block.time_ns,
+            *block.later,
+            *block.durations,
+        ]
+        if block.loss_at >= 0:
+            columns.append("loss")
+            values.append(map(_stored, block.loss))
+        self._connection.executemany(_insert("packed_transitions", tuple(columns)), zip(*values, strict=True))
 
     def metrics(self, measured: Iterable[MetricValues]) -> None:
         """Write metric values."""
@@ -102,10 +165,11 @@ class Packer:
                         self._keyset(keys[at : at + ROW_LENGTH]),
                         time_ns,
                         *(value if value == value else "nan" for value in part),
-                        *_NONE[len(part) :],
                     )
                 )
-        self._connection.executemany(_INSERT_METRICS, rows)
+        for length, alike in groupby(rows, len):  # their order is that of their ids
+            columns = (*_MEASURED, *(f"v{at}" for at in range(length - len(_MEASURED))))
+            self._connection.executemany(_insert("packed_metrics", columns), alike)
 
     def late_loss(self, seq: int, loss: float) -> None:
         """Fill in the loss of a `forward` that is in the journal already; nothing if `seq` is none."""
@@ -117,13 +181,13 @@ class Packer:
             (from_number(loss), seq),
         )
 
-    def _rows(self, chunk: Chunk) -> list[tuple[object, ...]]:
+    def _rows(self, slots: Iterable[Slot], notes: Mapping[int, str]) -> list[_Row]:
         """Cut the transitions into rows: see the module's `schema` for what may share one."""
-        rows: list[tuple[object, ...]] = []
+        rows: list[_Row] = []
         group: list[Slot] = []
-        forwards, notes = self._forwards, chunk.notes
+        forwards = self._forwards
         scope = epoch = batch = expected = loss_at = -1
-        for slot in chunk.slots:
+        for slot in slots:
             loss = slot[10]
             carries = slot[1] in forwards or loss == loss
             if group and (
@@ -149,33 +213,25 @@ class Packer:
             rows.append(self._row(group, loss_at, None))
         return rows
 
-    def _row(self, group: list[Slot], loss_at: int, note: str | None) -> tuple[object, ...]:
+    def _row(self, group: list[Slot], loss_at: int, note: str | None) -> _Row:
         seqs, arcs, scopes, phases, _, _, epochs, batches, times, durations, losses = zip(*group, strict=True)
+        loss = _stored(losses[loss_at]) if loss_at >= 0 else None
+        word = self._word_of(arcs, phases, loss_at)
+        place = (seqs[0], self._attempt, self._scopes[scopes[0]], word, epochs[0], batches[0], times[0])
+        return [
+            *zip(_PLACE, place, strict=True),
+            *zip(_times(len(seqs)), (time - times[0] for time in times[1:]), strict=True),
+            *zip(_durations(len(seqs)), durations, strict=True),
+            ("loss", loss),
+            ("note", note),
+        ]
+
+    def _word_of(self, arcs: tuple[int, ...], phases: tuple[int, ...], loss_at: int) -> int:
         key = (arcs, phases, loss_at)
         word = self._words.get(key)
         if word is None:
             word = self._words[key] = self._word(arcs, phases, loss_at)
-        first = times[0]
-        loss: SqlNumber = None
-        if loss_at >= 0:
-            value = losses[loss_at]
-            loss = value if value == value else None if is_pending(value) else "nan"
-        missing = _NONE[len(seqs) :]
-        return (
-            seqs[0],
-            self._attempt,
-            self._scopes[scopes[0]],
-            word,
-            epochs[0],
-            batches[0],
-            first,
-            *[time - first for time in times[1:]],
-            *missing,
-            *durations,
-            *missing,
-            loss,
-            note,
-        )
+        return word
 
     def _word(self, arcs: tuple[int, ...], phases: tuple[int, ...], loss_at: int) -> int:
         pattern: Pattern = tuple(

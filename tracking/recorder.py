@@ -28,6 +28,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,12 +111,35 @@ def is_pending(loss: float) -> bool:
     return math.isnan(loss) and struct.pack("<d", loss) == _PENDING_BITS
 
 
-@dataclass(frozen=True)
 class Chunk:
-    """Slots in the order of recording, one for each transition, and the notes by seq."""
+    """What was recorded, as it is stored; decoded as far as somebody asks."""
 
-    slots: list[Slot]
-    notes: dict[int, str]
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Slots in the order of recording, one for each transition."""
+        return [slot for slot in _SLOT.iter_unpack(self.data) if slot[1] != _CONTINUATION]
+
+    @cached_property
+    def notes(self) -> dict[int, str]:
+        """The notes, by seq."""
+        return _notes(self.data) if self.noted else {}
+
+    @property
+    def noted(self) -> bool:
+        """Whether any transition has a note, so that there are slots that are none."""
+        last = _SLOT.unpack_from(self.data, len(self.data) - _SIZE)[0] if self.data else 0
+        return bool(self.data) and (last - self.first + 1) * _SIZE != len(self.data)
+
+    @property
+    def first(self) -> int:
+        """The seq of the first transition."""
+        return int(_SLOT.unpack_from(self.data)[0])
 
 
 class Recorder:
@@ -262,7 +286,7 @@ class Recorder:
     def take(self) -> tuple[Chunk, int]:
         """What has not been drained, and the position to hand to `release` when it is durable elsewhere."""
         tail, head = self._tails[0], self._heads[0]
-        return _decode(self._copy(tail, head)), head
+        return Chunk(self._copy(tail, head)), head
 
     def release(self, position: int) -> None:
         """Everything before `position` is durable elsewhere; its slots may be overwritten."""
@@ -370,12 +394,6 @@ def _header(
     )
     header[_JSON_AT:] = text
     return bytes(header), ring
-
-
-def _decode(data: bytes) -> Chunk:
-    slots: list[Slot] = [slot for slot in _SLOT.iter_unpack(data) if slot[1] != _CONTINUATION]
-    notes = {} if len(slots) * _SIZE == len(data) else _notes(data)
-    return Chunk(slots, notes)
 
 
 def _notes(data: bytes) -> dict[int, str]:
@@ -495,7 +513,7 @@ def _unrolled(data: bytes, first: int, head: int, capacity: int) -> bytes:
 
 def _sensible(data: bytes, seqs: range, limits: tuple[int, int, int]) -> tuple[list[Record], set[int], int]:
     """The records whose numbers make sense and go up, the seqs with a late loss, how many did not."""
-    chunk = _decode(data)
+    chunk = Chunk(data)
     arcs, scopes, phases = limits
     records: list[Record] = []
     late: set[int] = set()

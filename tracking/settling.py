@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from states.table import TERMINAL, Arc, State, Trigger
 from tracking.packing import ROW_LENGTH, Packer
-from tracking.recorder import Chunk, Record, Recorder, RecorderError, RecorderView, read_recorder
+from tracking.recorder import Record, Recorder, RecorderError, RecorderView, Slot, read_recorder
 from tracking.rows import TRAIN, AttemptStart, Outcome
 from tracking.runs import Lease, LeaseHeldError, RunFolder
 from tracking.schema import UNPACKED_TRANSITIONS, Connection, JournalError, connect_to_write
@@ -229,7 +229,7 @@ def _settle_attempt(run: RunFolder, connection: Connection, attempt: int, starte
         packer = Packer(connection, attempt, view.arcs, view.scopes, view.phases)
         newest = newest_seq(connection)
         drained = _following(view.records, newest)
-        packer.transitions(_chunk(drained))
+        packer.slots(*_slots(drained))
         for record in view.records:
             if record.seq in view.late and record.seq <= newest:
                 packer.late_loss(record.seq, record.loss)
@@ -274,7 +274,7 @@ def _losses(view: RecorderView, newest: int, drained: list[Record]) -> list[str]
     ]
 
 
-def _chunk(records: list[Record]) -> Chunk:
+def _slots(records: list[Record]) -> tuple[list[Slot], dict[int, str]]:
     slots = [
         (
             record.seq,
@@ -291,7 +291,7 @@ def _chunk(records: list[Record]) -> Chunk:
         )
         for record in records
     ]
-    return Chunk(slots, {record.seq: record.note for record in records if record.note})
+    return slots, {record.seq: record.note for record in records if record.note}
 
 
 def _last_rows(connection: Connection, attempt: int) -> dict[str, LastRow]:
@@ -318,7 +318,7 @@ def _append_halts(connection: Connection, attempt: int, last: dict[str, LastRow]
         Record(seq + at, at, at, 0, last[name].epoch, last[name].batch, time_ns, 0, float("nan"), DIED)
         for at, name in enumerate(cut)
     ]
-    packer.transitions(_chunk(records))
+    packer.slots(*_slots(records))
 
 
 def _json(value: object) -> str:

@@ -1,6 +1,7 @@
 """The journal's one writer: a background thread that drains the recorder, and what the loop hands to it."""
 
 import contextlib
+import importlib
 import json
 import sqlite3
 import threading
@@ -70,6 +71,7 @@ def open_attempt(
     the writer's thread; default: `warnings.warn`. Raises JournalError if `lease` is not this run's, or if
     `start.position` is not that of a transition to go back to; RecorderError if there is no space.
     """
+    importlib.import_module("tracking.blocks")  # now, and not when the thread first needs it
     connection, notice = open_to_write(run, lease)
     try:
         recorder = begin_attempt(
@@ -292,14 +294,14 @@ class JournalWriter:
         """Write down what there is, in one transaction; did it work?"""
         queued, late = len(self._queue), len(self._late)
         chunk, position = self._recorder.take()
-        if not (queued or late or chunk.slots):
+        if not (queued or late or chunk):
             self._recovered()
             return True
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             packer = self._packer = self._packer or self._new_packer()
             packer.transitions(chunk)
-            known = chunk.slots[0][0] if chunk.slots else self._recorder.next_seq
+            known = chunk.first if chunk else self._recorder.next_seq
             for seq, loss in islice(self._late, late):
                 if seq < known:
                     packer.late_loss(seq, loss)

@@ -23,6 +23,8 @@ def count_samples(batch: Any) -> int:
     """
     if batch is None:
         return 0
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is torch.Tensor:
+        return int(batch[0].shape[0]) if batch[0].ndim else 1  # nearly every batch there is
     for size in _sizes(batch):
         return size
     for size in _lengths(batch):
@@ -36,6 +38,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     Goes through mappings, lists, tuples, named tuples and dataclasses; an object that has `.to` is asked to
     move itself. Pinned tensors are copied without waiting. What holds nothing to move is returned as it is.
     """
+    if device.type == "cpu" and type(batch) in (list, tuple) and all(map(_is_on_cpu, batch)):
+        return type(batch)(batch)
 
     def moved(item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -43,6 +47,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return item.to(device)
 
     return _mapped(batch, moved, "to")
+
+
+def _is_on_cpu(item: Any) -> bool:
+    return type(item) is torch.Tensor and item.is_cpu
 
 
 def first_samples(batch: Any, samples: int) -> Any:

@@ -173,6 +173,8 @@ class CheckpointWriter:
     @property
     def failure(self) -> BaseException | None:
         """The first error that no `wait` has raised; None where there is none."""
+        if not self._failed:
+            return None
         return next((handle.error for handle in self._failed if not handle._told), None)
 
     def close(self) -> None:

@@ -1,0 +1,180 @@
+"""Real training on the processor, one thread: what each batch costs beside a bare loop that reads its loss.
+
+The bare loop and the contenders train the same network on the same batches, which are in memory. A batch is timed
+from one forward to another, some hundred batches later: what comes before the first batch and after the last is
+measured elsewhere. interlock keeps its journal and its metrics; "everything on" delivers them to a local
+MLflow store too, by a process whose time counts as well. The others are at their defaults but for what is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import psutil
+import torch
+from ignite.engine import Engine, Events
+from measuring import Cost, alternate, report
+from torch import nn
+
+from orchestrator import MLflow, Trainer, seed_everything
+
+WARM = 100
+
+
+class Stamped(nn.Module):
+    """The network; notes the time at the WARMth forward and at the last."""
+
+    def __init__(self, width: int, batches: int) -> None:
+        super().__init__()
+        seed_everything(1)
+        self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        self.calls, self.batches = 0, batches
+        self.cost = Cost()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == WARM:
+            self.began = now()
+        elif self.calls == self.batches:
+            self.cost = Cost(
+                *((b - a) / (self.batches - WARM) * 1e6 for a, b in zip(self.began, now(), strict=True))
+            )
+        return self.layers(inputs)
+
+
+def now() -> tuple[float, float, float]:
+    """Seconds: of the clock, of this process's threads, and of all the machine's processors."""
+    machine = psutil.cpu_times()
+    return time.perf_counter(), time.process_time(), machine.user + machine.nice + machine.system
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Loader:
+    """Batches for Lightning, to which a list is several loaders."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def bare(model: Stamped, batches: Batches) -> None:
+    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def interlock(model: Stamped, batches: Batches, *, tracked: bool) -> None:
+    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
+        track = MLflow(f"sqlite:///{root}/mlflow.db", patience_s=0.0) if tracked else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Trainer(
+            model, optimizer, nn.CrossEntropyLoss(), batches, epochs=1,
+            log=None, track=track, checkpoint=None, root=root,
+        ).fit()  # fmt: skip
+        while any(
+            root in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
+        ):
+            time.sleep(0.2)  # its shipper
+
+
+def ignite(model: Stamped, batches: Batches) -> None:
+    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+
+    def update(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+        optimizer.zero_grad()
+        loss = loss_fn(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    engine = Engine(update)
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda: None)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: None)
+    engine.run(batches, max_epochs=1)
+
+
+def lightning(model: Stamped, batches: Batches, *, logger: str) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            loss = nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+            if logger:
+                self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
+        chosen: object = False
+        if logger == "csv":
+            chosen = lightning.pytorch.loggers.CSVLogger(root)
+        elif logger == "mlflow":
+            chosen = lightning.pytorch.loggers.MLFlowLogger(tracking_uri=f"sqlite:///{root}/mlflow.db")
+        lightning.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=chosen, log_every_n_steps=1, default_root_dir=root,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        ).fit(Module(), Loader(batches))  # fmt: skip
+
+
+CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
+    "bare loop": bare,
+    "interlock, not tracked": partial(interlock, tracked=False),
+    "interlock, everything on": partial(interlock, tracked=True),
+    "Ignite, two empty handlers, no logging": ignite,
+    "Lightning, no logging": partial(lightning, logger=""),
+    "Lightning, logging each step": partial(lightning, logger="csv"),
+    "Lightning, MLFlowLogger each step": partial(lightning, logger="mlflow"),
+}
+
+
+def cost(run: Callable[[Stamped, Batches], None], count: int, width: int, size: int) -> Cost:
+    """What a batch of `size` samples costs a contender."""
+    model = Stamped(width, count)
+    batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
+    run(model, batches)
+    return model.cost
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    chosen = {
+        name: partial(cost, run, options.batches, options.width, options.size)
+        for name, run in CONTENDERS.items()
+        if any(part in name for part in [*options.only, "bare loop"])
+    }
+    report(alternate(chosen, options.rounds), "bare loop")

@@ -1,0 +1,79 @@
+"""Rows that are packed by the thousand are those that are packed one by one."""
+
+import math
+import sqlite3
+import tempfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from states.table import ARCS, Trigger
+from tracking.packing import Packer
+from tracking.recorder import PENDING, Chunk, Recorder
+from tracking.schema import create_journal
+
+ARC_NAMES = [(arc.trigger.value, arc.source.value, arc.dest.value) for arc in ARCS]
+FORWARD = next(code for code, arc in enumerate(ARCS) if arc.trigger is Trigger.FORWARD)
+OTHERS = [code for code, arc in enumerate(ARCS) if arc.trigger is not Trigger.FORWARD][:4]
+
+Batch = tuple[list[int], float, float, int, int, int]
+batches = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([FORWARD, *OTHERS]), min_size=1, max_size=11),  # what happens in it
+        st.sampled_from([0.5, -0.0, math.inf, math.nan, PENDING]),  # the losses of its forwards
+        st.sampled_from([math.nan, math.nan, math.nan, 7.0]),  # the losses of all else
+        st.integers(0, 1),  # the scope
+        st.integers(0, 1),  # the phase
+        st.integers(1, 30),  # how often it is repeated
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def recorded(folder: Path, what: list[Batch]) -> Chunk:
+    recorder = Recorder.create(
+        folder / "recorder.bin", attempt=1, next_seq=1, scopes=["train", "validation/val"],
+        phases=["", "generator"], capacity=4096,
+    )  # fmt: skip
+    number = 0
+    for arcs, loss, other, scope, phase, times in what:
+        for _ in range(times):
+            number += 1
+            for at, arc in enumerate(arcs):
+                time_ns, value = number * 1000 + at * at, loss if arc == FORWARD else other
+                recorder.record(arc, scope, phase, number // 9, number, time_ns, number + at, value)
+    chunk, _ = recorder.take()
+    recorder.close()
+    return chunk
+
+
+def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
+    create_journal(journal, run_id="r", name="r", created_ns=0)
+    with closing(sqlite3.connect(journal)) as connection:
+        connection.execute(
+            """INSERT INTO attempts (attempt, first_seq, started_ns, pid, host, process_started, command, params,
+                                     versions, device) VALUES (1, 1, 0, 1, '', 0, '', '', '', '')"""
+        )
+        packer = Packer(connection, 1, ARC_NAMES, ["train", "validation/val"], ["", "generator"])
+        if one_by_one:
+            packer.slots(chunk.slots, chunk.notes)
+        else:
+            packer.transitions(chunk)
+        found = connection.execute("SELECT * FROM all_transitions ORDER BY seq").fetchall()
+        rows = connection.execute(
+            "SELECT seq, scope, epoch, batch FROM packed_transitions ORDER BY seq"
+        ).fetchall()
+        return [found, rows]
+
+
+@given(batches)
+def test_many_are_packed_as_each_would_be(what: list[Batch]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        chunk = recorded(Path(name), what)
+        whole = packed(Path(name) / "a", chunk, one_by_one=False)
+        assert whole == packed(Path(name) / "b", chunk, one_by_one=True)
+        assert len(whole[0]) == sum(len(arcs) * times for arcs, *_, times in what)
