@@ -176,6 +176,10 @@ def test_descriptions() -> None:
     assert "2 attempts on ann and bob" in text
     assert "Checkpoints: last `a`, best `b`." in text
     assert "interlock resume" not in text, "there is nothing left to do"
+    pages = {"curves.png": "#/c", "timeline.html": "#/t", "checkpoints/a": "#/a", "metrics.csv.gz": "#/m"}
+    text = describe("digits-1", "0f3c", [done], {"last": "a", "best": "b"}, pages=pages)
+    assert "Look at [where the time went](#/t), [the curves](#/c)." in text
+    assert "Checkpoints: last [`a`](#/a), best `b`." in text
     stopped = describe("d", "0f3c", [attempt(outcome="stopped", reason="signal SIGTERM")], {"last": "a"})
     assert stopped.startswith("**Stopped**: signal SIGTERM.")
     assert "interlock resume mlflow:0f3c" in stopped

@@ -7,6 +7,11 @@ from tracking.source import Source
 
 __all__ = ["describe"]
 
+_TO_LOOK_AT = {
+    "timeline.html": "where the time went",
+    "curves.png": "the curves",
+    "machine.svg": "the machine",
+}
 _ENDED = {"done": "Done", "failed": "Failed", "stopped": "Stopped", "died": "Died without a word"}
 
 
@@ -18,15 +23,23 @@ def describe(
     *,
     parent: Parent | None = None,
     source: Source | None = None,
+    pages: Mapping[str, str] | None = None,
 ) -> str:
     """Markdown: the outcome of the newest attempt in words, where the run is, and the commands to go on with it.
 
-    `checkpoints` are the uploaded ones, by 'last' and 'best'.
+    `checkpoints` are the uploaded ones, by 'last' and 'best'; `pages` are links to what is shown of an artifact, by
+    its path.
     """
-    newest = attempts[-1]
+    newest, pages = attempts[-1], pages or {}
     paragraphs = [_outcome(newest), _place(ours, attempts, parent, source)]
+    looks = [f"[{what}]({pages[path]})" for path, what in _TO_LOOK_AT.items() if path in pages]
+    if looks:
+        paragraphs.append(f"Look at {', '.join(looks)}.")
     if checkpoints:
-        named = ", ".join(f"{which} `{name}`" for which, name in checkpoints.items())
+        named = ", ".join(
+            f"{which} {_linked(f'`{name}`', pages.get(f'checkpoints/{name}'))}"
+            for which, name in checkpoints.items()
+        )
         paragraphs.append(f"Checkpoints: {named}.")
     if newest.outcome != "done" and checkpoints:
         paragraphs.append(
@@ -34,6 +47,10 @@ def describe(
             f"interlock resume mlflow:{remote_run_id}    # anywhere\n```"
         )
     return "\n\n".join(paragraphs)
+
+
+def _linked(text: str, link: str | None) -> str:
+    return text if link is None else f"[{text}]({link})"
 
 
 def _outcome(attempt: Attempt) -> str:

@@ -513,10 +513,16 @@ class MLflowDelivery:
                 f"--run-id {run.info.run_id}`, then `interlock sync`"
             )
 
+    def artifact_page(self, path: str) -> str:
+        """Where the server's own pages show an artifact, as a link from one of them."""
+        return f"{self._page}/artifacts/{path}"
+
+    @property
+    def _page(self) -> str:
+        return f"#/experiments/{self._experiment_id}/runs/{self._run_id}"
+
     def _url(self) -> str:
-        if not self._uri.startswith("http"):
-            return ""
-        return f"{self._uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
+        return f"{self._uri.rstrip('/')}/{self._page}" if self._uri.startswith("http") else ""
 
     def _command(self) -> str:
         return "" if self._uri.startswith("http") else f"mlflow ui --backend-store-uri {self._uri}"

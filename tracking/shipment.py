@@ -261,6 +261,7 @@ class Shipment:
         tag = getattr(self._at_server, "description_tag", "")
         if not tag or self._remote is None or self._remote.owned:
             return {}
+        page = getattr(self._at_server, "artifact_page", None)
         text = describe(
             self._run.id,
             self._remote.run_id,
@@ -268,6 +269,7 @@ class Shipment:
             {key.rpartition(".")[2]: name for key, name in checkpoints.items()},
             parent=self._journal.run_info().parent,
             source=sources[max(sources)] if sources else None,
+            pages={path: page(path) for path in self._outbox.artifacts} if page is not None else {},
         )
         return {tag: text}
 
