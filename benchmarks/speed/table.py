@@ -20,7 +20,17 @@ RESULTS = HERE.parent / "RESULTS.md"
 PARTS = {
     "Orchestration alone": ["dispatch.py"],
     "Real training": ["training.py"],
-    "Real training, 5 ms a step": ["training.py", "--width", "4096", "--size", "128", "--batches", "400"],
+    "Real training, 5 ms a step": [
+        "training.py",
+        "--width",
+        "2560",
+        "--size",
+        "128",
+        "--batches",
+        "300",
+        "--rounds",
+        "5",
+    ],
     "Checkpoints": ["checkpoint.py"],
     "Start and stop": ["startup.py"],
 }
