@@ -678,6 +678,7 @@ def test_sync_beside_a_shipper_says_so_and_waits(run: RunFolder, store: Database
     assert_once(run, store.run(run.id))
 
 
+@pytest.mark.long
 def test_sync_tells_the_status_though_another_holds_the_lease_of_a_run_that_died(
     run: RunFolder, store: Database
 ) -> None:
