@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 from transitions import State as MachineState
 from transitions import Transition
 
-from orchestrator.policy import CHOICES, Situation, next_trigger
+from orchestrator.policy import Situation, next_trigger
 from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
@@ -40,30 +40,21 @@ class _Position:
 class _Link:
     """A transition that has nothing but callbacks, as `run` takes it. The lists are those of the machine."""
 
-    __slots__ = ("after", "arc", "before", "dest", "enter", "looks", "node")
+    __slots__ = ("after", "arc", "before", "dest", "enter", "looks", "next")
 
     before: list[Hook]
     enter: list[Hook]
     after: list[Hook]
 
-    def __init__(self, transition: Transition, dest: MachineState, arc: int, node: _Node) -> None:
+    def __init__(self, transition: Transition, dest: MachineState, arc: int, next: _Links) -> None:
         self.before, self.after = cast(list[Hook], transition.before), cast(list[Hook], transition.after)
         self.enter = cast(list[Hook], dest.on_enter)
         self.dest = ARCS[arc].dest
-        self.arc, self.node = arc, node
+        self.arc, self.next = arc, next
         self.looks = ARCS[arc].trigger not in _WITHIN_A_BATCH
 
 
-class _Node:
-    """A state, what is chosen in it, and the links that lead from it."""
-
-    __slots__ = ("choose", "links")
-
-    def __init__(self, state: State) -> None:
-        self.choose = CHOICES[state]
-        self.links: dict[Trigger, _Link] = {}
-
-
+_Links = dict[Trigger, _Link]
 _WITHIN_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP)
 
 
@@ -162,19 +153,19 @@ class Loop:
         self.check_outside()
         situation, position = self.situation, self._position
         journal = journal or self._journal
-        nodes = self._linked()
-        node = nodes[position.state]
+        moves = self._linked()
+        links = moves[position.state]
         try:
             while True:
-                trigger = node.choose(situation)
+                trigger = next_trigger(situation)
                 if trigger is None:
                     return
-                link = node.links.get(trigger)
+                link = links.get(trigger)
                 if link is None:  # more than callbacks belongs to it
                     self.fire(trigger)
                     look_up()
-                    nodes = self._linked()
-                    node = nodes[position.state]
+                    moves = self._linked()
+                    links = moves[position.state]
                     continue
                 self._inside = True
                 for call in link.before:
@@ -188,24 +179,24 @@ class Loop:
                 journal(link.arc)
                 situation.state = link.dest
                 self._inside = False
-                node = link.node
+                links = link.next
                 if link.looks or asked.open:
                     look_up()
-                    node = nodes[position.state]
+                    links = moves[position.state]
         finally:
             self._inside = False
 
-    def _linked(self) -> dict[State, _Node]:
-        """The states, linked as the machine is now."""
-        nodes = {state: _Node(state) for state in State}
+    def _linked(self) -> dict[State, _Links]:
+        """The links that lead from each state, as the machine is now."""
+        moves: dict[State, _Links] = {state: {} for state in State}
         for row in self._table:
             for source in row.sources:
                 transition = self.machine.plain(event_name(row.trigger, row.dest), source.name)
                 if transition is not None and row.trigger is not Trigger.RESUME:
                     arc = ARCS.index(Arc(row.trigger, source, row.dest))
                     dest = self.machine.states[row.dest.name]
-                    nodes[source].links[row.trigger] = _Link(transition, dest, arc, nodes[row.dest])
-        return nodes
+                    moves[source][row.trigger] = _Link(transition, dest, arc, moves[row.dest])
+        return moves
 
     def stand(self, state: State) -> None:
         """Put the machine where the journal says it stands; used after work or a hook has raised."""

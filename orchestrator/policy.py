@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from states.table import State, Trigger
+from states.table import TERMINAL, State, Trigger
 
-__all__ = ["CHOICES", "Situation", "next_trigger"]
+__all__ = ["Situation", "next_trigger"]
 
 
 @dataclass(slots=True)
@@ -38,68 +38,38 @@ class Situation:
 
 def next_trigger(situation: Situation) -> Trigger | None:
     """The one trigger that is next, or None where nothing is: DONE and HALTED."""
-    return CHOICES[situation.state](situation)
+    if situation.halt and situation.state not in TERMINAL:
+        return Trigger.HALT
+    return _CHOICES[situation.state](situation)
 
 
-# -- what is next in each state ----------------------------------------------------------------------------
-
-
-def _in_idle(s: Situation) -> Trigger:
-    return Trigger.HALT if s.halt else Trigger.BEGIN_EPOCH
+# -- what is next in each state, but for a halt --------------------------------------------------------------
 
 
 def _between_batches(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
     return Trigger.FETCH if s.has_batch and s.batches_left and not s.stop else Trigger.END_EPOCH
 
 
 def _in_batch_start(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
     if not s.empty:
         return Trigger.FORWARD
     return Trigger.STEP if s.pending and s.window_closes else Trigger.END_BATCH
 
 
-def _in_forward(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
-    return Trigger.END_BATCH if s.evaluating else Trigger.BACKWARD
-
-
-def _in_backward(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
-    return Trigger.STEP if s.window_closes else Trigger.END_BATCH
-
-
-def _in_step(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
-    return Trigger.FORWARD if s.another_phase else Trigger.END_BATCH
-
-
 def _in_epoch_end(s: Situation) -> Trigger:
-    if s.halt:
-        return Trigger.HALT
     return Trigger.BEGIN_EPOCH if s.epochs_left and s.batches_left and not s.stop else Trigger.FINISH
 
 
-def _at_the_end(s: Situation) -> None:
-    return None
-
-
-CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
-    State.IDLE: _in_idle,
+# A chain of comparisons would be shorter, and take longer: reading a member of an Enum is a call.
+_CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
+    State.IDLE: lambda s: Trigger.BEGIN_EPOCH,
     State.EPOCH_START: _between_batches,
     State.BATCH_START: _in_batch_start,
-    State.FORWARD: _in_forward,
-    State.BACKWARD: _in_backward,
-    State.STEP: _in_step,
+    State.FORWARD: lambda s: Trigger.END_BATCH if s.evaluating else Trigger.BACKWARD,
+    State.BACKWARD: lambda s: Trigger.STEP if s.window_closes else Trigger.END_BATCH,
+    State.STEP: lambda s: Trigger.FORWARD if s.another_phase else Trigger.END_BATCH,
     State.BATCH_END: _between_batches,
     State.EPOCH_END: _in_epoch_end,
-    State.DONE: _at_the_end,
-    State.HALTED: _at_the_end,
+    State.DONE: lambda s: None,
+    State.HALTED: lambda s: None,
 }
-"""For each state the choice that is made in it."""
