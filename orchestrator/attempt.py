@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import transitions
 from orchestrator.callbacks.checkpointing import best_of, kept
 from orchestrator.configuration import Settings
 from orchestrator.durability import Durability
+from orchestrator.loop import Asked
 from orchestrator.requests import HaltRequest
 from orchestrator.snapshot.info import CheckpointInfo, not_superseded, readable
 from orchestrator.snapshot.storage import (
@@ -33,9 +35,11 @@ from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
 from orchestrator.work import BatchWork, Place, TrainingWork
 from states.errors import InterlockError
 from states.table import ARCS, State, Trigger
+from tracking.frames import PRESENT, TO_LOSS, TO_TIME
 from tracking.journal import Journal, JournalError, open_attempt
 from tracking.masking import mask_text
 from tracking.outbox import read_outbox
+from tracking.recorder import FORWARDS, Line
 from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
 from tracking.shipper import start_shipper
@@ -43,38 +47,16 @@ from tracking.shipper import start_shipper
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
 
-__all__ = ["Attempt", "Clock", "opened_here"]
+__all__ = ["Attempt", "opened_here"]
 
-_IS_FORWARD = [arc.trigger is Trigger.FORWARD for arc in ARCS]
 _DEST = [arc.dest for arc in ARCS]
 _CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
 _CLOSES_EPOCH = [arc.trigger is Trigger.END_EPOCH for arc in ARCS]
-_NO_LOSS = float("nan")
-
-
-_read = time.perf_counter_ns
-
-
-class Clock:
-    """Times transitions: nanoseconds since 1970 that never run backwards, and those since the last lap."""
-
-    __slots__ = ("mark", "offset")
-
-    def __init__(self, like: Clock | None = None) -> None:
-        self.offset: int = like.offset if like is not None else time.time_ns() - _read()
-        """From what is read to the time since 1970."""
-        self.mark = _read()
-        """When the last lap ended."""
-
-    def restart(self) -> None:
-        """What has passed since the last lap belongs to no transition."""
-        self.mark = _read()
-
-    def lap(self) -> tuple[int, int]:
-        """(now in ns since 1970, ns since the last lap or restart)."""
-        now = _read()
-        elapsed, self.mark = now - self.mark, now
-        return now + self.offset, elapsed
+_OF_A_BATCH = [
+    arc.trigger in (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
+    for arc in ARCS
+]
+_LOOKS_NS = 100_000_000  # between two looks at the files and the time
 
 
 _opened: set[Path] = set()
@@ -96,28 +78,24 @@ class Attempt:
         plan: Plan,
         scopes: Sequence[str],
         work: TrainingWork,
+        asked: Asked,
     ) -> None:
         self.run = run
         self.closed = False
-        self.clock = Clock()
-        self.validation_clock = Clock(self.clock)
-        """Of its own, because a validation is part of the transition that it happens in."""
-        self.state = State.IDLE if plan.checkpoint is None else State.HALTED
-        """The last journaled state of the training."""
-        self.seq = 0
-        """The number of the last journaled transition of the training."""
-        self._pending: int | None = None
+        self._begins_in = State.IDLE if plan.checkpoint is None else State.HALTED
         self._lease = lease
         self._settings = settings
         self._work = work
+        self._asked = asked
         self._validation_scopes = {scope: number for number, scope in enumerate(scopes)}
-        self._deadline = None if settings.max_time is None else time.monotonic() + settings.max_time
         overridden = plan.checkpoint.overridden if plan.checkpoint is not None else ()
         phases = [*(phase.name for phase in settings.phases), ""]
         self._no_phase = len(phases) - 1
         self._recorder, self._journal = open_attempt(run, lease, _start(settings, plan), list(scopes), phases)
-        self._record = self._recorder.record
-        self._last_seq = self._recorder.next_seq - 1
+        self._line = self._recorder.line(0)
+        now = self._recorder.now()
+        self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
+        self._look_at = now
         self.number: int = self._journal.attempt
         try:
             with Journal.open(run) as journal:
@@ -147,11 +125,12 @@ class Attempt:
         settings: Settings,
         scopes: Sequence[str],
         work: TrainingWork,
+        asked: Asked,
         parent: Parent | None = None,
     ) -> Attempt:
         """Make or take the run's folder, lease and journal; a new run is linked to `parent`.
 
-        What is recorded is `work`.
+        What is recorded is `work`. `asked` is told when `trouble` is to be looked at.
         """
         fresh = plan.run is None
         run = create_run(settings.root, settings.name, parent=parent) if plan.run is None else plan.run
@@ -159,19 +138,29 @@ class Attempt:
         try:
             if fresh or not run.command.exists():  # one that was fetched has come without
                 _keep_command(run)
-            attempt = cls(run, lease, settings, plan, scopes, work)
+            attempt = cls(run, lease, settings, plan, scopes, work, asked)
             _opened.add(run.path.resolve())
             return attempt
         except BaseException:
             lease.release()
             raise
 
+    @property
+    def seq(self) -> int:
+        """The number of the last journaled transition of the training; 0 before this attempt's first."""
+        return self._line.seq if self._line.arc >= 0 else 0
+
+    @property
+    def state(self) -> State:
+        """The last journaled state of the training."""
+        return _DEST[self._line.arc] if self._line.arc >= 0 else self._begins_in
+
     def trouble(self) -> HaltRequest | None:
         """A reason to halt that lies with the files, or, once, with the time that this attempt was given."""
         failure = self._journal.failure or self._checkpoints.failure
         if failure is not None:
             return HaltRequest(f"the run's folder cannot be written: {failure}", save=False, error=failure)
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._deadline is not None and self._recorder.now() >= self._deadline:
             self._deadline = None
             return HaltRequest(f"max_time of {self._settings.max_time:g} s is up", error=SystemExit(75))
         return None
@@ -180,26 +169,62 @@ class Attempt:
 
     def record(self, arc: int) -> None:
         """Write down a transition of the training, and at the end of batch or epoch its metrics."""
-        work, clock = self._work, self.clock
+        work = self._work
         place, note = work.place, work.note
-        now = _read()
-        elapsed, clock.mark = now - clock.mark, now
-        now += clock.offset
-        loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
-        self._pending = arc
-        self.seq = self._last_seq = self._record(
-            arc, 0, work.phase, place.epoch, place.batch, now, elapsed, loss, note
-        )
-        self.state = _DEST[arc]
-        self._pending = None
+        now = self._line.lap(arc, work.phase, place.epoch, place.batch, work.loss, note)
         if note:
             work.note = ""
         if _CLOSES_BATCH[arc]:
-            work.close_batch()
-            self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
+            self._close_batch(now)
         elif _CLOSES_EPOCH[arc]:
             by_epoch = self._settings.binding["validate_every"] is None
             self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
+
+    def writer(self, arc: int) -> Callable[[], None]:
+        """What writes `arc` down as `record` does, sooner where it continues the batch at hand."""
+        if not _OF_A_BATCH[arc] or len(self._settings.phases) > 1:
+            return partial(self.record, arc)
+        work, line, recorder, record = self._work, self._line, self._recorder, self.record
+        words, losses, read, offset = recorder.words, recorder.losses, time.perf_counter_ns, recorder.offset
+        step, carries, closes = PRESENT | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
+        begin = line.beginner(arc)
+
+        def write_first() -> None:
+            if work.note:
+                record(arc)
+            else:
+                place = work.place
+                begin(place.epoch, place.batch)
+
+        def write() -> None:
+            at = line.at
+            if at == line.end or work.note or (carries and not line.free):
+                record(arc)
+                return
+            if carries:
+                losses[line.first + TO_LOSS] = work.loss
+                line.free = False
+            now = words[at + TO_TIME] = read() + offset
+            words[at] = step
+            line.at = at + 1
+            if closes:
+                self._close_batch(now)
+
+        return write_first if ARCS[arc].trigger is Trigger.FETCH else write
+
+    def _close_batch(self, now: int) -> None:
+        work = self._work
+        work.close_batch()
+        if work.metrics:
+            place = work.place
+            self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
+        if now >= self._look_at:
+            self._look_at = now + _LOOKS_NS
+            self._asked.open = True
+
+    def restart_clock(self) -> None:
+        """What has passed since the last transition belongs to none."""
+        self._line.restart()
 
     def _metrics(
         self,
@@ -224,22 +249,24 @@ class Attempt:
             if found:
                 self._journal.metrics(scope, epoch, batch, step, found, now, seq=self.seq)
 
+    def begin_validation(self, name: str) -> None:
+        """A validation pass begins; its transitions are timed by themselves, being part of one of the training."""
+        self._validation_line(name).restart()
+
     def record_validation(self, arc: int, name: str, work: BatchWork) -> None:
         """Write down a transition of a validation pass."""
-        now, elapsed = self.validation_clock.lap()
-        scope = self._validation_scopes[f"validation/{name}"]
-        loss = work.loss if _IS_FORWARD[arc] else _NO_LOSS
         place = work.place
-        self._last_seq = self._recorder.record(
-            arc, scope, self._no_phase, place.epoch, place.batch, now, elapsed, loss
-        )
+        now = self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss)
+        if now >= self._look_at:
+            self._look_at = now + _LOOKS_NS
+            self._asked.open = True
+
+    def _validation_line(self, name: str) -> Line:
+        return self._recorder.line(self._validation_scopes[f"validation/{name}"])
 
     def catch_up(self) -> None:
         """See whether a transition was journaled though an exception struck before `record` returned."""
-        if self._pending is not None and self._recorder.next_seq - 1 > self._last_seq:
-            self.seq = self._last_seq = self._recorder.next_seq - 1
-            self.state = _DEST[self._pending]
-        self._pending = None
+        self._recorder.catch_up()
 
     def save(
         self,

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 from transitions import State as MachineState
 from transitions import Transition
 
-from orchestrator.policy import Situation, next_trigger
+from orchestrator.policy import CHOICES, Situation, next_trigger
 from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
@@ -40,22 +40,25 @@ class _Position:
 class _Link:
     """A transition that has nothing but callbacks, as `run` takes it. The lists are those of the machine."""
 
-    __slots__ = ("after", "arc", "before", "dest", "enter", "looks", "next")
+    __slots__ = ("after", "arc", "before", "choose", "dest", "enter", "looks", "next", "write")
 
     before: list[Hook]
     enter: list[Hook]
     after: list[Hook]
 
-    def __init__(self, transition: Transition, dest: MachineState, arc: int, next: _Links) -> None:
+    def __init__(
+        self, transition: Transition, dest: MachineState, arc: int, next: _Links, write: Hook
+    ) -> None:
         self.before, self.after = cast(list[Hook], transition.before), cast(list[Hook], transition.after)
         self.enter = cast(list[Hook], dest.on_enter)
         self.dest = ARCS[arc].dest
-        self.arc, self.next = arc, next
-        self.looks = ARCS[arc].trigger not in _WITHIN_A_BATCH
+        self.arc, self.next, self.write = arc, next, write
+        self.choose = CHOICES[self.dest]
+        self.looks = ARCS[arc].trigger not in _OF_A_BATCH
 
 
 _Links = dict[Trigger, _Link]
-_WITHIN_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP)
+_OF_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
 
 
 class Loop:
@@ -143,31 +146,35 @@ class Loop:
             self._inside = False
 
     def run(
-        self, asked: Asked, look_up: Callable[[], object], journal: Callable[[int], object] | None = None
+        self,
+        asked: Asked,
+        look_up: Callable[[], object],
+        writer: Callable[[int], Hook] | None = None,
     ) -> None:
         """Fire the next trigger until nothing is left.
 
-        `look_up` is called between two transitions, but within a batch only where `asked.open`. It may fire triggers.
-        `journal` is a shorter way to do what the loop's own would.
+        `look_up` is called between two transitions, but after those of batches only where `asked.open`. It may fire
+        triggers. `writer` gives, for an arc, a shorter way to do what the loop's own `journal` would.
         """
         self.check_outside()
         situation, position = self.situation, self._position
-        journal = journal or self._journal
-        moves = self._linked()
-        links = moves[position.state]
+        moves = self._linked(writer)
+        links, choose = moves[position.state], CHOICES[position.state]
+        self._inside = True
         try:
             while True:
-                trigger = next_trigger(situation)
+                trigger = next_trigger(situation) if situation.halt else choose(situation)
                 if trigger is None:
                     return
                 link = links.get(trigger)
                 if link is None:  # more than callbacks belongs to it
+                    self._inside = False
                     self.fire(trigger)
                     look_up()
-                    moves = self._linked()
-                    links = moves[position.state]
+                    self._inside = True
+                    moves = self._linked(writer)
+                    links, choose = moves[position.state], CHOICES[position.state]
                     continue
-                self._inside = True
                 for call in link.before:
                     call()
                 position.state = link.dest
@@ -176,18 +183,20 @@ class Loop:
                 for call in link.after:
                     call()
                 self._last = link.arc
-                journal(link.arc)
+                link.write()
                 situation.state = link.dest
-                self._inside = False
-                links = link.next
+                links, choose = link.next, link.choose
                 if link.looks or asked.open:
+                    self._inside = False
                     look_up()
-                    links = moves[position.state]
+                    self._inside = True
+                    links, choose = moves[position.state], CHOICES[position.state]
         finally:
             self._inside = False
 
-    def _linked(self) -> dict[State, _Links]:
+    def _linked(self, writer: Callable[[int], Hook] | None) -> dict[State, _Links]:
         """The links that lead from each state, as the machine is now."""
+        writer = writer or (lambda arc: partial(self._journal, arc))
         moves: dict[State, _Links] = {state: {} for state in State}
         for row in self._table:
             for source in row.sources:
@@ -195,7 +204,7 @@ class Loop:
                 if transition is not None and row.trigger is not Trigger.RESUME:
                     arc = ARCS.index(Arc(row.trigger, source, row.dest))
                     dest = self.machine.states[row.dest.name]
-                    moves[source][row.trigger] = _Link(transition, dest, arc, moves[row.dest])
+                    moves[source][row.trigger] = _Link(transition, dest, arc, moves[row.dest], writer(arc))
         return moves
 
     def stand(self, state: State) -> None:

@@ -358,4 +358,4 @@ def _set_aside(trainer: Trainer) -> Iterator[None]:
             training.work.stream.close()
             configuration.restore_determinism(trainer._settings)
         else:
-            training.attempt.clock.restart()
+            training.attempt.restart_clock()

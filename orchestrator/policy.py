@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from states.table import TERMINAL, State, Trigger
 
-__all__ = ["Situation", "next_trigger"]
+__all__ = ["CHOICES", "Situation", "next_trigger"]
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ def next_trigger(situation: Situation) -> Trigger | None:
     """The one trigger that is next, or None where nothing is: DONE and HALTED."""
     if situation.halt and situation.state not in TERMINAL:
         return Trigger.HALT
-    return _CHOICES[situation.state](situation)
+    return CHOICES[situation.state](situation)
 
 
 # -- what is next in each state, but for a halt --------------------------------------------------------------
@@ -61,7 +61,7 @@ def _in_epoch_end(s: Situation) -> Trigger:
 
 
 # A chain of comparisons would be shorter, and take longer: reading a member of an Enum is a call.
-_CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
+CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
     State.IDLE: lambda s: Trigger.BEGIN_EPOCH,
     State.EPOCH_START: _between_batches,
     State.BATCH_START: _in_batch_start,
@@ -73,3 +73,4 @@ _CHOICES: Mapping[State, Callable[[Situation], Trigger | None]] = {
     State.DONE: lambda s: None,
     State.HALTED: lambda s: None,
 }
+"""For each state, the trigger that is next in it, unless somebody asked to halt."""

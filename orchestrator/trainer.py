@@ -636,7 +636,7 @@ class Trainer:
             hook()
         self._beginning = False
         training.snapshots.begin(self._make_watch())
-        training.attempt.clock.restart()
+        training.attempt.restart_clock()
         if checkpoint is not None:
             names = dict.fromkeys(line.split(":")[0] for line in checkpoint.overridden)
             said = f", overridden: {', '.join(names)}" if names else ""
@@ -688,7 +688,7 @@ class Trainer:
             for name, callback in self._callbacks.items():  # what the past left, not what a beginning sets
                 callback.load_state_dict(states[name])
             restore_random(random)
-            attempt.clock.restart()
+            attempt.restart_clock()
             work, note = training.work, f"branched from {past.run.id} at {past.moment}"
             place, work.place, work.note = work.place, Place(), note
             attempt.record(ARCS.index(Arc(Trigger.HALT, State.IDLE, State.HALTED)))

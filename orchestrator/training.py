@@ -88,7 +88,7 @@ class Training:
     def open(self, plan: recovery.Plan, settings: Settings, parent: Parent | None) -> Attempt:
         """Open the attempt that records what follows."""
         scopes = ("train", *self.validation.scopes)
-        self.attempt = Attempt.open(plan, settings, scopes, self.work, parent)
+        self.attempt = Attempt.open(plan, settings, scopes, self.work, self.requests, parent)
         return self.attempt
 
     @property
@@ -106,8 +106,8 @@ class Training:
         return self._guarded(self._fire_next)
 
     def _run(self) -> bool:
-        journal = self.attempt.record if self.attempt is not None and self.expected is None else None
-        self.loop.run(self.requests, self._look_up, journal)
+        writer = self.attempt.writer if self.attempt is not None and self.expected is None else None
+        self.loop.run(self.requests, self._look_up, writer)
         return False
 
     def _fire_next(self) -> bool:
@@ -144,7 +144,7 @@ class Training:
             self._arrive()
         if self.halting() or self.requests.saves or self.state is State.DONE:
             self.carry_out()
-        self.requests.looked_at()
+            self.requests.looked_at()
 
     def _arrive(self) -> None:
         self.requests.arrive(self.state)
@@ -217,7 +217,7 @@ class Training:
             raise
         for save in saves:
             save.begun(handle)
-        self.attempt.clock.restart()
+        self.attempt.restart_clock()
 
     def _purpose(self, state: State) -> str:
         """What a checkpoint of this moment is for, should the run be extended after its end."""
@@ -279,6 +279,7 @@ class Training:
         """Whether a halt is asked for, by anybody or by trouble with the files or the time."""
         if self.attempt is not None and (trouble := self.attempt.trouble()) is not None:
             self.requests.add_halt(trouble)
+        self.requests.looked_at()
         return self.requests.halt is not None
 
     def waits(self) -> bool:
@@ -342,10 +343,12 @@ class Training:
     def journal_validation(self, arc: int, work: EvaluationWork) -> None:
         """Write down a transition of the validation under way."""
         if self.attempt is not None:
-            under_way = self.validation.under_way
-            self.attempt.record_validation(arc, "" if under_way is None else under_way.name, work)
+            self.attempt.record_validation(arc, self._under_way(), work)
 
     def begin_validation(self) -> None:
         """A pass over a validation loader begins."""
         if self.attempt is not None:
-            self.attempt.validation_clock.restart()
+            self.attempt.begin_validation(self._under_way())
+
+    def _under_way(self) -> str:
+        return "" if self.validation.under_way is None else self.validation.under_way.name

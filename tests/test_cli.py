@@ -771,8 +771,8 @@ def test_diagram_of_the_machine_and_of_a_run(tmp_path: Path) -> None:
     plain = interlock("diagram", "--format", "mermaid").stdout
     assert "FORWARD --> BACKWARD : backward\n" in plain
     counted = interlock("diagram", "digits", "--format", "mermaid", root=tmp_path).stdout
-    # Seven batches were trained, of which one is superseded; a transition took 1,001 ns each.
-    assert "FORWARD --> BACKWARD : backward \N{MULTIPLICATION SIGN}6 1.00 µs\n" in counted
+    # Seven batches were trained, of which one is superseded; a transition took 1,000,003 ns each.
+    assert "FORWARD --> BACKWARD : backward \N{MULTIPLICATION SIGN}6 1.00 ms\n" in counted
     assert ElementTree.fromstring(interlock("diagram", "digits", root=tmp_path).stdout).tag.endswith("svg")
 
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import tracking
 from states.table import ARCS, State, Trigger
 from tracking import schema
+from tracking.frames import PENDING
 from tracking.journal import (
     CheckpointRow,
     Journal,
@@ -34,7 +35,7 @@ from tracking.journal import (
     open_attempt,
     settle,
 )
-from tracking.recorder import PENDING, Recorder, RecorderError
+from tracking.recorder import Recorder, RecorderError
 from tracking.runs import Lease, RunFolder, create_run
 from walk import BATCH, PHASES, SCOPES, Walk, begin, start
 
@@ -150,11 +151,7 @@ def test_any_sequence_is_unpacked_as_it_was(tmp_path: Path, steps: list[tuple[tu
         assert (row.trigger, row.source, row.dest) == (move.trigger, move.source, move.dest)
         assert (row.scope, row.phase, row.epoch, row.batch) == (SCOPES[scope], PHASES[phase], epoch, batch)
         assert (row.time_ns, row.duration_ns, row.note) == (time_ns, duration_ns, note)
-        if math.isnan(loss) and move.trigger is not Trigger.FORWARD:
-            assert row.loss is None
-        else:
-            assert row.loss is not None
-            assert repr(row.loss) == repr(loss)
+        assert repr(row.loss) == repr(loss if move.trigger is Trigger.FORWARD else None)
     shutil.rmtree(run.path)
 
 
@@ -594,7 +591,7 @@ def test_a_full_disk_is_survived(run: RunFolder, lease: Lease) -> None:
 
 
 def test_a_lasting_failure_is_told_in_time_to_halt(run: RunFolder, lease: Lease) -> None:
-    recorder, writer, told = writer_with_warnings(run, lease, capacity=1024)
+    recorder, writer, told = writer_with_warnings(run, lease, capacity=256)
     walk = Walk(recorder)
     walk.go(Trigger.BEGIN_EPOCH)
     with writer:
@@ -607,7 +604,8 @@ def test_a_lasting_failure_is_told_in_time_to_halt(run: RunFolder, lease: Lease)
             time.sleep(0.005)
             batches += 1
         assert isinstance(writer.failure, JournalStalledError)
-        assert 140 <= batches <= 200
+        assert batches >= 140
+        assert 0.75 <= recorder.fill < 0.8
         walk.go(Trigger.HALT, note="the journal cannot be written")  # there is room for this
         with pytest.raises(JournalStalledError, match="resume the run"):  # but not for ever
             repeat(1000, lambda _: recorder.record(0, 0, 0, 0, 0, 0, 0, NAN))
@@ -773,9 +771,9 @@ def test_files_that_are_no_journal(run: RunFolder) -> None:
 def test_a_newer_format_is_refused(run: RunFolder, lease: Lease) -> None:
     connection = sqlite3.connect(run.journal)
     with connection:
-        connection.execute("UPDATE run SET value = '2' WHERE key = 'format'")
+        connection.execute("UPDATE run SET value = '3' WHERE key = 'format'")
     connection.close()
-    with pytest.raises(JournalFormatError, match="found journal format 2, expected 1"):
+    with pytest.raises(JournalFormatError, match="found journal format 3, expected 2"):
         Journal.open(run)
     with pytest.raises(JournalFormatError):
         begin(run, lease)

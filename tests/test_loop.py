@@ -99,19 +99,27 @@ def test_what_is_more_than_callbacks_is_left_to_the_machine(
     assert bool(caplog.records) == (whose == "logger")
 
 
-def test_it_is_looked_at_after_each_batch_and_within_one_where_that_is_asked_for() -> None:
+def test_it_is_looked_at_between_epochs_and_wherever_that_is_asked_for() -> None:
     journey = Journey(TRAINING, [[(False, True, 1)] * 3])
     asked, looked = Asked(), []
 
     def look_up() -> None:
         looked.append(journey.loop.state)
-        asked.open = journey.batch == 1
+        asked.open = len(looked) == 2
 
+    journey.loop.after(Trigger.BACKWARD)(lambda: setattr(asked, "open", journey.batch == 1))
     journey.loop.run(asked, look_up)
-    batch_ends = [State.BATCH_END] * 3
-    # Asked for after the second batch, and no more after the fetch that follows.
-    batch_ends.insert(2, State.BATCH_START)
-    assert looked == [State.EPOCH_START, *batch_ends, State.EPOCH_END, State.DONE]
+    # Asked for in the second batch's backward; still open after that, and no more after the step that follows.
+    assert looked == [State.EPOCH_START, State.BACKWARD, State.STEP, State.EPOCH_END, State.DONE]
+
+
+def test_a_writer_takes_the_place_of_the_journal() -> None:
+    journey = Journey(TRAINING, [[(False, True, 1)] * 3])
+    written: list[int] = []
+    journey.loop.run(Asked(), lambda: None, lambda arc: lambda: written.append(arc))
+    assert [ARCS[arc].dest for arc in written[:3]] == [State.EPOCH_START, State.BATCH_START, State.FORWARD]
+    assert len(written) == 1 + 3 * 5 + 2
+    assert not any(call[0] == "journal" for call in journey.calls)
 
 
 def test_a_hook_that_fires_is_refused_and_what_it_raises_leaves_the_loop_outside() -> None:

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from states.table import ARCS, Trigger
+from tracking.frames import PENDING
 from tracking.packing import Packer
-from tracking.recorder import PENDING, Chunk, Recorder
+from tracking.recorder import Chunk, Recorder
 from tracking.schema import create_journal
 
 ARC_NAMES = [(arc.trigger.value, arc.source.value, arc.dest.value) for arc in ARCS]
 FORWARD = next(code for code, arc in enumerate(ARCS) if arc.trigger is Trigger.FORWARD)
 OTHERS = [code for code, arc in enumerate(ARCS) if arc.trigger is not Trigger.FORWARD][:4]
 
-Batch = tuple[list[int], float, float, int, int, int]
+Batch = tuple[list[int], float, float, int, int, bool, int]
 batches = st.lists(
     st.tuples(
         st.lists(st.sampled_from([FORWARD, *OTHERS]), min_size=1, max_size=11),  # what happens in it
@@ -27,6 +28,7 @@ batches = st.lists(
         st.sampled_from([math.nan, math.nan, math.nan, 7.0]),  # the losses of all else
         st.integers(0, 1),  # the scope
         st.integers(0, 1),  # the phase
+        st.booleans(),  # each begins when the one before is complete
         st.integers(1, 30),  # how often it is repeated
     ),
     min_size=1,
@@ -40,12 +42,13 @@ def recorded(folder: Path, what: list[Batch]) -> Chunk:
         phases=["", "generator"], capacity=4096,
     )  # fmt: skip
     number = 0
-    for arcs, loss, other, scope, phase, times in what:
+    for arcs, loss, other, scope, phase, at_once, times in what:
         for _ in range(times):
             number += 1
             for at, arc in enumerate(arcs):
                 time_ns, value = number * 1000 + at * at, loss if arc == FORWARD else other
-                recorder.record(arc, scope, phase, number // 9, number, time_ns, number + at, value)
+                took = 2 * at - 1 if at_once and at else number + at
+                recorder.record(arc, scope, phase, number // 9, number, time_ns, took, value)
     chunk, _ = recorder.take()
     recorder.close()
     return chunk
@@ -60,7 +63,7 @@ def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
         )
         packer = Packer(connection, 1, ARC_NAMES, ["train", "validation/val"], ["", "generator"])
         if one_by_one:
-            packer.slots(chunk.slots, chunk.notes)
+            packer.records(chunk.records)
         else:
             packer.transitions(chunk)
         found = connection.execute("SELECT * FROM all_transitions ORDER BY seq").fetchall()

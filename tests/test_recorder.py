@@ -9,27 +9,24 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tracking
+import walk
 from states.table import ARCS, Trigger
-from tracking.recorder import (
-    MAX_NOTE_BYTES,
-    PENDING,
-    Record,
-    Recorder,
-    RecorderDamagedError,
-    RecorderError,
-    is_pending,
-    read_recorder,
-)
+from tracking.frames import MAX_NOTE_BYTES, PENDING, PRESENT, SIZE, TO_LOSS, TO_TIME, Record, is_pending
+from tracking.recorder import FORWARDS, Recorder, RecorderError
+from tracking.recorder_view import RecorderDamagedError, read_recorder
 
 ROOT = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -80,8 +77,8 @@ def test_what_is_recorded_is_read(tmp_path: Path) -> None:
 def test_extreme_numbers_survive(tmp_path: Path) -> None:
     recorder = make(tmp_path)
     numbers = (-1, -1, -(2**63), 2**63 - 1)
-    recorder.record(FETCH, 1, 0, *numbers, -0.0)
-    recorder.record(FETCH, 1, 0, *numbers, math.inf)
+    recorder.record(FORWARD, 1, 0, *numbers, -0.0)
+    recorder.record(FORWARD, 1, 0, *numbers, math.inf)
     recorder.record(FETCH, 1, 0, *numbers, NAN)
     recorder.record(FORWARD, 1, 0, *numbers, PENDING)
     found = read_recorder(recorder.path).records
@@ -119,9 +116,9 @@ def test_a_full_ring_waits_and_overwrites_nothing_undrained(tmp_path: Path) -> N
     def drain() -> None:
         waits.append(recorder.fill)
         chunk, position = recorder.take()
-        drained.extend(slot[0] for slot in chunk.slots)
-        for slot in chunk.slots:
-            assert chunk.notes.get(slot[0], "") == ("a note" if slot[0] % 7 == 0 else "")
+        drained.extend(found.seq for found in chunk.records)
+        for found in chunk.records:
+            assert found.note == ("a note" if found.seq % 7 == 0 else "")
         recorder.release(position)
 
     recorder.on_full = drain
@@ -190,16 +187,6 @@ def test_a_loss_too_late_for_its_slot_changes_no_other(tmp_path: Path) -> None:
     ]
 
 
-def test_shifts_of_notes_are_forgotten_with_their_slots(tmp_path: Path) -> None:
-    recorder = make(tmp_path, capacity=256)
-    for number in range(3000):
-        record(recorder, number, "note")
-        recorder.release(recorder.take()[1])
-    assert len(recorder._shifts) <= 257
-    recorder.set_loss(2990, 9.0)
-    assert {found.seq: found.loss for found in read_recorder(recorder.path).records}[2990] == 9.0
-
-
 CHILD = """
 import mmap, os, struct, sys
 from tracking.recorder import Recorder
@@ -265,7 +252,7 @@ def test_a_reader_beside_a_fast_writer_sees_whole_records_only(tmp_path: Path) -
     writer.start()
     # Another process reads: this one's threads take turns, and would never read in the midst of a store.
     script = (
-        "import sys; from tracking.recorder import read_recorder\n"
+        "import sys; from tracking.recorder_view import read_recorder\n"
         "newest = set()\n"
         "for _ in range(1500):\n"
         "    view = read_recorder(sys.argv[1])\n"
@@ -333,8 +320,8 @@ def test_lost_pages_leave_what_is_before_and_after(tmp_path: Path) -> None:
     for number in range(150):
         record(recorder, number)
     raw = bytearray(recorder.path.read_bytes())
-    ring = len(raw) - 256 * 64
-    raw[ring + 50 * 64 : ring + 100 * 64] = bytes(50 * 64)
+    ring = len(raw) - 256 * SIZE
+    raw[ring + 50 * SIZE : ring + 100 * SIZE] = bytes(50 * SIZE)
     recorder.path.write_bytes(raw)
     view = read_recorder(recorder.path)
     assert [found.seq for found in view.records] == [*range(1, 51), *range(101, 151)]
@@ -346,7 +333,7 @@ def test_a_later_layout_is_refused(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[8] = 9
     path.write_bytes(raw)
-    with pytest.raises(RecorderError, match="found recorder layout 9, expected 1"):
+    with pytest.raises(RecorderError, match="found recorder layout 9, expected 2"):
         read_recorder(path)
 
 
@@ -364,7 +351,7 @@ def test_a_full_disk_is_an_error_when_the_ring_is_made(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(RecorderError, match="cannot allocate a flight recorder of 4 MiB"):
+        with pytest.raises(RecorderError, match="cannot allocate a flight recorder of 12 MiB"):
             make(tmp_path, capacity=65536)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -401,7 +388,136 @@ def test_the_ring_is_aligned(tmp_path: Path) -> None:
     """One machine store for head, tail and loss needs them at multiples of 8; slots do not straddle pages."""
     many = [f"validation/{number}" for number in range(300)]
     recorder = Recorder.create(tmp_path / "r", attempt=1, next_seq=1, scopes=many, phases=[""], capacity=256)
-    assert recorder._ring % mmap.PAGESIZE == 0
+    assert recorder.ring % mmap.PAGESIZE == 0
     recorder.record(FETCH, 299, 0, 0, 0, 0, 0, NAN)
     view = read_recorder(recorder.path)
     assert view.scopes[view.records[0].scope] == "validation/299"
+
+
+BATCH = [
+    code
+    for code, arc in enumerate(ARCS)
+    if arc.trigger in (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
+]
+CYCLE = [next(code for code in BATCH if ARCS[code].trigger is trigger) for trigger in walk.BATCH]
+acts = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("record"),
+            st.sampled_from(BATCH),
+            st.sampled_from([0, 0, 0, 1]),  # the scope
+            st.sampled_from([False, False, True]),  # another batch than the one before
+            st.sampled_from([True, True, True, False]),  # begun when the one before was complete
+            st.sampled_from(["", "", "", "", "why " * 50]),
+        ),
+        st.sampled_from([("take",), ("take",), ("restart",), ("late",)]),
+    ),
+    max_size=120,
+)
+
+
+@given(acts)
+def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]]) -> None:
+    """By lines, in frames that are continued or not, taken in pieces or not: it is what was recorded, each once."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = make(Path(folder), capacity=256)
+        expected: list[Record] = []
+        taken: list[Record] = []
+        late: set[int] = set()
+        batch, time_ns = 0, 1000
+
+        def take() -> None:
+            chunk, upto = recorder.take()
+            assert bool(chunk) == (len(taken) < len(expected))
+            if chunk:
+                assert chunk.first == len(taken) + 1
+            taken.extend(chunk.records)
+            recorder.release(upto)
+
+        for act, *what in acts:
+            if act == "take":
+                take()
+            elif act == "restart":
+                recorder.line(0).restart()
+            elif act == "late":
+                pending = [found for found in expected if is_pending(found.loss)]
+                if pending:
+                    seq = pending[-1].seq
+                    recorder.set_loss(seq, 2.5)
+                    late.add(seq)
+                    expected[seq - 1] = expected[seq - 1]._replace(loss=2.5)
+                    if len(taken) >= seq:
+                        taken[seq - 1] = taken[seq - 1]._replace(loss=2.5)
+            else:
+                arc, scope, another, at_once, note = what
+                batch += another
+                took = 7 if at_once else 3
+                time_ns += 7
+                loss = PENDING if arc in FORWARDS else NAN
+                seq = recorder.line(scope).record(arc, 1, 5, batch, time_ns, took, loss, note)
+                expected.append(Record(seq, arc, scope, 1, 5, batch, time_ns, took, loss, note))
+        view = read_recorder(recorder.path)
+        assert [*map(same, view.records)] == [*map(same, expected)]
+        assert view.late == late
+        assert view.damaged == 0
+        take()
+        assert [*map(same, taken)] == [*map(same, expected)]
+        recorder.close()
+
+
+def same(found: Record) -> tuple[Any, ...]:
+    """A record as something that is equal where it is the same, NaN included."""
+    return (*found[:8], struct.pack("<d", found.loss), found.note)
+
+
+def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_path: Path) -> None:
+    recorder = make(tmp_path)
+    line = recorder.line(0)
+    line.lap(CYCLE[0], 0, 0, 0)
+    begin = line.beginner(CYCLE[0])
+    for batch in range(1, 1000):
+        begin(0, batch)
+        for at, arc in enumerate(CYCLE[1:5]):
+            if arc in FORWARDS:
+                assert line.free
+                recorder.losses[line.first + TO_LOSS], line.free = batch / 7, False
+            assert line.at == line.first + 1 + at < line.end
+            recorder.words[line.at + TO_TIME] = recorder.now()
+            recorder.words[line.at] = PRESENT | arc
+            line.at += 1
+        if batch % 100 == 0:
+            recorder.release(recorder.take()[1])
+    assert (line.seq, line.arc) == (recorder.next_seq - 1, CYCLE[4]) == (1 + 999 * 5, CYCLE[4])
+    view = read_recorder(recorder.path)
+    assert len(view.records) > 1000
+    for before, found in pairwise(view.records):
+        assert found.seq == before.seq + 1
+        assert found.time_ns - found.duration_ns == before.time_ns
+        assert found.batch == (found.seq + 3) // 5
+        assert found.arc == CYCLE[(found.seq - 2) % 5]
+        assert math.isnan(found.loss) if found.arc not in FORWARDS else found.loss == found.batch / 7
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_an_exception_kept_from_being_counted_is_counted_by_catch_up(
+    committed: bool, tmp_path: Path
+) -> None:
+    """Signals strike between any two steps of Python: before the commit it has not happened, after it it has."""
+    recorder = make(tmp_path)
+    line = recorder.line(0)
+    line.lap(CYCLE[0], 0, 0, 0)
+    recorder.words[line.at + TO_TIME] = recorder.now()
+    if committed:
+        recorder.words[line.at] = PRESENT | CYCLE[1]
+    recorder.catch_up()
+    assert (line.seq, line.arc) == ((2, CYCLE[1]) if committed else (1, CYCLE[0]))
+    assert line.lap(CYCLE[2], 0, 0, 0) > 0
+    assert (
+        recorder.begin(1, 0, 0, PRESENT | CYCLE[0], 5, NAN, 1, b"noted" if committed else b"")[1]
+        == line.seq + 1
+    )
+    recorder.catch_up()
+    assert recorder.line(1).seq == recorder.next_seq - 1 == line.seq + 1
+    line.lap(CYCLE[3], 0, 0, 0)
+    seqs = [found.seq for found in read_recorder(recorder.path).records]
+    assert seqs == list(range(1, recorder.next_seq))

@@ -14,8 +14,9 @@ import pytest
 
 import tracking
 from states.table import TERMINAL, State, Trigger
+from tracking.frames import SIZE
 from tracking.journal import DIED, Journal, Settled, Transition, settle
-from tracking.recorder import read_recorder
+from tracking.recorder_view import read_recorder
 from tracking.runs import Lease, RunFolder
 from walk import Walk, begin
 
@@ -48,7 +49,7 @@ def die(run: RunFolder, body: str, position: int | None = None) -> None:
     """A trainer that holds the lease, does `body`, and is killed."""
     script = f"""
 import math, os, pathlib, signal
-from tracking.journal import *; from tracking.recorder import PENDING; from tracking.runs import *
+from tracking.journal import *; from tracking.frames import PENDING; from tracking.runs import *
 from walk import *
 run = RunFolder(pathlib.Path({str(run.path)!r}))
 lease = Lease.acquire(run)
@@ -266,14 +267,14 @@ def test_transitions_after_a_gap_are_left_out(run: RunFolder) -> None:
     """As after a power cut, when the kernel wrote some pages of the ring and others not."""
     die(run, "walk.epochs(batches=30)")
     raw = bytearray(run.recorder.read_bytes())
-    ring = len(raw) - 65536 * 64
-    raw[ring + 100 * 64 : ring + 110 * 64] = bytes(640)
+    ring = len(raw) - 16384 * SIZE
+    raw[ring + 20 * SIZE : ring + 22 * SIZE] = bytes(2 * SIZE)  # batches 19 and 20
     run.recorder.write_bytes(raw)
     settled = settle(run)
     assert settled is not None
     found = rows(run)
-    assert [row.seq for row in found] == list(range(1, 102))
-    assert "10 slots made no sense, and 42 transitions after a gap were left out" in settled.notes[0]
+    assert [row.seq for row in found] == list(range(1, 98))
+    assert "2 frames made no sense, and 46 transitions after a gap were left out" in settled.notes[0]
     assert_words(found)
 
 

@@ -127,7 +127,7 @@ def test_a_run_arrives_whole(
     assert [row["seq"] for row in logged] == [row.seq for row in rows]
     assert logged[2] | {"time_ns": 0} == {
         "seq": 3, "attempt": 1, "scope": "train", "epoch": 0, "batch": 0, "phase": "", "trigger": "forward",
-        "source": "BATCH_START", "dest": "FORWARD", "time_ns": 0, "duration_ns": 1001, "loss": 1.0, "note": "",
+        "source": "BATCH_START", "dest": "FORWARD", "time_ns": 0, "duration_ns": 1_000_003, "loss": 1.0, "note": "",
     }  # fmt: skip
     assert "<svg" in (remote.artifacts / "machine.svg").read_text()
     assert (remote.artifacts / "curves.png").read_bytes().startswith(b"\x89PNG")

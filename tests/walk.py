@@ -46,12 +46,12 @@ class Walk:
         time_ns = 1_700_000_000_000_000_000 + self.recorder.next_seq * 1_000_003
         code = CODES[trigger, source, dest]
         seq = self.recorder.record(
-            code, self.scope, phase, self.epoch, self.batch, time_ns, 1_001, loss, note
+            code, self.scope, phase, self.epoch, self.batch, time_ns, 1_000_003, loss, note
         )
         # fmt: off
         self.recorded.append(
             Transition(seq, self.recorder.attempt, SCOPES[self.scope], self.epoch, self.batch, PHASES[phase],
-                       trigger, source, dest, time_ns, 1_001,
+                       trigger, source, dest, time_ns, 1_000_003,
                        None if math.isnan(loss) and trigger is not Trigger.FORWARD else loss, note)
         )
         # fmt: on
@@ -84,6 +84,6 @@ def start(position: int | None = None) -> AttemptStart:
 
 
 def begin(
-    run: RunFolder, lease: Lease, position: int | None = None, capacity: int = 65536
+    run: RunFolder, lease: Lease, position: int | None = None, capacity: int = 16384
 ) -> tuple[Recorder, JournalWriter]:
     return open_attempt(run, lease, start(position), SCOPES, PHASES, capacity=capacity)

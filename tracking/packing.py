@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import groupby, repeat
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from states.table import Trigger
-from tracking.recorder import Chunk, Slot, is_pending
+from tracking.frames import SIZE, Record, is_pending
+from tracking.recorder import Chunk
 
 if TYPE_CHECKING:
     from tracking.blocks import Block
@@ -39,11 +40,7 @@ def to_number(stored: SqlNumber) -> float | None:
 
 
 _Row = list[tuple[str, object]]
-_MANY = 64 * 64  # bytes: fewer slots are written one by one
-
-
-def _times(length: int) -> list[str]:
-    return [f"t{at}" for at in range(1, length)]
+_MANY = 16 * SIZE  # bytes: fewer transitions are written one by one
 
 
 def _durations(length: int) -> list[str]:
@@ -111,42 +108,47 @@ class Packer:
 
     def transitions(self, chunk: Chunk) -> None:
         """Write the transitions of a chunk."""
-        if len(chunk.data) < _MANY or chunk.noted:
-            self.slots(chunk.slots, chunk.notes)
+        if len(chunk.data) < _MANY:
+            self.records(chunk.records)
             return
         from tracking.blocks import blocks  # numpy is not for those who only look on
 
-        found, rest = blocks(chunk.data, self._forwards, ROW_LENGTH)
+        found, rest = blocks(chunk.data, chunk.skip, self._forwards)
         for block in found:
             self._block(block)
-        self.slots(rest, {})
+        self.records(rest)
 
-    def slots(self, slots: Iterable[Slot], notes: Mapping[int, str]) -> None:
+    def records(self, records: Iterable[Record]) -> None:
         """Write transitions, one by one."""
-        for row in self._rows(slots, notes):
+        for row in self._rows(records):
             columns = tuple(name for name, value in row if value is not None)
             self._connection.execute(
                 _insert("packed_transitions", columns), [value for _, value in row if value is not None]
             )
 
     def _block(self, block: Block) -> None:
-        count = len(block.seq)
-        columns = [*_PLACE, *_times(len(block.arcs)), *_durations(len(block.arcs))]
+        columns = ["seq", "epoch", "batch", "time_ns", *_durations(len(block.arcs))]
         values: list[Iterable[object]] = [
             block.seq,
-            repeat(self._attempt, count),
-            (self._scopes[scope] for scope in block.scope),
-            repeat(self._word_of(block.arcs, block.phases, block.loss_at), count),
             block.epoch,
             block.batch,
             block.time_ns,
-            *block.later,
             *block.durations,
         ]
         if block.loss_at >= 0:
             columns.append("loss")
-            values.append(map(_stored, block.loss))
-        self._connection.executemany(_insert("packed_transitions", tuple(columns)), zip(*values, strict=True))
+            values.append(block.loss if block.all_numbers else map(_stored, block.loss))
+        # What all rows share is part of the statement: binding a value takes as long as much of the insertion.
+        shared = {
+            "attempt": self._attempt,
+            "scope": self._scopes[block.scope],
+            "word": self._word_of(block.arcs, block.phases, block.loss_at),
+        }
+        insert = (
+            f"INSERT INTO packed_transitions ({', '.join([*shared, *columns])}) "
+            f"VALUES ({', '.join(map(str, shared.values()))}, {', '.join('?' * len(columns))})"
+        )
+        self._connection.executemany(insert, zip(*values, strict=True))
 
     def metrics(self, measured: Iterable[MetricValues]) -> None:
         """Write metric values."""
@@ -181,49 +183,45 @@ class Packer:
             (from_number(loss), seq),
         )
 
-    def _rows(self, slots: Iterable[Slot], notes: Mapping[int, str]) -> list[_Row]:
+    def _rows(self, records: Iterable[Record]) -> list[_Row]:
         """Cut the transitions into rows: see the module's `schema` for what may share one."""
         rows: list[_Row] = []
-        group: list[Slot] = []
-        forwards = self._forwards
-        scope = epoch = batch = expected = loss_at = -1
-        for slot in slots:
-            loss = slot[10]
-            carries = slot[1] in forwards or loss == loss
+        group: list[Record] = []
+        loss_at = -1
+        for record in records:
+            carries = record.arc in self._forwards
             if group and (
-                slot[7] != batch
-                or slot[2] != scope
-                or slot[6] != epoch
-                or slot[0] != expected
+                record.batch != group[0].batch
+                or record.scope != group[0].scope
+                or record.epoch != group[0].epoch
+                or record.seq != group[-1].seq + 1
+                or record.time_ns - record.duration_ns != group[-1].time_ns
+                or record.note
+                or group[-1].note
                 or len(group) == ROW_LENGTH
                 or (carries and loss_at >= 0)
             ):
-                rows.append(self._row(group, loss_at, None))
-                group = []
-            if not group:
-                scope, epoch, batch, loss_at = slot[2], slot[6], slot[7], -1
+                rows.append(self._row(group, loss_at))
+                group, loss_at = [], -1
             if carries:
                 loss_at = len(group)
-            group.append(slot)
-            expected = slot[0] + 1
-            if notes and slot[0] in notes:
-                rows.append(self._row(group, loss_at, notes[slot[0]]))
-                group = []
+            group.append(record)
         if group:
-            rows.append(self._row(group, loss_at, None))
+            rows.append(self._row(group, loss_at))
         return rows
 
-    def _row(self, group: list[Slot], loss_at: int, note: str | None) -> _Row:
-        seqs, arcs, scopes, phases, _, _, epochs, batches, times, durations, losses = zip(*group, strict=True)
-        loss = _stored(losses[loss_at]) if loss_at >= 0 else None
-        word = self._word_of(arcs, phases, loss_at)
-        place = (seqs[0], self._attempt, self._scopes[scopes[0]], word, epochs[0], batches[0], times[0])
+    def _row(self, group: list[Record], loss_at: int) -> _Row:
+        first = group[0]
+        word = self._word_of(
+            tuple(record.arc for record in group), tuple(record.phase for record in group), loss_at
+        )
+        scope = self._scopes[first.scope]
+        place = (first.seq, self._attempt, scope, word, first.epoch, first.batch, first.time_ns)
         return [
             *zip(_PLACE, place, strict=True),
-            *zip(_times(len(seqs)), (time - times[0] for time in times[1:]), strict=True),
-            *zip(_durations(len(seqs)), durations, strict=True),
-            ("loss", loss),
-            ("note", note),
+            *zip(_durations(len(group)), (record.duration_ns for record in group), strict=True),
+            ("loss", _stored(group[loss_at].loss) if loss_at >= 0 else None),
+            ("note", group[-1].note or None),
         ]
 
     def _word_of(self, arcs: tuple[int, ...], phases: tuple[int, ...], loss_at: int) -> int:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from states.table import State, Trigger
+from tracking.frames import Record, is_pending
 from tracking.packing import ROW_LENGTH, to_number
 from tracking.places import find_row, losses_of
-from tracking.recorder import Record, RecorderError, RecorderView, is_pending, read_recorder
+from tracking.recorder import RecorderError
+from tracking.recorder_view import RecorderView, read_recorder
 from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Loss, Metric, Parent, RunInfo, Transition
 from tracking.runs import RunFolder
 from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained

@@ -33,10 +33,14 @@ __all__ = [
     "explained",
     "filesystem_type",
     "is_local",
+    "since_first",
 ]
 
-FORMAT = 1
-"""Version of the tables and views below, stored in `run` under 'format'."""
+FORMAT = 2
+"""Version of the tables and views below, stored in `run` under 'format'.
+
+In format 1 each transition of a row had a time of its own (t1 to t7). Rows that were written so are read as they are.
+"""
 
 _TRANSITION_COLUMNS = (
     "seq, attempt, scope, epoch, batch, phase, trigger, source, dest, time_ns, duration_ns, loss, note"
@@ -49,11 +53,16 @@ def _pick(columns: list[str]) -> str:
     return f"CASE pattern.pos {cases} END"
 
 
+def since_first(pos: int) -> str:
+    """The ns from a row's first transition to the one at `pos`, in SQL; NULL where the row is shorter."""
+    return f"coalesce(packed.t{pos}, {' + '.join(f'packed.d{at}' for at in range(1, pos + 1))})"
+
+
 UNPACKED_TRANSITIONS = f"""
     SELECT packed.seq + pattern.pos AS seq, packed.attempt AS attempt, scopes.name AS scope,
         packed.epoch AS epoch, packed.batch AS batch, pattern.phase AS phase, pattern.trigger AS trigger,
         pattern.source AS source, pattern.dest AS dest,
-        packed.time_ns + {_pick(["0", *(f"packed.t{pos}" for pos in range(1, 8))])} AS time_ns,
+        packed.time_ns + {_pick(["0", *(since_first(pos) for pos in range(1, 8))])} AS time_ns,
         {_pick([f"packed.d{pos}" for pos in range(8)])} AS duration_ns,
         CASE WHEN pattern.loss THEN packed.loss END AS loss,
         CASE WHEN pattern.last THEN packed.note END AS note,
@@ -77,6 +86,11 @@ UNPACKED_METRICS = f"""
         CROSS JOIN keysets AS pattern ON pattern.keyset = packed.keyset
 """
 """One row for each value."""
+
+_TRANSITION_VIEWS = f"""
+CREATE VIEW all_transitions AS {UNPACKED_TRANSITIONS};
+CREATE VIEW transitions AS SELECT {_TRANSITION_COLUMNS} FROM all_transitions WHERE NOT superseded;
+"""
 
 _TABLES = f"""
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -115,7 +129,7 @@ CREATE TABLE packed_transitions (
     seq INTEGER PRIMARY KEY, -- of the first; the others follow without a gap
     attempt INTEGER NOT NULL, scope INTEGER NOT NULL, word INTEGER NOT NULL,
     epoch INTEGER NOT NULL, batch INTEGER NOT NULL,
-    time_ns INTEGER NOT NULL, -- of the first; t1 to t7 are the others' distances from it
+    time_ns INTEGER NOT NULL, -- of the first; t1 to t7 are the others' distances from it; NULL: the sum of d1 to it
     {", ".join(f"t{pos} INTEGER" for pos in range(1, 8))},
     {", ".join(f"d{pos} INTEGER" for pos in range(8))},
     loss, note TEXT
@@ -148,11 +162,21 @@ CREATE TABLE logs (
     message TEXT NOT NULL
 );
 
-CREATE VIEW all_transitions AS {UNPACKED_TRANSITIONS};
-CREATE VIEW transitions AS SELECT {_TRANSITION_COLUMNS} FROM all_transitions WHERE NOT superseded;
+{_TRANSITION_VIEWS}
 CREATE VIEW all_metrics AS {UNPACKED_METRICS};
 CREATE VIEW metrics AS SELECT {_METRIC_COLUMNS} FROM all_metrics WHERE NOT superseded;
 """
+
+
+_MIGRATION = f"""
+BEGIN IMMEDIATE;
+DROP VIEW transitions;
+DROP VIEW all_transitions;
+{_TRANSITION_VIEWS}
+UPDATE run SET value = '{FORMAT}' WHERE key = 'format';
+COMMIT;
+"""
+"""From format 1."""
 
 
 class JournalError(InterlockError):
@@ -241,7 +265,8 @@ def connect_to_write(path: Path, *, busy_s: float = 1.0) -> tuple[Connection, st
     try:
         connection.execute("PRAGMA synchronous = FULL")
         notice = _choose_mode(connection, path)
-        _check_format(connection, path)
+        if _check_format(connection, path) < FORMAT:
+            connection.executescript(_MIGRATION)
     except sqlite3.Error as error:
         connection.close()
         raise explained(path, error) from error
@@ -308,13 +333,14 @@ def _not_here(path: Path) -> JournalError:
     )
 
 
-def _check_format(connection: sqlite3.Connection, path: Path) -> None:
+def _check_format(connection: sqlite3.Connection, path: Path) -> int:
     row = connection.execute("SELECT value FROM run WHERE key = 'format'").fetchone()
     found = row[0] if row else "none"
-    if found != str(FORMAT):
+    if found not in map(str, range(1, FORMAT + 1)):
         raise JournalFormatError(
             f"{path}: found journal format {found}, expected {FORMAT}; read it with a newer interlock"
         )
+    return int(found)
 
 
 def explained(path: Path, error: sqlite3.Error) -> JournalError:

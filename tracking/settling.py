@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from states.table import TERMINAL, Arc, State, Trigger
+from tracking.frames import Record
 from tracking.packing import ROW_LENGTH, Packer
-from tracking.recorder import Record, Recorder, RecorderError, RecorderView, Slot, read_recorder
+from tracking.recorder import Recorder, RecorderError
+from tracking.recorder_view import RecorderView, read_recorder
 from tracking.rows import TRAIN, AttemptStart, Outcome
 from tracking.runs import Lease, LeaseHeldError, RunFolder
 from tracking.schema import UNPACKED_TRANSITIONS, Connection, JournalError, connect_to_write
@@ -229,7 +231,7 @@ def _settle_attempt(run: RunFolder, connection: Connection, attempt: int, starte
         packer = Packer(connection, attempt, view.arcs, view.scopes, view.phases)
         newest = newest_seq(connection)
         drained = _following(view.records, newest)
-        packer.slots(*_slots(drained))
+        packer.records(drained)
         for record in view.records:
             if record.seq in view.late and record.seq <= newest:
                 packer.late_loss(record.seq, record.loss)
@@ -270,28 +272,8 @@ def _losses(view: RecorderView, newest: int, drained: list[Record]) -> list[str]
     if not (lost or view.damaged):
         return []
     return [
-        f"{view.path}: {view.damaged} slots made no sense, and {lost} transitions after a gap were left out"
+        f"{view.path}: {view.damaged} frames made no sense, and {lost} transitions after a gap were left out"
     ]
-
-
-def _slots(records: list[Record]) -> tuple[list[Slot], dict[int, str]]:
-    slots = [
-        (
-            record.seq,
-            record.arc,
-            record.scope,
-            record.phase,
-            0,
-            0,
-            record.epoch,
-            record.batch,
-            record.time_ns,
-            record.duration_ns,
-            record.loss,
-        )
-        for record in records
-    ]
-    return slots, {record.seq: record.note for record in records if record.note}
 
 
 def _last_rows(connection: Connection, attempt: int) -> dict[str, LastRow]:
@@ -318,7 +300,7 @@ def _append_halts(connection: Connection, attempt: int, last: dict[str, LastRow]
         Record(seq + at, at, at, 0, last[name].epoch, last[name].batch, time_ns, 0, float("nan"), DIED)
         for at, name in enumerate(cut)
     ]
-    packer.slots(*_slots(records))
+    packer.records(records)
 
 
 def _json(value: object) -> str:

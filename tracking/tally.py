@@ -12,7 +12,7 @@ from states.table import Arc, State, Trigger
 from tracking.packing import ROW_LENGTH
 from tracking.rows import TRAIN
 from tracking.runs import RunFolder
-from tracking.schema import Connection, connect_to_read
+from tracking.schema import Connection, connect_to_read, since_first
 
 __all__ = ["BETWEEN", "GONE", "VALIDATION", "Epochs", "Losses", "Stretch", "Tally", "Total", "tally"]
 
@@ -26,7 +26,7 @@ _MOST_EPOCHS = 400
 _MOST_EVENTS = 1000
 
 _LENGTHS = ", ".join(f"sum(packed.d{pos}), max(packed.d{pos})" for pos in range(ROW_LENGTH))
-_LAST = f"packed.time_ns + coalesce({', '.join(f'packed.t{pos}' for pos in range(ROW_LENGTH - 1, 0, -1))}, 0)"
+_LAST = f"packed.time_ns + coalesce({', '.join(map(since_first, range(ROW_LENGTH - 1, 0, -1)))}, 0)"
 _FINITE = "typeof(packed.loss) = 'real' AND packed.loss - packed.loss = 0"
 _GONE = "attempts.kept_until IS NOT NULL AND packed.seq > attempts.kept_until"
 

@@ -14,7 +14,7 @@ from states.table import Trigger
 from tracking.journal import Attempt, Journal
 from tracking.packing import ROW_LENGTH
 from tracking.runs import RunFolder
-from tracking.schema import Connection, connect_to_read
+from tracking.schema import Connection, connect_to_read, since_first
 from tracking.tally import BETWEEN, GONE, VALIDATION, Losses, Stretch, Tally, tally
 
 __all__ = ["timeline_data", "write_timeline"]
@@ -27,7 +27,7 @@ _KINDS = [*(trigger.value for trigger in Trigger), VALIDATION, BETWEEN, GONE]
 
 _ROWS = f"""
     SELECT packed.seq, packed.attempt, packed.scope, packed.word, packed.epoch, packed.batch, packed.time_ns,
-        {", ".join(f"packed.t{pos}" for pos in range(1, ROW_LENGTH))},
+        {", ".join(map(since_first, range(1, ROW_LENGTH)))},
         {", ".join(f"packed.d{pos}" for pos in range(ROW_LENGTH))}, packed.loss, packed.note
     FROM packed_transitions AS packed
 """

@@ -62,7 +62,7 @@ def open_attempt(
     scopes: Sequence[str],
     phases: Sequence[str],
     *,
-    capacity: int = 65536,
+    capacity: int = 16384,
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Recorder, "JournalWriter"]:
     """Begin the run's next attempt: settle the one before, write the new one down, start the writer.
