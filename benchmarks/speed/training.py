@@ -1,7 +1,7 @@
 """Real training on the processor, one thread: what each batch costs beside a bare loop that reads its loss.
 
 The bare loop and the contenders train the same network on the same batches, which are in memory. A batch is timed
-from one forward to another, some hundred batches later: what comes before the first batch and after the last is
+from one forward to another: what comes before the first batch and after the last is
 measured elsewhere. interlock keeps its journal and its metrics; "everything on" delivers them to a local
 MLflow store too, by a process whose time counts as well. The others are at their defaults but for what is named.
 """
@@ -26,26 +26,23 @@ from torch import nn
 
 from orchestrator import MLflow, Trainer, seed_everything
 
-WARM = 100
-
-
 class Stamped(nn.Module):
-    """The network; notes the time at the WARMth forward and at the last."""
+    """The network; notes the time at a first forward, the `warm`th, and at the last."""
 
-    def __init__(self, width: int, batches: int) -> None:
+    def __init__(self, width: int, batches: int, warm: int) -> None:
         super().__init__()
         seed_everything(1)
         self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
-        self.calls, self.batches = 0, batches
+        self.calls, self.batches, self.warm = 0, batches, warm
         self.cost = Cost()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.calls == WARM:
+        if self.calls == self.warm:
             self.began = now()
         elif self.calls == self.batches:
             self.cost = Cost(
-                *((b - a) / (self.batches - WARM) * 1e6 for a, b in zip(self.began, now(), strict=True))
+                *((b - a) / (self.batches - self.warm) * 1e6 for a, b in zip(self.began, now(), strict=True))
             )
         return self.layers(inputs)
 
@@ -152,9 +149,9 @@ CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
 }
 
 
-def cost(run: Callable[[Stamped, Batches], None], count: int, width: int, size: int) -> Cost:
-    """What a batch of `size` samples costs a contender."""
-    model = Stamped(width, count)
+def cost(run: Callable[[Stamped, Batches], None], count: int, warm: int, width: int, size: int) -> Cost:
+    """What a batch of `size` samples costs a contender, the first `warm` ones left out."""
+    model = Stamped(width, count, warm)
     batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
     run(model, batches)
     return model.cost
@@ -163,6 +160,7 @@ def cost(run: Callable[[Stamped, Batches], None], count: int, width: int, size: 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, default=2000)
+    parser.add_argument("--warm", type=int, default=100, help="batches before the first that is measured")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--size", type=int, default=32)
@@ -173,7 +171,7 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     chosen = {
-        name: partial(cost, run, options.batches, options.width, options.size)
+        name: partial(cost, run, options.batches, options.warm, options.width, options.size)
         for name, run in CONTENDERS.items()
         if any(part in name for part in [*options.only, "bare loop"])
     }
