@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from orchestrator.snapshot.info import CheckpointInfo
-from tracking.delivery import Upload
+from tracking.delivery import CHECKPOINTS, Upload
 from tracking.outbox import OutboxError, read_outbox
 from tracking.runs import RunFolder
-from tracking.uploads import CHECKPOINTS
 
 __all__ = ["Durability", "not_safe"]
 

@@ -17,7 +17,6 @@ from orchestrator.divergence import Divergence, Expected, same_bits
 from orchestrator.errors import ConfigurationError, NonFiniteAgainError, NonFiniteError
 from orchestrator.policy import Situation
 from orchestrator.result import Result
-from orchestrator.retrieval import retrieve
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.info import (
     BEFORE_THE_END,
@@ -33,7 +32,6 @@ from orchestrator.state import TrainingState
 from orchestrator.work import Limits, Place
 from states.errors import InterlockError
 from states.table import State
-from tracking.fetching import is_reference
 from tracking.journal import Journal, JournalError, settle
 from tracking.outbox import read_outbox
 from tracking.rows import Attempt
@@ -122,6 +120,9 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     """
     if resume is False or resume is None:
         return Plan()
+    from orchestrator.retrieval import retrieve  # a new run needs neither
+    from tracking.fetching import is_reference
+
     if resume is True or not isinstance(resume, str | os.PathLike):
         raise ConfigurationError(
             f"resume is {resume!r}; expected False, \"auto\", a run's name or folder, a checkpoint's path, or "

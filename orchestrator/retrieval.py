@@ -19,7 +19,7 @@ from orchestrator.snapshot.storage import (
     verify_checkpoint,
 )
 from states.table import State
-from tracking.delivery import Tracker
+from tracking.delivery import CHECKPOINTS, Tracker
 from tracking.fetching import (
     Fetched,
     FetchError,
@@ -34,7 +34,6 @@ from tracking.journal import Checkpoint, Journal, JournalError
 from tracking.journal_copy import JOURNAL, forget_checkpoints, journal_from_copy
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import RootError, RunFolder
-from tracking.uploads import CHECKPOINTS
 
 __all__ = ["Retrieved", "retrieve"]
 

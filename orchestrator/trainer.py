@@ -9,15 +9,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from orchestrator import configuration, errands, past, recovery, warm_start
+from orchestrator import configuration, errands, recovery, warm_start
 from orchestrator.attempt import Attempt, opened_here
-from orchestrator.blame import Blame, find_nonfinite, stand_before
 from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging
@@ -32,7 +31,6 @@ from orchestrator.exactness import risks
 from orchestrator.final_model import HandingOver
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
-from orchestrator.past import Past, Replay, Stretch
 from orchestrator.phase import Forward, Phase
 from orchestrator.requests import HaltRequest, Save
 from orchestrator.result import Result
@@ -49,6 +47,12 @@ from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
 from tracking.rows import Parent
 from tracking.runs import RESUME_VARIABLE, RunFolder
+
+if (
+    TYPE_CHECKING
+):  # imported by the methods that use them: a training that never looks back starts without them
+    from orchestrator.blame import Blame
+    from orchestrator.past import Past, Replay, Stretch
 
 __all__ = ["Trainer"]
 
@@ -733,6 +737,8 @@ class Trainer:
             CheckpointMismatch: this trainer is not the one that the run was made with.
             DivergenceError: with `on_divergence="halt"`.
         """
+        from orchestrator import past
+
         self._training.loop.check_outside()
         self._past = past.seek(self, epoch, batch, state, phase, run)
         return self._past
@@ -752,6 +758,8 @@ class Trainer:
         is changed: the trainer stands afterwards where it stood. `run` and errors as for `seek`.
         (Hindsight logging: Garcia et al., arXiv 2006.07357.)
         """
+        from orchestrator import past
+
         self._training.loop.check_outside()
         return past.replay(self, first, last, callbacks, run)
 
@@ -765,6 +773,8 @@ class Trainer:
 
         Raises BlameError where nothing is found.
         """
+        from orchestrator.blame import find_nonfinite, stand_before
+
         self._training.loop.check_outside()
         stand_before(self, run)
         return find_nonfinite(self)

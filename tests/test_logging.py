@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging, LogRecord
 from orchestrator.callbacks.logs.callback import headline
-from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left, paint
+from orchestrator.callbacks.logs.live import LiveConsole, paint
+from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
 from orchestrator.callbacks.logs.record import clock, quantity, shown, span
-from orchestrator.callbacks.logs.sinks import FileLog, LiveConsole, PlainConsole, live_wanted
+from orchestrator.callbacks.logs.sinks import FileLog, PlainConsole, live_wanted
 from orchestrator.callbacks.logs.terminal import Terminal
 from orchestrator.errors import ConfigurationError
 from orchestrator.trainer import Trainer

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 from states.errors import InterlockError
 
 __all__ = [
+    "CHECKPOINTS",
     "BackendError",
     "Closed",
     "Delivery",
@@ -33,6 +34,9 @@ __all__ = [
 
 Upload = Literal["best+last", "all", "none"]
 """Which checkpoints are uploaded."""
+
+CHECKPOINTS = "checkpoints"
+"""The folder of checkpoints at the server; each lies in one of its own name, complete, manifest last."""
 
 Ending = Literal["finished", "failed", "killed"]
 """How a run that nobody works on is shown: done; an exception; a signal, a halt, or without a word."""

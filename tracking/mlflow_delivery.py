@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from urllib.parse import urlsplit
 
 from tracking.artifact_folder import folder_of, link
@@ -32,7 +32,9 @@ from tracking.delivery import (
     Unavailable,
     Upload,
 )
-from tracking.inputs import DataInput
+
+if TYPE_CHECKING:
+    from tracking.inputs import DataInput
 
 __all__ = ["MLflow", "MLflowDelivery", "open_delivery"]
 
@@ -323,7 +325,7 @@ class MLflowDelivery:
         with self._asking(f"upload {file.name}"):
             self._client.log_artifact(self._run_id, str(file), folder or None)
 
-    def inputs(self, inputs: Iterable[DataInput]) -> None:
+    def inputs(self, inputs: "Iterable[DataInput]") -> None:
         """Data sets, as MLflow's dataset inputs; it keeps each once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from states.errors import InterlockError
 from tracking import processes
@@ -32,7 +33,9 @@ from tracking.line import Line
 from tracking.masking import mask_text
 from tracking.outbox import NOTHING_SENT, Outbox, OutboxError, OutboxView, read_outbox
 from tracking.runs import Holder, Lease, LeaseHeldError, RunFolder, lease_holder
-from tracking.shipment import Shipment, Waiting, waiting
+
+if TYPE_CHECKING:  # a trainer imports this module to start the process, and needs nothing of what that does
+    from tracking.shipment import Shipment
 
 __all__ = ["DeliveryStatus", "NotTrackedError", "SyncReport", "start_shipper", "status", "sync"]
 
@@ -120,6 +123,8 @@ def start_shipper(run: RunFolder, tracker: Tracker) -> "subprocess.Popen[bytes] 
 
 def status(run: RunFolder) -> DeliveryStatus:
     """What of `run` is delivered. Reads the outbox and the journal; raises InterlockError if it cannot."""
+    from tracking.shipment import Waiting, waiting
+
     target = _read_target(run)
     sent = read_outbox(run.outbox)
     left = Waiting(0, ())
@@ -308,6 +313,8 @@ class _Watch:
 def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, stay: bool) -> bool:
     """Deliver until the run is over (or, unless `stay`, until there is nothing left); is all delivered?"""
     watch = _Watch(run, journal, target.token)
+    from tracking.shipment import Shipment
+
     shipment = Shipment(run, target, outbox, journal, _notice, at_once=not stay)
     roads = _Roads(shipment, target.patience_s)
     told = ""
@@ -353,7 +360,7 @@ def _is_newest(watch: _Watch, attempt: Attempt) -> bool:
 class _Roads:
     """The two ways to the server, for values and for files: one may be blocked while the other is open."""
 
-    def __init__(self, shipment: Shipment, patience_s: float):
+    def __init__(self, shipment: "Shipment", patience_s: float):
         self.values, self._files = Line("tracking server", _notice), Line("artifact store", _notice)
         self._shipment, self._patience_s = shipment, patience_s
         self._hurried: float | None = None
@@ -402,7 +409,7 @@ class _Roads:
         return [line.down_since for line in (self.values, self._files) if line.down_since is not None]
 
 
-def _say_what_is_left(run: RunFolder, shipment: Shipment, outbox: Outbox) -> None:
+def _say_what_is_left(run: RunFolder, shipment: "Shipment", outbox: Outbox) -> None:
     left = shipment.waiting()
     text = (
         f"the server could not be reached for too long; {left.points} points and {len(left.artifacts)} artifacts are "

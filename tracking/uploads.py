@@ -11,7 +11,7 @@ from typing import Any
 
 from states.table import State
 from tracking.artifacts import REPORTS
-from tracking.delivery import Delivery, ModelDelivery, Refused, Unavailable, Upload
+from tracking.delivery import CHECKPOINTS, Delivery, ModelDelivery, Refused, Unavailable, Upload
 from tracking.fetching import fetched
 from tracking.journal import Attempt, Checkpoint, Journal
 from tracking.journal_copy import JOURNAL, write_journal_copy
@@ -21,10 +21,7 @@ from tracking.outbox import Outbox, OutboxView
 from tracking.runs import RunFolder
 from tracking.schema import JournalError
 
-__all__ = ["CHECKPOINTS", "MODEL", "Uploads", "waiting_artifacts", "wanted_checkpoints"]
-
-CHECKPOINTS = "checkpoints"
-"""The folder of checkpoints at the server; each lies in one of its own name, complete, manifest last."""
+__all__ = ["MODEL", "Uploads", "waiting_artifacts", "wanted_checkpoints"]
 
 MODEL = "model"
 """The final model's name at the server."""

@@ -18,7 +18,6 @@ from orchestrator.callbacks.logs.record import Kind, LogRecord, clock, quantity,
 from orchestrator.callbacks.logs.sinks import (
     FileLog,
     FunctionSink,
-    LiveConsole,
     PlainConsole,
     Sink,
     live_wanted,
@@ -29,6 +28,7 @@ from states.table import State, Trigger
 from tracking.forks import forget_in_children
 
 if TYPE_CHECKING:
+    from orchestrator.callbacks.logs.live import LiveConsole
     from orchestrator.trainer import Trainer
 
 __all__ = ["Logging", "headline"]
@@ -296,6 +296,8 @@ class Logging(Callback):
     def _console(self) -> Sink:
         out, err = sys.stdout, sys.stderr
         if self._wants_live and live_wanted(out, os.environ):
+            from orchestrator.callbacks.logs.live import LiveConsole  # rich is slow to import
+
             streams = [out, err] if live_wanted(err, os.environ) else [out]
             try:
                 self._live = LiveConsole(self._progress, *streams)
@@ -324,7 +326,7 @@ class Logging(Callback):
         if file is None and self._sinks:
             record = self._record("warning", f"{category.__name__}: {message} ({filename}:{lineno})", {})
             for sink in self._sinks:
-                if not isinstance(sink, PlainConsole | LiveConsole):
+                if not isinstance(sink, PlainConsole) and sink is not self._live:
                     sink.write(record)
 
     def _close_live(self) -> None:

@@ -1,4 +1,4 @@
-"""Progress: how far a training is at one moment, and the one line that shows it."""
+"""Progress: how far a training is at one moment, and how fast it goes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rich.text import Text
-
-from orchestrator.callbacks.logs.record import clock, quantity
-
-__all__ = ["Pace", "Progress", "batches_left", "paint"]
-
-_NARROWEST_BAR, _WIDEST_BAR = 6, 24
-_SHARE_OF_BAR = 6
-"""The bar takes a sixth of the line, whatever stands beside it: a bar that changes its width flickers."""
-_AT_MOST_METRICS = 5
+__all__ = ["Pace", "Progress", "batches_left"]
 
 
 @dataclass(frozen=True)
@@ -80,49 +71,3 @@ def batches_left(
         elif max_batches is None:
             limits.append(batches_per_epoch - batch)
     return max(0, min(limits)) if limits else None
-
-
-def paint(progress: Progress, width: int, ascii_only: bool = False) -> Text:
-    """One line of at most `width` columns; what does not fit is left out, the least important first."""
-    pieces: dict[str, Text] = {"epoch": _count("epoch", progress.epoch, progress.epochs)}
-    pieces["count"] = _count("batch", progress.batches, progress.batches_per_epoch)
-    if progress.doing:
-        pieces["doing"] = Text(progress.doing, style="yellow")
-    room = width - sum(piece.cell_len + 2 for piece in pieces.values()) + 2
-    bar = min(max(width // _SHARE_OF_BAR, _NARROWEST_BAR), _WIDEST_BAR)
-    if progress.batches_per_epoch and bar + 2 <= room:
-        pieces["bar"] = _bar(progress.batches / progress.batches_per_epoch, bar, ascii_only)
-        room -= bar + 2
-    for name, piece in _optional(progress).items():
-        if piece.cell_len + 2 > room:
-            break
-        pieces[name] = piece
-        room -= piece.cell_len + 2
-    front = [pieces.pop(name) for name in ("epoch", "bar", "count", "left", "doing") if name in pieces]
-    line = Text("  ").join([*front, *pieces.values()])
-    line.truncate(width)
-    return line
-
-
-def _optional(progress: Progress) -> dict[str, Text]:
-    """What is shown while there is room, the most important first."""
-    found: dict[str, Text] = {}
-    if progress.seconds_left is not None:
-        found["left"] = Text.assemble(("eta ", "dim"), clock(progress.seconds_left))
-    for name, value in list(progress.metrics.items())[:_AT_MOST_METRICS]:
-        found[f"metric {name}"] = Text.assemble((f"{name} ", "dim"), quantity(name, value))
-    if progress.rate is not None:
-        found["rate"] = Text(f"{progress.rate:.3g} batches/s", style="dim")
-    return found
-
-
-def _count(what: str, number: int, total: int | None) -> Text:
-    if total is None:
-        return Text.assemble((f"{what} ", "dim"), str(number))
-    return Text.assemble((f"{what} ", "dim"), f"{number:>{len(str(total))}}/{total}")
-
-
-def _bar(share: float, width: int, ascii_only: bool) -> Text:
-    done = min(width, int(share * width + 1e-9))
-    full, empty = ("#", ".") if ascii_only else ("━", "─")
-    return Text.assemble((full * done, "cyan"), (empty * (width - done), "bright_black"))
