@@ -17,7 +17,7 @@ help:
 	@echo "make test-long   the longer tests as well"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
-	@echo "make bench       how fast it is, beside others, in an environment of its own; WRITE=1 writes benchmarks/RESULTS.md"
+	@echo "make bench       how fast it is, beside others, in an environment of its own; WRITE=1 writes benchmarks/RESULTS.md and draws it"
 	@echo "make bench-exact the table of docs/exactness.md, in that environment; WRITE=1 writes it there"
 
 install: $(STAMP)

@@ -6,7 +6,6 @@ same tensors into memory that is there already. Then loading, every hash checked
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from measuring import Figure
+from measuring import arguments, beside, report
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,6 +26,7 @@ from orchestrator.snapshot.storage import read_checkpoint
 from states import State
 
 MB = 1e6
+COPY = "copy into allocated memory"
 
 
 class Wide(nn.Module):
@@ -52,7 +52,7 @@ def flush(path: Path) -> None:
 
 
 def measure(root: Path, size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, taken in turn; the first round, which allocates, is left out."""
+    """Milliseconds of each way, taken in turn; the first round, which allocates, is left out."""
     model = Wide(size)
     optimizer = torch.optim.AdamW(model.parameters())
     trainer = Trainer(
@@ -76,10 +76,10 @@ def measure(root: Path, size: int, rounds: int) -> dict[str, list[float]]:
 
     def note(name: str, value: float) -> None:
         if number:
-            found.setdefault(name, []).append(value)
+            found.setdefault(name, []).append(value * 1000)
 
     for number in range(rounds + 1):
-        note("copy into allocated memory", seconds(lambda: [staging[n].copy_(t) for n, t in tensors.items()]))
+        note(COPY, seconds(lambda: [staging[n].copy_(t) for n, t in tensors.items()]))
         began = time.perf_counter()
         save = trainer.save()
         note("interlock, stall", time.perf_counter() - began)
@@ -113,17 +113,10 @@ def measure(root: Path, size: int, rounds: int) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = arguments(__doc__, megabytes=500, rounds=5).parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory() as root:
         found = measure(Path(root), round(options.megabytes / 12.58), options.rounds)
-    plain = found["copy into allocated memory"]
-    for name, values in found.items():
-        figure = Figure.of([value * 1000 for value in values])
-        ratio = Figure.of([value / base for value, base in zip(values, plain, strict=True)])
-        print(f"{name:30} {figure} ms; {ratio} copies")
+    report(beside(found, COPY, "ms"), options.json)
     dist.destroy_process_group()

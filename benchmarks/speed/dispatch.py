@@ -5,15 +5,14 @@ made durable, two hooks of the user's, and the final flush. Ignite's is an engin
 nothing, with two empty handlers, which writes nothing down.
 """
 
-import argparse
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
-from measuring import Cost, alternate, report
+from measuring import Cost, alternate, arguments, compared, installed, report
 from torch import nn
 
 from orchestrator import Trainer
@@ -68,6 +67,8 @@ def interlock(batches: int, *, hooks: bool = True) -> Cost:
 
 def ignite(batches: int) -> Cost:
     """One epoch of an engine."""
+    from ignite.engine import Engine, Events
+
     engine = Engine(nothing)
     engine.add_event_handler(Events.ITERATION_STARTED, nothing)
     engine.add_event_handler(Events.ITERATION_COMPLETED, nothing)
@@ -77,15 +78,17 @@ def ignite(batches: int) -> Cost:
     return cost
 
 
-CONTENDERS = {
-    "Ignite, two empty handlers, nothing recorded": ignite,
-    "interlock, two hooks, five transitions recorded durably": interlock,
-}
+IGNITE = "Ignite, two empty handlers, nothing recorded"
+INTERLOCK = "interlock, two hooks, five transitions recorded durably"
+
+
+def contenders() -> dict[str, Callable[[int], Cost]]:
+    """Those that are installed here, by name."""
+    peers = {IGNITE: ignite} if installed("ignite", "Ignite") else {}
+    return {**peers, INTERLOCK: interlock}
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=50_000)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    contenders = {name: partial(run, options.batches) for name, run in CONTENDERS.items()}
-    report(alternate(contenders, options.rounds), next(iter(contenders)))
+    options = arguments(__doc__, batches=50_000, rounds=7).parse_args()
+    chosen = {name: partial(run, options.batches) for name, run in contenders().items()}
+    report(compared(alternate(chosen, options.rounds), IGNITE), options.json)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = ["Cost", "Figure", "alternate", "report"]
+__all__ = [
+    "Cost",
+    "Figure",
+    "Row",
+    "alternate",
+    "arguments",
+    "beside",
+    "compared",
+    "installed",
+    "read",
+    "report",
+]
 
 
 @dataclass
@@ -39,12 +55,39 @@ class Figure:
     most: float
 
     @classmethod
-    def of(cls, values: list[float]) -> Figure:
+    def of(cls, values: Sequence[float]) -> Figure:
         """The figure of some values."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
         return f"{self.median:9.2f} ({self.least:.2f} to {self.most:.2f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the results: what a contender took, and that many times what it is compared with, run by run."""
+
+    name: str
+    figure: Figure
+    unit: str
+    measure: str = ""
+    """What the figure is of, where a contender has several: wall, cpu, machine."""
+    more: Figure | None = None
+    times: Figure | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.figure} {self.unit}"
+        if self.more is not None:
+            text += f"; {self.more} more"
+        return text if self.times is None else f"{text}; {self.times} times"
+
+
+def installed(module: str, name: str) -> bool:
+    """Whether a peer is there to be measured; says so where it is not."""
+    found = find_spec(module) is not None
+    if not found:
+        print(f"{name} is not installed here and left out; `make bench` installs the peers")
+    return found
 
 
 def alternate(contenders: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
@@ -60,15 +103,76 @@ def alternate(contenders: Mapping[str, Callable[[], Cost]], rounds: int) -> dict
     return costs
 
 
-def report(costs: Mapping[str, list[Cost]], plain: str) -> None:
-    """Print what contenders cost, how much more than `plain`, and how many times as much, round by round."""
-    for name, found in costs.items():
-        print(name)
-        for what in ("wall", "cpu", "machine"):
-            ours, base = ([getattr(one, what) for one in some] for some in (found, costs[plain]))
-            if max(ours) and name == plain:
-                print(f"    {what:8} {Figure.of(ours)} µs a batch")
-            elif max(ours):
-                more = Figure.of([one - other for one, other in zip(ours, base, strict=True)])
-                ratio = Figure.of([one / other for one, other in zip(ours, base, strict=True)])
-                print(f"    {what:8} {Figure.of(ours)} µs a batch; {more} more; {ratio} times", flush=True)
+def beside(values: Mapping[str, Sequence[float]], plain: str | None, unit: str) -> list[Row]:
+    """A row for each name, with the ratios to `plain` in the same rounds, where that was measured."""
+    base = values.get(plain) if plain is not None else None
+    return [
+        Row(
+            name,
+            Figure.of(found),
+            unit,
+            times=None
+            if base is None or name == plain
+            else Figure.of([one / other for one, other in zip(found, base, strict=True)]),
+        )
+        for name, found in values.items()
+    ]
+
+
+def compared(costs: Mapping[str, list[Cost]], plain: str) -> list[Row]:
+    """What contenders cost a batch, how much more than `plain`, and how many times as much."""
+    rows: list[Row] = []
+    for measure in ("wall", "cpu", "machine"):
+        values = {name: [getattr(one, measure) for one in found] for name, found in costs.items()}
+        values = {name: found for name, found in values.items() if max(found)}
+        for row in beside(values, plain, "µs a batch"):
+            more = None
+            if row.times is not None:
+                pairs = zip(values[row.name], values[plain], strict=True)
+                more = Figure.of([one - other for one, other in pairs])
+            rows.append(replace(row, measure=measure, more=more))
+    return [row for name in costs for row in rows if row.name == name]
+
+
+def arguments(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """A parser with an option for each of `numbers`, and where the results are to be written besides."""
+    parser = argparse.ArgumentParser(description=doc)
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    return parser
+
+
+def report(rows: Sequence[Row], file: Path | None) -> None:
+    """Print the rows, those of one contender below its name, and write them to `file` if there is one."""
+    width = max(len(row.name) for row in rows)
+    named = ""
+    for row in rows:
+        if not row.measure:
+            print(f"{row.name:{width}} {row}")
+            continue
+        if row.name != named:
+            print(row.name)
+        named = row.name
+        print(f"    {row.measure:8} {row}")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows]))
+
+
+def read(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows that `report` has written."""
+
+    def figure(found: Mapping[str, float] | None) -> Figure | None:
+        return None if found is None else Figure(**found)
+
+    return [
+        Row(
+            **{
+                **row,
+                "figure": Figure(**row["figure"]),
+                "more": figure(row["more"]),
+                "times": figure(row["times"]),
+            }
+        )
+        for row in rows
+    ]

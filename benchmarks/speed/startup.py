@@ -1,23 +1,36 @@
 """Start and stop, each in a process of its own: importing, the time before the first batch and after the last.
 
-The run is journaled, saves its checkpoints, and is delivered to a local MLflow store that is not behind.
+The run is journaled, saves its checkpoints, and is delivered to a local MLflow store that is not behind. Then what
+the command line takes to answer, the interpreter's own start included. Python keeps its bytecode, as it does where a
+package was installed: compiling all of it anew takes longer than what is measured here.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
-from measuring import Figure
+from measuring import arguments, beside, report
+
+TORCH, TRAINER = "import torch", "then: from orchestrator import Trainer"
+BEFORE, AFTER = "from fit to the first batch", "from the last batch to the end"
+PYTHON = "python -c pass"
+COMMANDS = {
+    PYTHON: ["-c", "pass"],
+    "interlock --help": ["-m", "orchestrator.cli", "--help"],
+    "interlock show RUN": ["-m", "orchestrator.cli", "show"],
+}
 
 _IMPORT = """
 import json, time
 a = time.perf_counter(); import torch
 b = time.perf_counter(); from orchestrator import Trainer
-print(json.dumps({"import torch": b - a, "then: from orchestrator import Trainer": time.perf_counter() - b}))
+print(json.dumps([b - a, time.perf_counter() - b]))
 """
 
 _RUN = """
@@ -42,25 +55,45 @@ trainer = Trainer(model, torch.optim.AdamW(model.parameters()), nn.CrossEntropyL
 start = time.perf_counter()
 trainer.fit()
 end = time.perf_counter()
-print(json.dumps({"from fit to the first batch": times[0] - start, "from the last batch to the end": end - times[-1]}))
+print(json.dumps([times[0] - start, end - times[-1]]))
 """
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def run(*command: str) -> str:
+    """What a Python of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    return done.stdout
+
+
+def once() -> dict[str, float]:
+    """Seconds of each thing, by its name."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
+        seconds: dict[str, float] = {}
+        for script, names in ((_IMPORT, (TORCH, TRAINER)), (_RUN, (BEFORE, AFTER))):
+            seconds |= zip(names, json.loads(run("-c", script, root).splitlines()[-1]), strict=True)
+        trained = next(str(path.parent) for path in Path(root).glob("*/journal.sqlite"))
+        for name, command in COMMANDS.items():
+            began = time.perf_counter()
+            run(*command, *([trained] if command[-1] == "show" else []))
+            seconds[name] = time.perf_counter() - began
+    return seconds
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    found: dict[str, list[float]] = {}
-    for number in range(options.rounds + 1):
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
-            for script in (_IMPORT, _RUN):
-                done = subprocess.run(
-                    [sys.executable, "-W", "ignore", "-c", script, root],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                )
-                for name, value in json.loads(done.stdout.splitlines()[-1]).items():
-                    if number:
-                        found.setdefault(name, []).append(value)
-    for name, values in found.items():
-        print(f"{name:42} {Figure.of(values)} s")
+    options = arguments(__doc__, rounds=7).parse_args()
+    rounds = [once() for _ in range(options.rounds + 1)][1:]  # the first compiles, and finds the files
+    found = {name: [seconds[name] for seconds in rounds] for name in rounds[0]}
+    importing, training, commands = (
+        {name: values for name, values in found.items() if name in names}
+        for names in ((TORCH, TRAINER), (BEFORE, AFTER), COMMANDS)
+    )
+    rows = [*beside(importing, TORCH, "s"), *beside(training, None, "s"), *beside(commands, PYTHON, "s")]
+    report(rows, options.json)

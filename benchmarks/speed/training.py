@@ -8,7 +8,6 @@ MLflow store too, by a process whose time counts as well. The others are at thei
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -20,8 +19,7 @@ from functools import partial
 
 import psutil
 import torch
-from ignite.engine import Engine, Events
-from measuring import Cost, alternate, report
+from measuring import Cost, alternate, arguments, compared, installed, report
 from torch import nn
 
 from orchestrator import MLflow, Trainer, seed_everything
@@ -94,6 +92,8 @@ def interlock(model: Stamped, batches: Batches, *, tracked: bool) -> None:
 
 
 def ignite(model: Stamped, batches: Batches) -> None:
+    from ignite.engine import Engine, Events
+
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
 
     def update(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -138,8 +138,9 @@ def lightning(model: Stamped, batches: Batches, *, logger: str) -> None:
         ).fit(Module(), Loader(batches))  # fmt: skip
 
 
+BARE = "bare loop"
 CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
-    "bare loop": bare,
+    BARE: bare,
     "interlock, not tracked": partial(interlock, tracked=False),
     "interlock, everything on": partial(interlock, tracked=True),
     "Ignite, two empty handlers, no logging": ignite,
@@ -158,21 +159,18 @@ def cost(run: Callable[[Stamped, Batches], None], count: int, warm: int, width: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=2000)
+    parser = arguments(__doc__, batches=2000, rounds=7, width=32, size=32)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="PART_OF_A_NAME")
     parser.add_argument("--warm", type=int, default=100, help="batches before the first that is measured")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    missing = [peer for peer in ("Ignite", "Lightning") if not installed(peer.lower(), peer)]
     chosen = {
         name: partial(cost, run, options.batches, options.warm, options.width, options.size)
         for name, run in CONTENDERS.items()
-        if any(part in name for part in [*options.only, "bare loop"])
+        if any(part in name for part in [*options.only, BARE]) and not name.startswith(tuple(missing))
     }
-    report(alternate(chosen, options.rounds), "bare loop")
+    report(compared(alternate(chosen, options.rounds), BARE), options.json)
