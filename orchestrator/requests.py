@@ -31,9 +31,12 @@ class Save:
 
     def __init__(self) -> None:
         self._handle: Future[SaveHandle] = Future()
+        self.stall_s: float | None = None
+        """Seconds that the training stood still for it; None before it is begun."""
 
-    def begun(self, handle: SaveHandle) -> None:
-        """The state has been captured; `handle` follows the writing."""
+    def begun(self, handle: SaveHandle, stall_s: float = 0.0) -> None:
+        """The state has been captured, which took `stall_s` seconds; `handle` follows the writing."""
+        self.stall_s = stall_s
         self._handle.set_result(handle)
 
     def abandoned(self, why: str) -> None:
@@ -44,6 +47,11 @@ class Save:
     def done(self) -> bool:
         """Whether the checkpoint is on disk."""
         return self._handle.done() and self._handle.exception() is None and self._handle.result().done
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will become of it: it is on disk, has failed, or was never made."""
+        return self._handle.done() and (self._handle.exception() is not None or self._handle.result().done)
 
     def wait(self, timeout: float | None = None) -> Path:
         """The path of the checkpoint, once it is durable.

@@ -426,6 +426,13 @@ class Trainer:
             )
         training.work.note = f"{training.work.note}; {text}" if training.work.note else text
 
+    def say(self, text: str) -> None:
+        """Have `Logging` say something, and keep it in the journal's messages; from anywhere, at any time."""
+        if self._training.attempt is not None and not self._training.attempt.closed:
+            self._training.attempt.say(text)
+        if self._settings.log is not None:
+            self._settings.log.say(text)
+
     def save(self, at: State | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -196,7 +197,7 @@ class Training:
         saves, self.requests.saves = self.requests.saves, []
         if not saves or self.attempt is None:
             return
-        work, state = self.work, self.state
+        work, state, began = self.work, self.state, time.perf_counter()
         stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
         metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
         try:
@@ -216,7 +217,7 @@ class Training:
                 save.abandoned(f"{type(error).__name__}: {error}")
             raise
         for save in saves:
-            save.begun(handle)
+            save.begun(handle, time.perf_counter() - began)
         self.attempt.restart_clock()
 
     def _purpose(self, state: State) -> str:

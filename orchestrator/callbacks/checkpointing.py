@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_positive, check_whole
+from orchestrator.callbacks.rhythm import Costs, Rhythm
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CheckpointInfo
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpointing", "best_of", "kept"]
 
+BY_DEFAULT: Any = type("ByDefault", (), {"__repr__": lambda self: "1, or None with overhead"})()
+
 
 class Checkpointing(Callback):
-    """Saves by batches, epochs or seconds, whichever comes first, and keeps what is worth keeping.
+    """Saves by batches, epochs or seconds, whichever comes first, or by what saving costs; keeps what is worth keeping.
 
     A checkpoint of IDLE is made before the first batch, one before the end and one of DONE always.
     `best` names a metric of epochs (such as "val/loss"); an epoch that improves it is saved.
@@ -31,7 +35,7 @@ class Checkpointing(Callback):
 
     Args:
         every_batches: save after every so many batches, counted from the beginning of the run.
-        every_epochs: save at the end of every so many epochs; None for never.
+        every_epochs: save at the end of every so many epochs; None for never. By default 1; None with `overhead`.
         every_seconds: save at the first batch's end after so many seconds without a save.
         keep_last: how many of the newest checkpoints stay.
         best: the metric whose best checkpoint stays.
@@ -39,20 +43,24 @@ class Checkpointing(Callback):
             "accuracy" is greater.
         keep_every_epochs: the checkpoint at the end of each Kth epoch stays for good.
         keep_first: whether the checkpoint of IDLE stays, so that `seek` can reach every moment of the run.
-        at: a state, or several, to save in: those of a batch go with `every_batches` and `every_seconds`, those of
-            an epoch with `every_epochs`; HALTED is saved whenever the training halts.
+        at: a state, or several, to save in: those of a batch go with `every_batches`, `every_seconds` and `overhead`,
+            those of an epoch with `every_epochs`; HALTED is saved whenever the training halts.
         durable: "remote": remove nothing here before it is safe at the tracking server, where it is uploaded anyway
             (`MLflow(upload=...)`). Nothing waits for the server; what it has not got yet stays, as long as the disk
             has room for three more. "local": what is not kept is removed at once.
+        overhead: the share of the training's time that saving may cost, such as 0.03. What a save and a batch cost is
+            measured, and batches are saved as often as that allows, but no more than one a second (in an attempt
+            younger than 20 s more), and so that writing takes a quarter of the time at most. Saves that are
+            asked for otherwise come on top. (CheckFreq: Mohan et al., FAST '21.)
 
-    Raises ConfigurationError for numbers below 1, a state `at` which nothing says how often to save, and another
-    word for `durable`.
+    Raises ConfigurationError for numbers below 1, a state `at` which nothing says how often to save, another word for
+    `durable`, and an `overhead` that is no share or comes with another rule for batches.
     """
 
     def __init__(
         self,
         every_batches: int | None = None,
-        every_epochs: int | None = 1,
+        every_epochs: int | None = BY_DEFAULT,
         every_seconds: float | None = None,
         keep_last: int = 2,
         best: str | None = None,
@@ -61,7 +69,10 @@ class Checkpointing(Callback):
         keep_first: bool = True,
         at: State | Collection[State] | None = None,
         durable: Literal["local", "remote"] = "local",
+        overhead: float | None = None,
     ) -> None:
+        if every_epochs is BY_DEFAULT:
+            every_epochs = 1 if overhead is None else None
         for name, value in (
             ("every_batches", every_batches),
             ("every_epochs", every_epochs),
@@ -70,9 +81,12 @@ class Checkpointing(Callback):
         ):
             check_whole(f"Checkpointing: {name}", value, optional=True)
         check_positive("Checkpointing: every_seconds", every_seconds, optional=True)
+        if overhead is not None:
+            _check_overhead(overhead, every_batches=every_batches, every_seconds=every_seconds)
         self.every_batches = every_batches
         self.every_epochs = every_epochs
         self.every_seconds = every_seconds
+        self.overhead = overhead
         self.keep_last = keep_last
         self.best = Watched(best, direction_of(best, mode)) if best is not None else None
         self.keep_every_epochs = keep_every_epochs
@@ -81,22 +95,29 @@ class Checkpointing(Callback):
         if durable not in ("local", "remote"):
             raise ConfigurationError(f'Checkpointing: durable is {durable!r}; expected "local" or "remote"')
         self.durable = durable
-        if self.at & _OF_A_BATCH and not (every_batches or every_seconds):
+        if self.at & _OF_A_BATCH and not (every_batches or every_seconds or overhead):
             raise ConfigurationError(
-                f"Checkpointing: at is {_named(self.at)}, with nothing to say how often; expected every_batches= or "
-                "every_seconds= as well"
+                f"Checkpointing: at is {_named(self.at)}, with nothing to say how often; expected every_batches=, "
+                "every_seconds= or overhead= as well"
             )
         if self.at & _OF_AN_EPOCH and not every_epochs:
             raise ConfigurationError(
                 f"Checkpointing: at is {_named(self.at)}, with every_epochs={every_epochs}; expected a number"
             )
         self.best_value: float | None = None
+        self._former: tuple[Any, float | None] | None = None
+        """The best value of another metric, which a checkpoint had; kept until there is one of this metric."""
         self._last_save = 0.0
+        self._rhythm = None if overhead is None else Rhythm(overhead)
+        self._costs: Costs | None = None
+        """What an earlier attempt measured, where this one measures nothing."""
 
     def attach(self, trainer: Trainer) -> None:
         """Hook only what is asked for."""
         super().attach(trainer)
-        if self.every_batches or self.every_seconds or trainer.max_batches is not None:
+        if self._rhythm is not None:
+            trainer.before(Trigger.END_BATCH)(self._computed)
+        if self.every_batches or self.every_seconds or self.overhead or trainer.max_batches is not None:
             trainer.after(Trigger.END_BATCH)(self._after_batch)
         for state in self.at & _OF_A_BATCH - {State.BATCH_END}:
             trainer.before(_LEADS_TO[state])(partial(self._before_batch_state, state))
@@ -109,23 +130,36 @@ class Checkpointing(Callback):
     def on_train_begin(self) -> None:
         """Begin to count the seconds."""
         self._last_save = time.monotonic()
+        if self._rhythm is not None:
+            self._rhythm.begin()
 
-    def _save(self) -> None:
+    def _save(self, at: State | None = None) -> None:
         self._last_save = time.monotonic()
-        self.trainer.save()
+        save = self.trainer.save(at)
+        if self._rhythm is not None:
+            self._rhythm.saved(save)
+
+    def _computed(self) -> None:
+        if self._rhythm is not None and not self.trainer.replaying:
+            self._rhythm.computed()
 
     def _after_batch(self) -> None:
         # Where max_batches is reached within an epoch, a longer run would go on from exactly here.
         elsewhere = self.at & _OF_A_BATCH and State.BATCH_END not in self.at
         if self.trainer.ending or (not elsewhere and self._batch_is_due(self.trainer.batches)):
             self._save()
+        if self._rhythm is not None:
+            self._rhythm.goes_on()
+            if (news := self._rhythm.news()) is not None:
+                self.trainer.say(news)
 
     def _before_batch_state(self, state: State) -> None:
         if self._batch_is_due(self.trainer.batches + 1):
-            self._last_save = time.monotonic()
-            self.trainer.save(at=state)
+            self._save(at=state)
 
     def _batch_is_due(self, batches: int) -> bool:
+        if self._rhythm is not None:
+            return self._rhythm.due
         if self.every_batches and batches % self.every_batches == 0:
             return True
         return bool(self.every_seconds) and time.monotonic() - self._last_save >= (self.every_seconds or 0)
@@ -140,6 +174,8 @@ class Checkpointing(Callback):
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Save where the epoch is due, is the best, or is the last."""
+        if self._rhythm is not None:
+            self._rhythm.rests()
         better = self._improves(metrics)
         elsewhere = self.at & _OF_AN_EPOCH and State.EPOCH_END not in self.at
         due = not elsewhere and self._due(epoch, self.every_epochs)
@@ -157,20 +193,33 @@ class Checkpointing(Callback):
         best = self.best.worst if self.best_value is None else self.best_value
         if not self.best.improved(value, best):
             return False
-        self.best_value = value
+        self.best_value, self._former = value, None
         return True
 
+    @property
+    def _watched(self) -> tuple[str, Direction] | None:
+        return None if self.best is None else (self.best.name, self.best.mode)
+
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and of what."""
+        """The best value so far, and of what; what a save and a batch cost, where that is known."""
+        costs = self._costs if self._rhythm is None else self._rhythm.measured.costs
+        best, value = self._former or (self._watched, self.best_value)
         return {
-            "best": None if self.best is None else (self.best.name, self.best.mode),
-            "value": self.best_value,
+            "best": best,
+            "value": value,
+            **({} if costs is None else {"costs": asdict(costs)}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the best value back, if it is still of the same metric."""
-        same = self.best is not None and state["best"] == (self.best.name, self.best.mode)
+        """Take back the best value, if it is still of the same metric, and the costs."""
+        same = state["best"] == self._watched
         self.best_value = state["value"] if same else None
+        self._former = None if same else (state["best"], state["value"])
+        self._costs = (
+            Costs(**state["costs"]) if "costs" in state else None
+        )  # not in those of earlier versions
+        if self._rhythm is not None:
+            self._rhythm.know(self._costs)
 
 
 _OF_A_BATCH = frozenset({State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END})
@@ -191,6 +240,19 @@ def _states(at: State | Collection[State] | None) -> frozenset[State]:
                 f"Checkpointing: at has {state!r} in it; expected states, such as State.BATCH_END"
             )
     return frozenset(states)
+
+
+def _check_overhead(overhead: Any, **others: float | None) -> None:
+    if isinstance(overhead, bool) or not isinstance(overhead, int | float) or not 0 < overhead < 1:
+        raise ConfigurationError(
+            f"Checkpointing: overhead is {overhead!r}; expected a share of the time between 0 and 1, such as 0.03"
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"Checkpointing: overhead={overhead!r} says how often batches are saved, and so does "
+                f"{name}={value!r}; expected one of them"
+            )
 
 
 def _named(states: Collection[State]) -> str:

@@ -41,9 +41,9 @@ class Logging(Callback):
     """Says what the training does.
 
     Args:
-        level: "minimal": start, end, halts and warnings. "standard": also a row for each epoch, and on a
-            terminal a live line with epoch, batch, time left, loss and metrics. "verbose": also every batch
-            and every transition.
+        level: "minimal": start, end, halts and warnings. "standard": also a row for each epoch, what is said by
+            `trainer.say`, and on a terminal a live line with epoch, batch, time left, loss and metrics. "verbose":
+            also every batch and every transition.
         every_batches: a line after every so many batches; by default none, with "verbose" each one.
         every_epochs: a row after every so many epochs, and after the last.
         metrics: the names of those to show, in this order, in rows, lines and the live line; by default all
@@ -231,6 +231,11 @@ class Logging(Callback):
         return f"validating {validating} {clock(now - since[1])}"
 
     # -- what is said --------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Say something that is neither start, end nor warning; not at level "minimal"."""
+        if self.level != "minimal":
+            self._say("message", text)
 
     def _say(self, kind: Kind, message: str, metrics: Mapping[str, float] | None = None) -> None:
         if self._sinks:

@@ -10,7 +10,7 @@ from typing import Literal
 
 __all__ = ["Kind", "LogRecord", "clock", "is_own", "label", "quantity", "shown", "span"]
 
-Kind = Literal["start", "resume", "epoch", "batch", "transition", "warning", "halt", "done"]
+Kind = Literal["start", "resume", "epoch", "batch", "transition", "message", "warning", "halt", "done"]
 
 _LATER = ("skipped", "batch_time", "duration", "lr", "grad_norm")
 """Names that come after everything that was measured, in this order."""
