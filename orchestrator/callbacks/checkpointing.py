@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_positive, check_whole
-from orchestrator.callbacks.rhythm import Costs, Rhythm
+from orchestrator.callbacks.rhythm import Measured, Rhythm
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CheckpointInfo
@@ -109,8 +108,8 @@ class Checkpointing(Callback):
         """The best value of another metric, which a checkpoint had; kept until there is one of this metric."""
         self._last_save = 0.0
         self._rhythm = None if overhead is None else Rhythm(overhead)
-        self._costs: Costs | None = None
-        """What an earlier attempt measured, where this one measures nothing."""
+        self._measured: Any = None
+        """What an earlier attempt measured, kept where this one measures nothing."""
 
     def attach(self, trainer: Trainer) -> None:
         """Hook only what is asked for."""
@@ -201,13 +200,13 @@ class Checkpointing(Callback):
         return None if self.best is None else (self.best.name, self.best.mode)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and of what; what a save and a batch cost, where that is known."""
-        costs = self._costs if self._rhythm is None else self._rhythm.measured.costs
+        """The best value so far, and of what; what was measured of saving, with `overhead`."""
+        measured = self._measured if self._rhythm is None else self._rhythm.measured.state_dict()
         best, value = self._former or (self._watched, self.best_value)
         return {
             "best": best,
             "value": value,
-            **({} if costs is None else {"costs": asdict(costs)}),
+            **({} if measured is None else {"measured": measured}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -215,11 +214,9 @@ class Checkpointing(Callback):
         same = state["best"] == self._watched
         self.best_value = state["value"] if same else None
         self._former = None if same else (state["best"], state["value"])
-        self._costs = (
-            Costs(**state["costs"]) if "costs" in state else None
-        )  # not in those of earlier versions
+        self._measured = state.get("measured")  # earlier versions have none
         if self._rhythm is not None:
-            self._rhythm.know(self._costs)
+            self._rhythm.know(Measured(self._measured))
 
 
 _OF_A_BATCH = frozenset({State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END})

@@ -11,9 +11,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["Costs", "Measured", "Rhythm", "Saving", "save_interval"]
 
@@ -28,6 +28,9 @@ _AGE_SHARE = 0.05
 
 _FEW = 5
 """So many batches say how long one takes."""
+
+_TRIALS = 3
+"""So many saves say what one costs; a single one may have met anything."""
 
 _LOOK_EVERY = 16
 """Batches after which the interval is worked out anew."""
@@ -65,50 +68,60 @@ def save_interval(costs: Costs, overhead: float, age_s: float = math.inf) -> int
 
 
 class Measured:
-    """The newest measurements of an attempt, and what an earlier attempt found."""
+    """The newest measurements, those of earlier attempts included."""
 
-    def __init__(self, earlier: Costs | None = None) -> None:
-        self._earlier = earlier
+    def __init__(self, earlier: Mapping[str, Any] | None = None) -> None:
+        """With what `state_dict` gave in an earlier attempt, if anything."""
+        self._earlier_step: float | None = None if earlier is None else earlier["step_s"]
+        saves = () if earlier is None else earlier["saves"]
         self._steps: deque[float] = deque(maxlen=64)
-        self._saves: deque[tuple[float, float, float]] = deque(maxlen=5)
-        self._first = True
+        self._saves: deque[tuple[float, float, float]] = deque(map(tuple, saves), maxlen=5)
+        self._own = 0
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What the next attempt begins with; None where nothing was measured."""
+        step_s, saves = self.step_s, list(self._saves)
+        return {"step_s": step_s, "saves": saves} if saves or step_s is not None else None
 
     def step(self, seconds: float) -> None:
         """A batch took so long while nothing was being written."""
         self._steps.append(seconds)
 
-    def save(self, stall_s: float, write_s: float, batches: list[float]) -> None:
+    def save(self, stall_s: float, write_s: float, batches: Sequence[float]) -> None:
         """A save stalled the training, and was being written while these batches were computed."""
         step_s = self.step_s
         if step_s is None:
             return
-        if len(self._saves) == 1 and self._first:
-            # The first of an attempt allocates its memory, so it counts only as long as there is no other.
-            self._saves.clear()
-            self._first = False
-        self._saves.append((stall_s, max(sum(batches) - len(batches) * step_s, 0.0), write_s))
+        if (
+            self._own == 1
+        ):  # the first of an attempt allocates its memory: it counts only while it is the newest
+            self._saves.pop()
+        self._own += 1
+        self._saves.append((stall_s, sum(batches) - len(batches) * step_s, write_s))
 
     @property
     def step_s(self) -> float | None:
         """Seconds of a batch while nothing is being written; None where too little was seen."""
         if len(self._steps) < _FEW:
-            return None if self._earlier is None else self._earlier.step_s
+            return self._earlier_step
         ordered = sorted(self._steps)
         most = ordered[len(ordered) // 2] * _OUTLIER
         return sum(min(seconds, most) for seconds in ordered) / len(ordered)
 
     @property
     def costs(self) -> Costs | None:
-        """What is known; None before a save was measured."""
-        step_s, earlier = self.step_s, self._earlier
-        if step_s is None or step_s <= 0:
+        """What is known; None before enough saves were measured."""
+        step_s = self.step_s
+        if step_s is None or len(self._saves) < _TRIALS:
             return None
-        if not self._saves or (earlier is not None and self._first):
-            if earlier is None:
-                return None
-            return Costs(earlier.stall_s, earlier.slowed_s, earlier.write_s, step_s)
         stall_s, slowed_s, write_s = map(statistics.median, zip(*self._saves, strict=True))
-        return Costs(stall_s, slowed_s, write_s, step_s)
+        return Costs(stall_s, max(slowed_s, 0.0), write_s, step_s)
+
+    @property
+    def trial(self) -> Costs | None:
+        """What bounds the saves that are there to be measured: all but their cost. None where a batch is not known."""
+        step_s = self.step_s
+        return None if step_s is None else Costs(0.0, 0.0, self._saves[-1][2] if self._saves else 0.0, step_s)
 
 
 class Saving(Protocol):
@@ -138,8 +151,8 @@ class _Writing:
 class Rhythm:
     """Told what happens in an attempt, it says when a save is due. `clock` gives seconds.
 
-    No save is due while one is being written, so none waits for another. The first is due after a few batches, to
-    be measured, unless an earlier attempt has done so.
+    No save is due while one is being written, so none waits for another. The first few of a run are there to be
+    measured.
     """
 
     def __init__(self, overhead: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -158,9 +171,9 @@ class Rhythm:
         self._told: int | None = None
         self._news: str | None = None
 
-    def know(self, costs: Costs | None) -> None:
+    def know(self, measured: Measured) -> None:
         """What an earlier attempt has found."""
-        self.measured = Measured(costs)
+        self.measured = measured
         self._interval = None
 
     def saved(self, save: Saving) -> None:
@@ -207,9 +220,12 @@ class Rhythm:
 
     def _decide(self) -> None:
         costs = self.measured.costs
+        bounds = costs or self.measured.trial
+        if bounds is None:
+            return
+        self._interval = save_interval(bounds, self.overhead, self._clock() - self._began)
         if costs is None:
             return
-        self._interval = save_interval(costs, self.overhead, self._clock() - self._began)
         settled = save_interval(costs, self.overhead)
         if self._told is None or settled >= 2 * self._told or self._told >= 2 * settled:
             self._told, self._news = settled, _in_words(settled, costs)
@@ -217,11 +233,7 @@ class Rhythm:
     @property
     def due(self) -> bool:
         """Whether a save is due at this batch."""
-        if self._writing is not None:
-            return False
-        if self._interval is None:
-            return self.measured.step_s is not None
-        return self._since >= self._interval
+        return self._writing is None and self._interval is not None and self._since >= self._interval
 
     def news(self) -> str | None:
         """What is to be said of the interval: once when it is known, and when it is half or twice what was said."""
