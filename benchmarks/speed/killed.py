@@ -61,6 +61,24 @@ def loader(options: argparse.Namespace) -> DataLoader[Any]:
     return DataLoader(samples(options), batch_size=BATCH_SIZE, shuffle=True)
 
 
+def bare(options: argparse.Namespace, record: Record) -> None:
+    """A loop that saves nothing: what starting and training cost at least."""
+    torch.manual_seed(SEED)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    number = 0
+    while True:
+        for inputs, targets in loader(options):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            number += 1
+            record.batch(number, loss.item(), model)
+            if number == options.batches:
+                return
+
+
 def interlock(options: argparse.Namespace, record: Record) -> None:
     """`Checkpointing(overhead=0.03)`, or every so many batches; `fit(resume="auto")`."""
     from orchestrator import Checkpointing, Trainer, seed_everything
@@ -202,6 +220,7 @@ def hf_trainer(options: argparse.Namespace, record: Record) -> None:
 
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace, Record], None]] = {
+    "bare": bare,
     "interlock": interlock,
     "ignite": ignite,
     "hf_trainer": hf_trainer,

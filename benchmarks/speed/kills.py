@@ -3,7 +3,8 @@
 Starting is part of it: imports, finding and loading the last checkpoint, batches done again. Each contender is killed
 with each of some checkpoint intervals, of which the best counts; interlock finds its own. One that in five starts in a
 row comes no further than before, or takes ten times as long as without kills, is said not to get there. "As unbroken"
-is whether every loss, and the weights after batch N, are those of the run that was not killed, to the bit.
+is whether every loss, and the weights after batch N, are those of the run that was not killed, to the bit. A bare loop,
+which is not killed, shows what torch itself takes to start.
 """
 
 from __future__ import annotations
@@ -165,6 +166,11 @@ def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
     )
 
 
+def report_whole(name: str, found: Outcome) -> None:
+    """Print how long a training that is not killed took."""
+    print(f"{name:11} unbroken, to batch {found.reached:,}: {_took(found)}, {_details(found)}", flush=True)
+
+
 def report(
     bench: Bench, period: float, batches: int, contenders: Sequence[str], plain: dict[str, Outcome]
 ) -> None:
@@ -199,7 +205,7 @@ def _took(outcome: Outcome) -> str:
 
 
 def _details(outcome: Outcome) -> str:
-    parts = [f"{outcome.kills} kills"]
+    parts = [f"{outcome.kills} kills"] if outcome.kills else []
     if outcome.seconds is None:
         parts.append(f"came to batch {outcome.reached}")
     if outcome.to_first_batch:
@@ -224,6 +230,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         bench = Bench(Path(folder))
         plain = {}
+        report_whole("bare loop", bench.run("bare", 200, None, []))
         for contender in options.contenders:
             marks = [batches[period] for period, chosen in wanted.items() if contender in chosen]
             every = None if contender == "interlock" else 250

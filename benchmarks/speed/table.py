@@ -41,12 +41,14 @@ PARTS = {
     ],
     "Checkpoints": ["checkpoint.py"],
     "Start and stop": ["startup.py"],
+    "Time to batch N under kills": ["kills.py"],
 }
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
     "Real training": ["--batches", "200", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Start and stop": ["--rounds", "1"],
+    "Time to batch N under kills": ["--contenders", "interlock", "--seconds", "8", "--batches", "600"],
 }
 """The arguments with which a part shows in seconds that it runs; parts that are not named are left out then."""
 
@@ -62,7 +64,7 @@ def machine() -> str:
         platform.processor(),
     )
     versions = []
-    for name in ("torch", "lightning", "pytorch-ignite", "mlflow", "transitions"):
+    for name in ("torch", "lightning", "pytorch-ignite", "transformers", "mlflow", "transitions"):
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
