@@ -5,6 +5,9 @@ with each of some checkpoint intervals, of which the best counts; interlock find
 row comes no further than before, or takes ten times as long as without kills, is said not to get there. "As unbroken"
 is whether every loss, and the weights after batch N, are those of the run that was not killed, to the bit. A bare loop,
 which is not killed, shows what torch itself takes to start.
+
+On a machine whose speed changes from one minute to the next, look at what the kills cost: the time in which nothing new
+was trained, beside the rest of the same run.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +75,8 @@ class Outcome:
     """Seconds from each start to the end of its first batch."""
     again: tuple[int, ...]
     """Batches that were done again after each kill that left some."""
+    lost: float
+    """Seconds after the first batch in which no batch was trained for the first time: what kills cost."""
     lines: tuple[Line, ...]
 
     def same_as(self, unbroken: Outcome, batches: int) -> bool:
@@ -149,8 +155,13 @@ class Bench:
 def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
     end = next((line.time for line in lines if line.batch >= batches), None)
     first, again = [], []
+    furthest, new = 0, 0.0
     for start, until in zip(starts, [*starts[1:], float("inf")], strict=True):
         mine = [line for line in lines if start <= line.time < until]
+        for before, line in pairwise(mine):
+            if furthest < line.batch <= batches:
+                new += line.time - before.time
+            furthest = max(furthest, before.batch, line.batch)
         if mine:
             first.append(mine[0].time - start)
             before = max((line.batch for line in lines if line.time < start), default=0)
@@ -162,6 +173,7 @@ def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
         len(starts) - 1,
         tuple(first),
         tuple(again),
+        0.0 if end is None else max(end - starts[0] - first[0] - new, 0.0),
         tuple(lines),
     )
 
@@ -212,6 +224,9 @@ def _details(outcome: Outcome) -> str:
         parts.append(f"{statistics.median(outcome.to_first_batch):.1f} s to the first batch")
     if outcome.again:
         parts.append(f"{statistics.mean(outcome.again):.0f} batches done again")
+    if outcome.kills and outcome.seconds is not None:
+        share = outcome.lost / (outcome.seconds - outcome.lost)
+        parts.append(f"they cost {outcome.lost:.1f} s, {share:.1%} of the rest")
     return ", ".join(parts)
 
 
