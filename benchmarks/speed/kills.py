@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", choices=NAMES, default=list(NAMES))
     parser.add_argument("--all", action="store_true", help="kill all of them every 60 s as well")
     parser.add_argument("--batches", type=int, help="instead of what goes with each number of seconds")
+    parser.add_argument("--json", help="taken and left alone: nothing of this is drawn")
     options = parser.parse_args()
     wanted = {
         period: [c for c in options.contenders if options.all or period < 60 or c in AT_60]
