@@ -264,6 +264,21 @@ class Attempt:
     def _validation_line(self, name: str) -> Line:
         return self._recorder.line(self._validation_scopes[f"validation/{name}"])
 
+    @property
+    def last_seq(self) -> int:
+        """The number of the last journaled transition, of the training or of a validation."""
+        return self._recorder.next_seq - 1
+
+    def loss_arrived(self, seq: int, loss: float) -> None:
+        """Fill in the loss of the forward pass that is transition `seq`."""
+        self._journal.late_loss(seq, loss)
+
+    def values_arrived(
+        self, epoch: int, batch: int, step: int, values: Mapping[str, float], time_ns: int, seq: int
+    ) -> None:
+        """Write down values of a batch whose end, transition `seq`, was written down before they were known."""
+        self._journal.metrics("train", epoch, batch, step, values, time_ns, seq=seq)
+
     def catch_up(self) -> None:
         """See whether a transition was journaled though an exception struck before `record` returned."""
         self._recorder.catch_up()

@@ -108,13 +108,17 @@ def guilty_batch(run: RunFolder) -> tuple[int, int]:
     with Journal.open(run) as journal:
         attempts, last = journal.attempts(), journal.last_transition()
         if attempts and last and attempts[-1].exception.startswith(NonFiniteError.__name__):
-            return last.epoch, last.batch
+            return NonFiniteError.place_in(attempts[-1].exception) or (last.epoch, last.batch)
         skipped = {metric.epoch for metric in journal.metrics(key="skipped", scope=TRAIN)}
         under_way = {last.epoch} if last else set()
         for epoch in sorted(skipped | under_way, reverse=True):
             found = _newest_skip(journal, epoch)
             if found is not None:
                 return found
+        # On an accelerator a skip is known too late for a note of its step.
+        reported = [place for log in journal.logs() if (place := NonFiniteError.place_in(log.message))]
+    if reported:
+        return max(reported)
     raise BlameError(
         f"{run.id} has no loss and no gradient that is not finite; expected a run that halted on one, or skipped a "
         "batch. To look at a certain batch: seek(epoch, batch), then blame()"
@@ -185,6 +189,7 @@ def _look(trainer: Trainer) -> Blame | None:
         before = _parameter(trainer)
         with watch:
             past.fire(trainer)
+        work.settle()
         if kinds_of(work.loss):
             return before or _of_forward(trainer, watch)
         if work.precision.scalers[work.phase] is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from states.errors import InterlockError
 
 __all__ = ["ConfigurationError", "LossError", "NonFiniteAgainError", "NonFiniteError", "TaintedError"]
@@ -23,7 +25,8 @@ class NonFiniteError(InterlockError):
     """A loss or a gradient was NaN or infinite and `nonfinite="halt"` was asked for.
 
     The weights are those from before the batch. `epoch` and `batch` say where, `statistics` holds for
-    each parameter with non-finite gradients how many of its elements are not finite.
+    each parameter with non-finite gradients how many of its elements are not finite. (On an accelerator, where it is
+    noticed when the gradients are gone, 1 for each.)
     """
 
     def __init__(self, what: str, epoch: int, batch: int, loss: float, statistics: dict[str, int]) -> None:
@@ -38,6 +41,12 @@ class NonFiniteError(InterlockError):
             f"{', '.join(f'{name} ({count})' for name, count in worst) or 'none'}. The weights are those from "
             'before this batch. Pass nonfinite="skip" to leave out such batches, or look at the data of this one'
         )
+
+    @staticmethod
+    def place_in(text: str) -> tuple[int, int] | None:
+        """Epoch and batch that a message of this error, or its `found`, names; None where it is no such message."""
+        match = re.search(r"non-finite (?:loss|gradient) in epoch (\d+), batch (\d+)", text)
+        return None if match is None else (int(match[1]), int(match[2]))
 
 
 class NonFiniteAgainError(InterlockError):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from orchestrator import late
 from orchestrator.data import BatchStream
+from orchestrator.late_work import LateEvaluationWork
 from orchestrator.loop import Asked, Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
@@ -23,7 +26,7 @@ from states.table import EVALUATION, State, Trigger
 
 __all__ = ["Evaluation", "as_it_was"]
 
-Journal = Callable[[int, EvaluationWork], None]
+Journal = Callable[[int, EvaluationWork], int | None]
 
 _NOBODY = Requests()
 
@@ -62,22 +65,28 @@ class Evaluation:
         epoch_metrics = EpochMetrics(metrics)
         epoch_metrics.to(device)
         self._device = device
-        self.work = EvaluationWork(
-            model=nn.Module(),
-            forward=forward,
-            stream=self.stream,
-            metrics=epoch_metrics,
-            device=device,
-            precision=precision,
-            situation=self._situation,
-            place=Place(),
-        )
+        work: dict[str, Any] = {
+            "model": nn.Module(),
+            "forward": forward,
+            "stream": self.stream,
+            "metrics": epoch_metrics,
+            "device": device,
+            "precision": precision,
+            "situation": self._situation,
+            "place": Place(),
+        }
         record = self._unrecorded if journal is None else lambda arc: journal(arc, self.work)
+        self.work: EvaluationWork
+        if (link := late.link_to(device)) is None:
+            self.work = EvaluationWork(**work)
+        else:
+            self.work = reading_late = LateEvaluationWork(link=link, **work)
+            record = partial(reading_late.write, record=record)
         self._loop = Loop(EVALUATION, self.work.table(), self._situation, record)
 
     @staticmethod
-    def _unrecorded(arc: int) -> None:
-        pass
+    def _unrecorded(arc: int) -> int | None:
+        return None
 
     def run(
         self,

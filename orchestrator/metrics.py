@@ -12,7 +12,7 @@ import torch
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.capture import capture_metric, restore_metric
 
-__all__ = ["RESERVED", "AccumulatingMetric", "Average", "EpochMetrics", "Metric", "as_float"]
+__all__ = ["RESERVED", "AccumulatingMetric", "Average", "EpochMetrics", "Metric", "as_float", "check_scalar"]
 
 RESERVED = frozenset({"loss", "batch_time", "duration", "lr", "grad_norm", "skipped"})
 """Names that interlock gives to values of its own."""
@@ -42,11 +42,7 @@ def as_float(value: Any, name: str) -> float:
     Raises ConfigurationError for anything else.
     """
     if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
-            raise ConfigurationError(
-                f"metric {name!r} is a tensor of shape {tuple(value.shape)}; expected a scalar: "
-                "reduce it, for instance with .mean()"
-            )
+        check_scalar(value, name)
         return float(value.detach())
     try:
         return float(value)
@@ -54,6 +50,15 @@ def as_float(value: Any, name: str) -> float:
         raise ConfigurationError(
             f"metric {name!r} is a {type(value).__name__}; expected a number or a tensor of one element"
         ) from None
+
+
+def check_scalar(value: torch.Tensor, name: str) -> None:
+    """Raise ConfigurationError unless `value` has one element."""
+    if value.numel() != 1:
+        raise ConfigurationError(
+            f"metric {name!r} is a tensor of shape {tuple(value.shape)}; expected a scalar: "
+            "reduce it, for instance with .mean()"
+        )
 
 
 class Average:
@@ -119,12 +124,12 @@ class EpochMetrics:
         for metric in self._accumulating.values():
             metric.reset()
 
-    def observe(self, outputs: Any, targets: Any) -> dict[str, float]:
-        """The values of each named metric for one batch; accumulating ones also take the batch in."""
-        values = {name: as_float(f(outputs, targets), name) for name, f in self._functions.items()}
+    def observe(self, outputs: Any, targets: Any) -> dict[str, Any]:
+        """What each named metric gives for one batch, scalars; accumulating ones also take the batch in."""
+        values = {name: f(outputs, targets) for name, f in self._functions.items()}
         for name, metric in self._accumulating.items():
             if callable(metric):  # torchmetrics: calling accumulates and returns the batch's value
-                values[name] = as_float(metric(outputs, targets), name)
+                values[name] = metric(outputs, targets)
             else:
                 metric.update(outputs, targets)
         return values

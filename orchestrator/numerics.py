@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,11 +19,15 @@ __all__ = [
     "PRECISIONS",
     "BufferGuard",
     "Precision",
+    "can_suppress",
     "clip",
+    "flag_nonfinite",
     "gradients",
     "nonfinite_counts",
     "norm",
+    "norms",
     "rescale",
+    "step_unless",
     "zero",
 ]
 
@@ -87,17 +92,25 @@ def norm(grads: list[Tensor]) -> tuple[Tensor, float]:
     """
     if not grads:
         return torch.zeros(()), 0.0
-    if _alike(
-        grads
-    ):  # what get_total_norm does for them, which spends three times as long on finding that out
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    else:
-        total = torch.nn.utils.get_total_norm(grads)
+    total, _ = norms(grads)
     value = total.item()
     if not math.isfinite(value):
         total = torch.nn.utils.get_total_norm([grad.double() for grad in grads])
         value = total.item()
     return total, value
+
+
+def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The 2-norm over all gradients (there is one at least), and, where they are alike, that of each.
+
+    Tensors where the gradients are, of no dimension and of one: nothing is waited for.
+    """
+    if not _alike(grads):
+        return torch.nn.utils.get_total_norm(grads), None
+    # What get_total_norm does for them, which spends three times as long on finding that out.
+    each = torch.stack(torch._foreach_norm(grads))
+    total: Tensor = torch.linalg.vector_norm(each)
+    return total, each
 
 
 def _alike(grads: list[Tensor]) -> bool:
@@ -125,6 +138,34 @@ def clip(optimizer: Optimizer, max_norm: float, total: Tensor) -> None:
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+
+
+def can_suppress(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` has kernels that apply nothing where a flag on the device says so: `fused=True`.
+
+    The protocol of `torch.amp.GradScaler`: attributes `found_inf` and `grad_scale` that `step` looks at.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    if not all(group.get("fused", True) for group in optimizer.param_groups):
+        return False
+    return "grad_scale" not in inspect.signature(optimizer.step).parameters
+
+
+def step_unless(optimizer: Optimizer, suppressed: Tensor) -> None:
+    """The update of an optimizer that `can_suppress`, or, where `suppressed` is 1.0, none; nothing is waited for."""
+    fused: Any = optimizer
+    fused.grad_scale, fused.found_inf = None, suppressed
+    try:
+        optimizer.step()
+    finally:
+        del fused.grad_scale, fused.found_inf
+
+
+def flag_nonfinite(flag: Tensor, values: list[Tensor]) -> None:
+    """Set `flag`, a float32 scalar, to 1.0 where one of `values`, scalars on its device, is not finite."""
+    checked = torch.stack([value.detach().double() for value in values])
+    torch._amp_foreach_non_finite_check_and_unscale_([checked], flag, torch.ones_like(flag))
 
 
 def rescale(grads: list[Tensor], factor: float) -> None:
@@ -169,6 +210,13 @@ class BufferGuard:
             for name, buffer in self._floating():
                 if name in self._kept:
                     buffer.copy_(self._kept[name])
+
+    def put_back_where(self, spoilt: Tensor) -> None:
+        """The same where `spoilt`, a scalar on the device, is 1.0; else nothing. Nothing is waited for."""
+        with torch.no_grad():
+            for name, buffer in self._floating():
+                if name in self._kept:
+                    buffer.copy_(torch.where(spoilt.to(buffer.device).bool(), self._kept[name], buffer))
 
     def _floating(self) -> Iterator[tuple[str, Tensor]]:
         return (

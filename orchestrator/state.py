@@ -146,6 +146,7 @@ class TrainingState:
         """
         self._look()
         work, state = self._work, state or self._loop.state
+        work.settle()
         built = self._as_built()
         names = capture.parameter_names(work.model)
         mid_window = work.window.count > 0 or state is State.BACKWARD
@@ -241,6 +242,7 @@ class TrainingState:
         Parameters of lazy modules that have no shape yet are named in `uninitialized`.
         """
         work, built = self._work, self._as_built()
+        work.settle()
 
         def modules(name: str) -> dict[str, Any]:
             tree = capture.capture_module(self._modules[name], built[name])
@@ -292,6 +294,7 @@ class TrainingState:
         self._restore_validation_data(tree["validation_data"])
         self._generators.restore(tree.get("generators", {}))
         capture.restore_random(tree["random"])
+        work.restored()
         return self._forward_again(tree) if before else None
 
     def _restore_callbacks(self, tree: dict[str, Any]) -> None:
@@ -307,6 +310,7 @@ class TrainingState:
         self._generators.restore(before["generators"])
         capture.restore_random(before["random"])
         work.compute()
+        work.settle()
         # Hooks that came after the forward have had their effects on these.
         if (passed := tree["batch"].get("passed")) is not None:
             work.replace(replicas(passed))

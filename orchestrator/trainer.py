@@ -309,6 +309,7 @@ class Trainer:
     @property
     def updates(self) -> int:
         """Optimizer updates applied since the beginning of the run."""
+        self._training.work.settle()
         return self._training.work.place.updates
 
     @property
@@ -333,8 +334,11 @@ class Trainer:
 
     @property
     def skipped(self) -> bool:
-        """Whether the last optimizer step applied nothing because something was not finite."""
-        return self._training.work.skipped
+        """Whether the last optimizer step applied nothing because something was not finite.
+
+        On an accelerator with `nonfinite="halt"` that is known some batches later, when the training halts.
+        """
+        return self._training.work.was_skipped()
 
     @property
     def phase(self) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from orchestrator import recovery
+from orchestrator import late, recovery
 from orchestrator.attempt import Attempt
 from orchestrator.configuration import Settings
 from orchestrator.divergence import Divergence, DivergenceError, Expected
 from orchestrator.errors import NonFiniteError
 from orchestrator.evaluation import Evaluation
+from orchestrator.late_work import LateTrainingWork, LateWork
 from orchestrator.loop import Loop
 from orchestrator.policy import Situation
 from orchestrator.requests import HaltRequest, Requests, Save
@@ -60,14 +63,15 @@ class Training:
         self._on_divergence = on_divergence
         self._forget_the_end()
         situation = Situation()
-        self.work = TrainingWork(
-            situation=situation,
-            place=Place(),
-            request_halt=self._request_nonfinite_halt,
-            restore=self.restore,
-            report=self.report,
-            **work,
-        )
+        work |= {
+            "situation": situation,
+            "place": Place(),
+            "request_halt": self._request_nonfinite_halt,
+            "restore": self.restore,
+            "report": self.report,
+        }
+        link = late.link_to(work["device"])
+        self.work = TrainingWork(**work) if link is None else LateTrainingWork(link=link, **work)
         self.loop = Loop(TRAINING, self.work.table(), situation, self._journal)
 
     def _forget_the_end(self) -> None:
@@ -90,6 +94,9 @@ class Training:
         """Open the attempt that records what follows."""
         scopes = ("train", *self.validation.scopes)
         self.attempt = Attempt.open(plan, settings, scopes, self.work, self.requests, parent)
+        for work in (self.work, *(evaluation.work for evaluation in self.validation.evaluations.values())):
+            if isinstance(work, LateWork):
+                work.written = self.attempt
         return self.attempt
 
     @property
@@ -107,7 +114,8 @@ class Training:
         return self._guarded(self._fire_next)
 
     def _run(self) -> bool:
-        writer = self.attempt.writer if self.attempt is not None and self.expected is None else None
+        plain = not isinstance(self.work, LateWork) and self.expected is None
+        writer = self.attempt.writer if self.attempt is not None and plain else None
         self.loop.run(self.requests, self._look_up, writer)
         return False
 
@@ -168,6 +176,7 @@ class Training:
 
     def carry_out(self) -> None:
         """Do what was asked for: saves and a halt."""
+        self.work.settle()  # which may ask for a halt
         halt = self.requests.halt if self.state not in TERMINAL else None
         if halt is not None:
             if not halt.save:
@@ -194,6 +203,9 @@ class Training:
 
     def carry_out_saves(self, purpose: str = "") -> None:
         """Take a checkpoint of where the training stands, if any was asked for."""
+        self.work.settle()
+        if self.requests.halt is not None and not self.requests.halt.save:
+            self.requests.abandon_saves(self.requests.halt.reason)
         saves, self.requests.saves = self.requests.saves, []
         if not saves or self.attempt is None:
             return
@@ -243,6 +255,8 @@ class Training:
     def fail(self, error: BaseException) -> None:
         """Work or a hook raised: halt from the last journaled state, capture nothing, name the way back."""
         self.tainted = True
+        with contextlib.suppress(Exception):  # the device may have failed
+            self.work.settle()
         attempt, halt = self.attempt, self.requests.halt
         self.requests.abandon_all_saves(f"{type(error).__name__}: {error}")
         if attempt is None or attempt.closed:
@@ -312,13 +326,22 @@ class Training:
             self.requests.stop = None
         attempt.close(outcome, self.ended, halt.error if halt is not None else None)
 
-    def _journal(self, arc: int) -> None:
+    def _record(self, arc: int) -> int | None:
         if self.attempt is not None:
             self.attempt.record(arc)
+            return self.attempt.seq
+        self.work.note = ""
+        if ARCS[arc].trigger is Trigger.END_BATCH:
+            self.work.close_batch()
+        return None
+
+    def _journal(self, arc: int) -> None:
+        if self.expected is not None:
+            self.work.settle()  # the loss is compared at once
+        if isinstance(self.work, LateWork):
+            self.work.write(arc, self._record)
         else:
-            self.work.note = ""
-            if ARCS[arc].trigger is Trigger.END_BATCH:
-                self.work.close_batch()
+            self._record(arc)
         if self.expected is not None and ARCS[arc].trigger is Trigger.FORWARD:
             work = self.work
             found = self.expected.meet(work.place.epoch, work.place.batch, self.snapshots.phase, work.loss)
@@ -339,12 +362,16 @@ class Training:
             self.diverged(divergence)
 
     def _request_nonfinite_halt(self, error: NonFiniteError) -> None:
+        if (halt := self.requests.halt) is not None:  # read late, it may find that somebody asked meanwhile
+            self.requests.halt = replace(halt, save=False)
         self.requests.add_halt(HaltRequest(str(error), save=False, error=error))
 
-    def journal_validation(self, arc: int, work: EvaluationWork) -> None:
-        """Write down a transition of the validation under way."""
-        if self.attempt is not None:
-            self.attempt.record_validation(arc, self._under_way(), work)
+    def journal_validation(self, arc: int, work: EvaluationWork) -> int | None:
+        """Write down a transition of the validation under way; its number, where it has one."""
+        if self.attempt is None:
+            return None
+        self.attempt.record_validation(arc, self._under_way(), work)
+        return self.attempt.last_seq
 
     def begin_validation(self) -> None:
         """A pass over a validation loader begins."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from orchestrator import numerics
 from orchestrator.data import BatchStream, Looks, count_samples, first_samples, to_device
@@ -21,6 +22,8 @@ from orchestrator.policy import Situation
 from states.table import Trigger
 
 __all__ = ["BatchWork", "EvaluationWork", "Limits", "Place", "TrainingWork", "Window", "supervised"]
+
+NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ class BatchWork:
         self._replaced = False
         self.samples = 0
         self.loss = math.nan
-        self.metrics: dict[str, float] = {}
+        self.metrics: MutableMapping[str, float] = {}
         self.note = ""
         self.started = 0.0
         self._reserved = RESERVED | metrics.names
@@ -207,7 +210,7 @@ class BatchWork:
     def log(self, name: str, value: Any) -> None:
         """Add a named value to the batch at hand; averaged over the epoch like the loss."""
         self._check_free(name)
-        self.metrics[name] = as_float(value, name)
+        self._keep(name, value)
 
     def _check_free(self, name: str) -> None:
         if name in self._reserved:
@@ -217,10 +220,7 @@ class BatchWork:
             )
 
     def _count_loss(self, loss: Tensor, outputs: Any, targets: Any, name: str) -> None:
-        self.loss = loss.item()
-        if name:
-            self.metrics[f"loss/{name}"] = self.loss
-        self.metrics["loss"] = self.metrics.get("loss", 0.0) + self.loss
+        self._keep_loss(loss, name)
         if self.epoch_metrics.wants_outputs:
             if outputs is None:
                 raise ConfigurationError(
@@ -231,13 +231,36 @@ class BatchWork:
                 observed = self.epoch_metrics.observe(
                     outputs.detach() if isinstance(outputs, Tensor) else outputs, targets
                 )
-            self.metrics.update(observed)
+                for metric, value in observed.items():
+                    self._keep(metric, value)
+
+    def _keep_loss(self, loss: Tensor, name: str) -> None:
+        """Make `loss` the batch's, or, with several phases, the share of the phase `name` in it."""
+        self.loss = loss.item()
+        if name:
+            self.metrics[f"loss/{name}"] = self.loss
+        self.metrics["loss"] = self.metrics.get("loss", 0.0) + self.loss
+
+    def _keep(self, name: str, value: Any) -> None:
+        self.metrics[name] = as_float(value, name)
+
+    def settle(self) -> None:
+        """Wait for what is on its way from the device, where anything is: all values are known then."""
 
     def close_batch(self) -> None:
         """Fold the batch's values, hooks' included, into the epoch's; part of writing the batch down."""
         if self.samples:
-            averaged = {k: v for k, v in self.metrics.items() if k != "batch_time"}
-            self.epoch_metrics.add(averaged, self.samples)
+            self._fold(self.metrics, self.samples)
+
+    def _fold(
+        self,
+        values: Mapping[str, float],
+        samples: int,
+        skipped: bool = False,
+        validated: Mapping[str, float] = NOTHING,
+    ) -> None:
+        """Fold the values of a batch, those of validation left out, into the epoch's."""
+        self.epoch_metrics.add(values, samples)
 
 
 class EvaluationWork(BatchWork):
@@ -408,13 +431,17 @@ class TrainingWork(BatchWork):
         self.before_forward = None
         if window.count == 0:
             numerics.zero(self.phases[self.phase].optimizer)
+        self._judge(loss)
         loss = loss * self._share() if self.accumulate > 1 else loss
         scaler = self.precision.scalers[self.phase]
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
         self._result = None
         window.count += 1
-        window.finite = window.finite and math.isfinite(self.loss)
         self.situation.pending = True
+
+    def _judge(self, loss: Tensor) -> None:
+        """Count in whether the loss of a micro-batch is finite."""
+        self.window.finite = self.window.finite and math.isfinite(self.loss)
 
     def step(self) -> None:
         """Apply the gradients of the window, or nothing where they or the loss are not finite."""
@@ -423,6 +450,11 @@ class TrainingWork(BatchWork):
             scaler.unscale_(optimizer)
         grads = numerics.gradients(optimizer)
         numerics.rescale(grads, self._correction())
+        self._apply(optimizer, scaler, grads)
+        self.window.clear()
+        self.situation.pending = False
+
+    def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
         total, norm = numerics.norm(grads)
         self.skipped = not (math.isfinite(norm) and self.window.finite)
         if self.skipped:
@@ -432,15 +464,20 @@ class TrainingWork(BatchWork):
                 numerics.clip(optimizer, self._clip_grad_norm, total)
             self.metrics["grad_norm"] = norm
         if scaler is not None:
-            if self.window.finite:
+            if not self.skipped:  # else fused kernels would make state that they leave unset
                 scaler.step(optimizer)
             scaler.update()
         elif not self.skipped:
             optimizer.step()
         if not self.skipped:
             self.place.updates += 1
-        self.window.clear()
-        self.situation.pending = False
+
+    def was_skipped(self) -> bool:
+        """Whether the last step is known to have applied nothing."""
+        return self.skipped
+
+    def restored(self) -> None:
+        """A checkpoint was put back: whatever is not in it is forgotten."""
 
     def end_batch(self) -> None:
         """Count the batch; validation if it is due within the epoch."""
@@ -500,16 +537,24 @@ class TrainingWork(BatchWork):
 
     def close_batch(self) -> None:
         """Fold the batch's values into the epoch's, those of validation left out."""
-        if not self.samples:
-            return
+        if self.samples:
+            self._fold(self.metrics, self.samples, self.skipped, self.validated)
+
+    def _fold(
+        self,
+        values: Mapping[str, float],
+        samples: int,
+        skipped: bool = False,
+        validated: Mapping[str, float] = NOTHING,
+    ) -> None:
         # Where non-finite batches are to be left out, they are left out of the averages too.
-        lenient = self.skipped or self.guard is not None
+        lenient = skipped or self.guard is not None
         averaged = {
             name: value
-            for name, value in self.metrics.items()
-            if name != "batch_time" and name not in self.validated and (math.isfinite(value) or not lenient)
+            for name, value in values.items()
+            if name != "batch_time" and name not in validated and (math.isfinite(value) or not lenient)
         }
-        self.epoch_metrics.add(averaged, self.samples)
+        self.epoch_metrics.add(averaged, samples)
 
     def _add_note(self, text: str) -> None:
         """Note something of the transition under way, before what its hooks have noted."""

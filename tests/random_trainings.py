@@ -116,6 +116,7 @@ class Description(Short):
 
 
 _OPTIMIZERS = ("SGD", "AdamW", "RMSprop", "NAdam", "ASGD", "Adagrad", "Adafactor", "Adam-amsgrad")
+_OPTIMIZERS += ("SGD-fused", "AdamW-fused")
 _SCHEDULERS = (
     *("none", "StepLR", "MultiStepLR", "OneCycleLR", "warmup then cosine"),
     *("CosineAnnealingWarmRestarts", "plateau by epoch", "plateau by batch"),
@@ -310,6 +311,8 @@ def _optimizer(d: Description, parameters: list[nn.Parameter]) -> Optimizer:
     make = {
         "SGD": partial(torch.optim.SGD, momentum=0.9),
         "Adam-amsgrad": partial(torch.optim.Adam, amsgrad=True),
+        "SGD-fused": partial(torch.optim.SGD, momentum=0.9, fused=True),
+        "AdamW-fused": partial(torch.optim.AdamW, fused=True),
     }
     found: Optimizer = make.get(d.optimizer, getattr(torch.optim, d.optimizer.split("-")[0]))(groups, lr=0.02)
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_whole
+from orchestrator.late_work import LateWork
 from states.table import Trigger
 
 if TYPE_CHECKING:
@@ -40,8 +42,8 @@ class GradientStatistics(Callback):
     each. With several phases, those of the phase's own optimizer, as "grad/PHASE/...".
 
     They are the gradients as they stand: before clipping, within an accumulation window the sum so far,
-    and with precision="fp16" multiplied by the scale of the loss. Reading them waits for the device, on the
-    batches asked for only.
+    and with precision="fp16" multiplied by the scale of the loss. On an accelerator they are read late, like the
+    loss; several devices are waited for, on the batches asked for.
     """
 
     def __init__(self, every: int = 100, per_parameter: bool = True) -> None:
@@ -63,11 +65,13 @@ class GradientStatistics(Callback):
         if not gradients:
             return
         prefix = f"grad/{self.trainer.phase}" if len(self.trainer.phases) > 1 else "grad"
-        measured = statistics_of(gradients)
-        self._log(prefix, combined(measured))
-        if self.per_parameter:
-            for name, statistics in zip(names, measured, strict=True):
-                self._log(f"{prefix}/{name}", statistics)
+        work = self.trainer._training.work
+        if isinstance(work, LateWork) and len({gradient.device for gradient in gradients}) == 1:
+            named = partial(self._named, prefix, names)
+            work.keep_all(*queued_statistics(gradients, named))
+            return
+        for name, value in self._named(prefix, names, statistics_of(gradients)).items():
+            self.trainer.log(name, value)
 
     def _gradients(self) -> tuple[list[str], list[Tensor]]:
         trainer = self.trainer
@@ -82,12 +86,20 @@ class GradientStatistics(Callback):
         ]
         return [name for name, _ in found], [gradient for _, gradient in found]
 
-    def _log(self, prefix: str, statistics: TensorStatistics) -> None:
-        log = self.trainer.log
-        log(f"{prefix}/norm", statistics.norm)
-        log(f"{prefix}/mean", statistics.mean)
-        log(f"{prefix}/max", statistics.max)
-        log(f"{prefix}/nonfinite", statistics.nonfinite)
+    def _named(
+        self, prefix: str, names: Sequence[str], measured: Sequence[TensorStatistics]
+    ) -> dict[str, float]:
+        """The values to log, by their keys."""
+        found = {prefix: combined(measured)}
+        if self.per_parameter:
+            found |= {
+                f"{prefix}/{name}": statistics for name, statistics in zip(names, measured, strict=True)
+            }
+        return {
+            f"{key}/{what}": getattr(statistics, what)
+            for key, statistics in found.items()
+            for what in ("norm", "mean", "max", "nonfinite")
+        }
 
 
 @torch.no_grad()
@@ -113,6 +125,46 @@ def statistics_of(tensors: Sequence[Tensor]) -> list[TensorStatistics]:
         for index, norm, mean, greatest in zip(indices, *values, strict=True):
             found[index] = _checked(dense[index], norm, mean, greatest)
     return [found[index] for index in range(len(dense))]
+
+
+@torch.no_grad()
+def queued_statistics(
+    tensors: Sequence[Tensor], use: Callable[[list[TensorStatistics]], Mapping[str, float]]
+) -> tuple[Tensor, Callable[[list[float]], Mapping[str, float]]]:
+    """The statistics of tensors of one device without waiting for it.
+
+    Returns a tensor of float64 there, and what makes of its elements, flat, what `use` makes of the statistics. What
+    `statistics_of` looks at where a norm is not finite is computed in any case.
+    """
+    dense = [_dense(tensor) for tensor in tensors]
+    elements = [tensor.numel() for tensor in dense]
+    rows = torch.stack(
+        [
+            torch.stack([norm.double() for norm in torch._foreach_norm(dense)]),
+            torch.stack([tensor.mean().double() for tensor in dense]),
+            torch.stack([norm.double() for norm in torch._foreach_norm(dense, math.inf)]),
+            torch.stack([(~torch.isfinite(tensor)).sum().double() for tensor in dense]),
+            torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in dense]),
+        ]
+    )
+
+    def read(values: list[float]) -> Mapping[str, float]:
+        columns = zip(*(values[at :: len(elements)] for at in range(len(elements))), strict=True)
+        norms, means, greatest, nonfinite, doubles = columns
+        return use(
+            [
+                TensorStatistics(
+                    norm=norms[i] if math.isfinite(norms[i]) or nonfinite[i] else doubles[i],
+                    mean=means[i],
+                    max=greatest[i],
+                    nonfinite=nonfinite[i] / count,
+                    elements=count,
+                )
+                for i, count in enumerate(elements)
+            ]
+        )
+
+    return rows, read
 
 
 def _dense(tensor: Tensor) -> Tensor:
