@@ -92,8 +92,7 @@ class LateWork(BatchWork):
         self._newest_loss = math.nan
         self.written: Written | None = None
         """Who takes what arrives; None while nothing is recorded."""
-        self.newest: Mapping[str, float] = {}
-        """The values of the newest batch that has arrived."""
+        self._arrived: Mapping[str, float] = {}
 
     def fetch(self) -> None:
         """Take the next batch and begin to move it to the device."""
@@ -122,6 +121,11 @@ class LateWork(BatchWork):
             self._values().expect(name, self._link.send(value))
         else:
             super()._keep(name, value)
+
+    @property
+    def latest(self) -> Mapping[str, float]:
+        """The values of the newest batch that has arrived."""
+        return self._arrived
 
     def keep_all(self, values: Tensor, read: Callable[[list[float]], Mapping[str, float]]) -> None:
         """Add the values that `read` makes of the elements of `values`, once they are here."""
@@ -206,7 +210,7 @@ class LateWork(BatchWork):
     def _arrive(self, flight: _Flight) -> None:
         found, close = self._take_in(flight), flight.close
         assert close is not None
-        self.newest = flight.values
+        self._arrived = flight.values
         if close.samples:
             self._fold(flight.values, close.samples, flight.skipped, close.validated)
         if self.written is not None and close.seq is not None and found:

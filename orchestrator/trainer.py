@@ -324,8 +324,15 @@ class Trainer:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """The values of the batch at hand."""
+        """The values of the batch at hand. On an accelerator reading them waits for it."""
         return self._training.work.metrics
+
+    @property
+    def latest(self) -> Mapping[str, float]:
+        """The values of the newest batch that are known: those of the batch at hand, but on an accelerator those of one
+        a little earlier, and reading never waits.
+        """
+        return self._training.work.latest
 
     @property
     def history(self) -> list[dict[str, float]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orchestrator import numerics
-from orchestrator.data import BatchStream, Looks, count_samples, first_samples, to_device
+from orchestrator.data import BatchStream, Looks, carrying, count_samples, first_samples, to_device
 from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
@@ -130,6 +130,8 @@ class BatchWork:
         place: Place,
     ) -> None:
         self.stream = stream
+        if (carry := carrying.carrier_to(device)) is not None:
+            stream.carry_by(carry)
         self.epoch_metrics = metrics
         self.device = device
         self.precision = precision
@@ -165,7 +167,7 @@ class BatchWork:
         self.metrics = {}
 
     def take(self, batch: Any) -> None:
-        """Make `batch`, as the loader gives it, the one at hand."""
+        """Make `batch`, as the stream gives it, the one at hand."""
         self.tell_of_changed_data()
         self.data = to_device(batch, self.device)
         self._looks, self._replaced = Looks(self.data), False
@@ -203,7 +205,7 @@ class BatchWork:
     def _keep_example(self, batch: Any) -> None:
         self.wants_example = False
         try:
-            self.example = first_samples(batch, self.samples)
+            self.example = to_device(first_samples(batch, self.samples), torch.device("cpu"))
         except Exception:  # a batch of the user's own kind, which cannot be cut
             self.example = None
 
@@ -243,6 +245,11 @@ class BatchWork:
 
     def _keep(self, name: str, value: Any) -> None:
         self.metrics[name] = as_float(value, name)
+
+    @property
+    def latest(self) -> Mapping[str, float]:
+        """The values of the newest batch that are known."""
+        return self.metrics
 
     def settle(self) -> None:
         """Wait for what is on its way from the device, where anything is: all values are known then."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator import late
+from orchestrator.data import carrying
+from orchestrator.data.batches import _mapped
 
 GARBAGE = 1e77
 """What memory holds that nothing has been copied to yet."""
@@ -73,7 +75,18 @@ def force(monkeypatch: pytest.MonkeyPatch, lag: int = 1) -> list[SlowLink]:
         return links[-1]
 
     monkeypatch.setattr(late, "link_to", link_to)
+    monkeypatch.setattr(carrying, "carrier_to", carrier_to)
     return links
+
+
+def carrier_to(device: torch.device) -> carrying.Carry:
+    """A copy of each batch, as one on a device is."""
+
+    def carry(batch: Any) -> Callable[[], Any]:
+        copy = _mapped(batch, lambda tensor: tensor.clone(), "clone")
+        return lambda: copy
+
+    return carry
 
 
 _WAITING_CALLS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from exactness import assert_same, assert_sound, ending, recorded
 from late_device import Waits
 from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError
 from orchestrator.callbacks.watched import MissingMetricError
+from orchestrator.data import BatchStream
 from orchestrator.errors import NonFiniteAgainError
 from random_trainings import Description, build, descriptions, run_folders
 from states import State, Trigger
@@ -71,12 +72,14 @@ def everything(**options: Any) -> dict[str, Any]:
 )
 def test_no_batch_waits_for_the_device(options: dict[str, Any], tmp_path: Path) -> None:
     waits = Waits()
+    known: list[float | None] = []
     with slow() as links:
         trainer = trainings.make(tmp_path, **options)
         link = links[0]
         # Making a batch is the processor's own business, and so is what a first update and an epoch's end wait for.
         trainer.before(Trigger.FETCH)(lambda: setattr(waits, "counting", False))
         trainer.after(Trigger.FETCH)(lambda: setattr(waits, "counting", trainer.batches >= 3))
+        trainer.after(Trigger.END_BATCH)(lambda: known.append(trainer.latest.get("loss")))
         trainer.before(Trigger.END_EPOCH)(lambda: setattr(waits, "counting", False))
         waited: list[int] = []
         trainer.after(Trigger.FETCH)(lambda: waited.append(link.waits) if trainer.batch else None)
@@ -90,6 +93,8 @@ def test_no_batch_waits_for_the_device(options: dict[str, Any], tmp_path: Path) 
     for epoch in range(1, 3):
         of_epoch = waited[6 * epoch : 6 * epoch + 6]
         assert of_epoch[0] == of_epoch[-1]  # what comes one batch late is not waited for
+    assert known[0] is None
+    assert all(isinstance(loss, float) for loss in known[3:])
     history = trainer.history[-1]
     assert {"loss", "accuracy", "grad_norm", "grad/norm", "grad/4.weight/max"} <= history.keys()
     assert all(abs(value) < 1e3 for value in history.values())
@@ -260,6 +265,73 @@ def test_fp16_scales_and_lowers_the_scale_when_it_overflows(tmp_path: Path) -> N
     assert scale == scale_late < 2.0**40
     assert_same(at_once, late)
     assert_same(written_at_once, written_late)
+
+
+# -- data ----
+
+
+class Items(torch.utils.data.Dataset[Any]):
+    """Items that are drawn; which were made is seen in this process only."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        self.made.append(index)
+        if index == 9:
+            raise ValueError("item 9 is broken")
+        return index, torch.rand(())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_batch_is_carried_while_this_one_is_used(workers: int) -> None:
+    carried: list[list[int]] = []
+
+    def carry(batch: Any) -> Callable[[], Any]:
+        carried.append(batch[0].tolist())
+        return lambda: batch
+
+    loader = torch.utils.data.DataLoader(Items(), batch_size=2, num_workers=workers)
+    plain, ahead = BatchStream(loader), BatchStream(loader)
+    ahead.carry_by(carry)
+    found = []
+    for stream in (plain, ahead):
+        torch.manual_seed(3)
+        stream.begin_epoch(0)
+        batches = [stream.fetch() for _ in range(2)]
+        saved = stream.state_dict()
+        batches += [stream.fetch() for _ in range(2)]
+        with pytest.raises(ValueError, match="item 9 is broken"):
+            stream.fetch()
+        assert stream.position == 4
+        stream.load_state_dict(saved)
+        batches.append(stream.fetch())
+        stream.close()
+        found.append((saved["position"], batches))
+    (position, expected), (again, batches) = found
+    assert position == again == 2
+    assert torch.equal(
+        torch.stack([torch.stack([part.double() for part in batch]) for batch in expected]),
+        torch.stack([torch.stack([part.double() for part in batch]) for batch in batches]),
+    )
+    # Workers make batches ahead, so one is carried ahead; here the data set's own code runs when it is due.
+    in_order = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert carried == ([*in_order, [4, 5], [6, 7]] if workers else [*in_order, [4, 5]])
+
+
+def test_data_that_draws_nothing_is_carried_ahead() -> None:
+    carried: list[Any] = []
+    stream = BatchStream(trainings.loader(shuffle=False))
+    stream.carry_by(lambda batch: carried.append(batch) or (lambda: batch))
+    stream.begin_epoch(0)
+    counts = []
+    while stream.has_next:
+        stream.fetch()
+        counts.append(len(carried))
+    assert counts == [2, 3, 4, 5, 6, 6]
 
 
 # -- exactness ---------------------------------------------------------------------------------------

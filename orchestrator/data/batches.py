@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Looks", "count_samples", "first_samples", "pinned", "to_device"]
+__all__ = ["Looks", "count_samples", "first_samples", "leaves", "pinned", "to_device"]
 
 
 def count_samples(batch: Any) -> int:
@@ -79,12 +79,12 @@ class Looks:
     def __init__(self, batch: Any) -> None:
         self._leaves: list[tuple[Any, int]] = [
             (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, -1)
-            for leaf in _leaves(batch)
+            for leaf in leaves(batch)
         ]
 
     def changed(self, batch: Any) -> bool:
         """Whether `batch`, which is the same one, does not look so any more."""
-        now = _leaves(batch)
+        now = leaves(batch)
         return len(now) != len(self._leaves) or not all(map(_looks_so, now, self._leaves))
 
     def written(self) -> list[torch.Tensor]:
@@ -104,7 +104,8 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _leaves(batch: Any) -> list[Any]:
+def leaves(batch: Any) -> list[Any]:
+    """The tensors in `batch`, and what else is in its mappings, lists, tuples, dataclasses and objects with `.to`."""
     found: list[Any] = []
     _gather([batch], found)
     return found

@@ -252,6 +252,7 @@ class IterableSource:
     """
 
     waiting = False
+    looks_ahead = False  # it has made the next batch already
 
     def __init__(self, loader: DataLoader[Any], role: str) -> None:
         self._loader = loader

@@ -63,7 +63,7 @@ class BatchMaker(Dataset[Any]):
         self.collate_fn = loader.collate_fn
         self._batched = loader.batch_sampler is not None
         self._role = role
-        self._still = _draws_nothing(loader.dataset) and loader.collate_fn in (
+        self.still = _draws_nothing(loader.dataset) and loader.collate_fn in (
             default_collate,
             default_convert,
         )
@@ -74,13 +74,13 @@ class BatchMaker(Dataset[Any]):
 
     def find_generators(self) -> Found:
         """The generators that the data set and the collate function own."""
-        if self._still:
+        if self.still:
             return Found()
         return find_generators({"dataset": self.dataset, "collate_fn": self.collate_fn})
 
     def make(self, task: Task) -> Any:
         """The batch of `task`; all random states are afterwards what they were."""
-        if self._still:
+        if self.still:
             return self._load(task.indices)
         main = take_globals()
         kept: list[tuple[Generator, Any]] = []
@@ -96,7 +96,7 @@ class BatchMaker(Dataset[Any]):
     def __getitem__(self, task: Task) -> Any:
         """The batch of `task`; leaves the generators where its stream ended."""
         outlived_sigterm()
-        if self._still:
+        if self.still:
             return self._load(task.indices)
         self._find_owned(task.epoch)
         return self._load_seeded(task)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from orchestrator.data.acceptance import check_loader
+from orchestrator.data.carrying import Carry
 from orchestrator.data.errors import DataError
 from orchestrator.data.fingerprint import fingerprint_loader, fingerprint_sequence
 from orchestrator.data.generators import warn_of_unseeded
@@ -55,6 +56,17 @@ class BatchStream:
         self._origin = self._source.record()
         self._stands = True
         self._fingerprint: dict[str, Any] | None = None
+        self._carry: Carry | None = None
+        self._ahead: list[Any] = []
+        """What gives the batch after the one fetched last, which is on its way; or the exception that it made."""
+
+    def carry_by(self, carry: Carry) -> None:
+        """Let `carry` move each batch to a device, and begin with the next one while this one is used.
+
+        Looking ahead changes no batch where workers make them ahead anyway, or making them draws nothing; elsewhere
+        each is carried when it is fetched. Nothing of it is in a state: what was carried in vain is made again.
+        """
+        self._carry = carry
 
     @property
     def length(self) -> int | None:
@@ -107,7 +119,9 @@ class BatchStream:
         if not self._stands:
             self._stand(self._source.place())
         try:
-            batch = self._source.next()
+            batch = self._carried()
+            if self._source.looks_ahead and self._carry is not None:
+                self._look_ahead()
         except BaseException:
             # Tearing down takes seconds where a worker is stuck: that waits until the stream is used again,
             # or closed.
@@ -117,6 +131,26 @@ class BatchStream:
         if not self._source.has_next(self._position):
             self._source.end_epoch()
         return batch
+
+    def _carried(self) -> Any:
+        """The next batch, on the device where it is carried."""
+        if not self._ahead:
+            batch = self._source.next()
+            return batch if self._carry is None else self._carry(batch)()
+        batch = self._ahead.pop()
+        if isinstance(batch, _Failed):
+            raise batch.error
+        return batch()
+
+    def _look_ahead(self) -> None:
+        """Begin to carry the batch after the one at hand; an error that it makes is raised when its turn comes."""
+        if not self._source.has_next(self._position + 1):
+            return
+        try:
+            assert self._carry is not None
+            self._ahead.append(self._carry(self._source.next()))
+        except Exception as error:
+            self._ahead.append(_Failed(error))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: epoch, position, and the random states that fixed the epoch's order.
@@ -182,11 +216,13 @@ class BatchStream:
 
     def close(self) -> None:
         """End the data workers. The stream keeps its place, and a later `fetch` starts new ones."""
+        self._ahead.clear()
         self._source.close()
         self._stands = False
 
     def _drop_epoch(self) -> None:
         """Give up what is left of an epoch; after a failure the workers, even persistent ones, with it."""
+        self._ahead.clear()
         if self._stands:
             self._source.end_epoch()
         else:
@@ -194,6 +230,7 @@ class BatchStream:
 
     def _stand(self, place: dict[str, Any]) -> None:
         """Bring the source, whatever it was doing, to this stream's epoch and position."""
+        self._ahead.clear()
         if not self._stands:
             self._source.close()
         if self._epoch is None:
@@ -203,10 +240,20 @@ class BatchStream:
         self._stands = True
 
 
+class _Failed:
+    """An exception in place of a batch."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 class _Source(Protocol):
     """Where a stream's batches come from."""
 
     passes: int
+
+    @property
+    def looks_ahead(self) -> bool: ...
 
     @property
     def data(self) -> Any: ...
@@ -229,7 +276,7 @@ class _Source(Protocol):
 class _SequenceSource:
     """A list or tuple of batches: no order to draw, and nothing to make."""
 
-    waiting = False
+    waiting = looks_ahead = False
 
     def __init__(self, batches: list[Any] | tuple[Any, ...]) -> None:
         self._batches = batches
@@ -292,6 +339,10 @@ class _LoaderSource:
         self._maker = BatchMaker(loader, role)
         self._loading = Loading(loader, self._order, self._maker)
         warn_of_unseeded(self._maker.find_generators(), role, stacklevel=4)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._loader.num_workers > 0 or self._maker.still
 
     @property
     def data(self) -> Any:

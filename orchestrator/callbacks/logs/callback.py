@@ -187,8 +187,8 @@ class Logging(Callback):
             return
         trainer = self.trainer
         self._pace.mark(time.monotonic(), trainer.batches)
-        if trainer.metrics:
-            values = shown(trainer.metrics, self.metrics)
+        if trainer.latest:
+            values = shown(trainer.latest, self.metrics)
             self._seen = {name: value for name, value in values.items() if name != "batch_time"}
         self._live.draw()
 
