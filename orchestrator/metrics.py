@@ -70,11 +70,6 @@ class Average:
         self.total = 0.0
         self.weight = 0.0
 
-    def add(self, value: float, weight: float) -> None:
-        """Take in `value` with `weight` (the batch's size)."""
-        self.total += value * weight
-        self.weight += weight
-
     @property
     def value(self) -> float:
         """The mean of what was added; NaN if nothing was."""
@@ -143,7 +138,8 @@ class EpochMetrics:
             average = self._averages.get(name)
             if average is None:
                 average = self._averages[name] = Average()
-            average.add(value, samples)
+            average.total += value * samples
+            average.weight += samples
 
     def values(self) -> dict[str, float]:
         """The values over all batches since `reset`."""

@@ -277,6 +277,7 @@ class EvaluationWork(BatchWork):
         super().__init__(**common)
         self.model = model
         self._forward = forward
+        self._no_grad = torch.no_grad()  # made once: making one takes as long as entering it
         self.values: dict[str, float] = {}
 
     def begin_epoch(self) -> None:
@@ -286,18 +287,22 @@ class EvaluationWork(BatchWork):
 
     def forward(self) -> None:
         """Model and loss, without gradients."""
-        with torch.no_grad(), self.precision.autocast():
-            result = self._forward(self.model, self.data)
+        with self._no_grad:
+            if self.precision.name == "fp32":
+                result = self._forward(self.model, self.data)
+            else:
+                with self.precision.autocast():
+                    result = self._forward(self.model, self.data)
         self._count_loss(*_read_loss(result, training=False), "")
 
     def end_batch(self) -> None:
         """Fold the batch into the pass."""
-        self.tell_of_changed_data()
         self.close_batch()
         self.place.batches += 1
 
     def end_epoch(self) -> None:
         """The values over the whole loader."""
+        self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
         self.values = self.epoch_metrics.values()
 
     def finish(self) -> None:

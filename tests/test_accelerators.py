@@ -23,6 +23,7 @@ from late_device import Waits
 from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError
 from orchestrator.callbacks.watched import MissingMetricError
 from orchestrator.data import BatchStream
+from orchestrator.data.carrying import CudaCarrier
 from orchestrator.errors import NonFiniteAgainError
 from random_trainings import Description, build, descriptions, run_folders
 from states import State, Trigger
@@ -364,3 +365,113 @@ def test_any_training_is_the_same_late(description: Description, lag: int) -> No
             late.fit()
         assert_same(ending(at_once), ending(late))
         assert_same(journaled(at_once.run), journaled(late.run))
+
+
+# -- what is fast on an accelerator -------------------------------------------------------------------
+
+
+def images() -> torch.utils.data.DataLoader[Any]:
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(24, 3, 6, 6, generator=generator).to(memory_format=torch.channels_last)
+    dataset = torch.utils.data.TensorDataset(inputs, inputs.sum((1, 2, 3)).gt(0).long())
+    return torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=_channels_last)
+
+
+def _channels_last(items: list[Any]) -> list[torch.Tensor]:
+    inputs, targets = torch.utils.data.default_collate(items)
+    return [inputs.to(memory_format=torch.channels_last), targets]
+
+
+def convolutions() -> torch.nn.Module:
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(0.2)]
+    pooled = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2)]
+    return torch.nn.Sequential(*layers, *pooled).to(memory_format=torch.channels_last)
+
+
+FAST: dict[str, dict[str, Any]] = {
+    "fused AdamW": {"optimizer": fused},
+    "fused SGD": {"optimizer": fused_momentum, "accumulate": 2},
+    "channels_last": {"model": convolutions, "train_loader": images, "optimizer": fused, "precision": "bf16"},
+    "compiled": {"model": lambda: torch.compile(trainings.network(), backend="aot_eager", dynamic=False)},
+}
+
+
+@pytest.mark.parametrize("device", ["at once", "late"])
+@pytest.mark.parametrize("fast", FAST)
+def test_what_is_fast_is_exact(fast: str, device: str, tmp_path: Path) -> None:
+    """Interrupted after each of some transitions, in every state: the same end as unbroken."""
+
+    def make(root: Path, seed: int = 1) -> Any:
+        options = dict(FAST[fast])
+        loader = options.pop("train_loader", trainings.loader)()
+        return trainings.make(root, seed=seed, train_loader=loader, clip_grad_norm=0.5, **options)
+
+    with contextlib.nullcontext() if device == "at once" else slow(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unbroken = make(tmp_path / "unbroken")
+        unbroken.fit()
+        for attempt in range(9):
+            broken = make(tmp_path / "broken", seed=attempt + 1)
+            broken.start(resume="auto")
+            for _ in range(9):
+                broken.advance()
+            broken.close()
+        broken = make(tmp_path / "broken")
+        broken.fit(resume="auto")
+        if fast == "channels_last":
+            assert broken.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+        assert_same(ending(unbroken), ending(broken))
+        assert_same(journaled(unbroken.run), journaled(broken.run))
+
+
+# -- on a real one ------------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@on_cuda
+@pytest.mark.parametrize("nonfinite", ["halt", "skip"])
+def test_cuda_never_waits_within_an_epoch(nonfinite: str, tmp_path: Path) -> None:
+    """torch raises at every call that synchronises; pageable memory is left to the processor's batches."""
+    loader = trainings.loader(pin_memory=True)
+    trainer = trainings.make(
+        tmp_path, device="cuda", optimizer=fused, nonfinite=nonfinite, train_loader=loader, clip_grad_norm=0.5,
+        metrics={"accuracy": accuracy}, callbacks=[GradientStatistics(every=1)], checkpoint=None,
+    )  # fmt: skip
+    strictly = torch.cuda.set_sync_debug_mode
+    trainer.after(Trigger.FETCH)(lambda: strictly("error" if trainer.batches >= 2 else "default"))
+    trainer.before(Trigger.END_EPOCH)(lambda: strictly("default"))
+    try:
+        assert trainer.fit().state is State.DONE
+    finally:
+        strictly("default")
+
+
+@on_cuda
+@pytest.mark.parametrize("make", [fused, fused_momentum, None])
+def test_cuda_halts_with_the_weights_from_before(make: Any, tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path, device="cuda", optimizer=make, train_loader=poisoned(3))
+    before: dict[int, dict[str, torch.Tensor]] = {}
+    trainer.after(Trigger.END_BATCH)(lambda: before.update({trainer.batch: parameters(trainer)}))
+    with pytest.raises(NonFiniteError, match="epoch 0, batch 3"):
+        trainer.fit()
+    trainings.assert_equal(parameters(trainer), before[2])
+
+
+@on_cuda
+def test_cuda_carries_batches_whole(tmp_path: Path) -> None:
+    """By their own stream, used at once: what is computed from them is what the processor would."""
+    dataset = torch.utils.data.TensorDataset(torch.randn(512, 4096))
+    for workers, pins in ((0, False), (0, True), (2, True)):
+        loader = torch.utils.data.DataLoader(dataset, 32, num_workers=workers, pin_memory=pins)
+        stream = BatchStream(loader)
+        stream.carry_by(CudaCarrier(torch.device("cuda")))
+        stream.begin_epoch(0)
+        sums = []
+        while stream.has_next:
+            (inputs,) = stream.fetch()
+            sums.append((inputs @ inputs.T).sum())
+            del inputs  # its memory may be given to the next one
+        expected = [(part @ part.T).sum() for part in dataset.tensors[0].cuda().split(32)]
+        assert torch.equal(torch.stack(sums), torch.stack(expected))
+        stream.close()

@@ -39,6 +39,7 @@ PARTS = {
         "--rounds",
         "5",
     ],
+    "Validation": ["evaluation.py"],
     "Checkpoints": ["checkpoint.py"],
     "Start and stop": ["startup.py"],
     "Time to batch N under kills": ["kills.py"],
@@ -46,6 +47,7 @@ PARTS = {
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
     "Real training": ["--batches", "200", "--rounds", "1"],
+    "Validation": ["--batches", "300", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Start and stop": ["--rounds", "1"],
     "Time to batch N under kills": ["--contenders", "interlock", "--seconds", "8", "--batches", "600"],

@@ -38,7 +38,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     Goes through mappings, lists, tuples, named tuples and dataclasses; an object that has `.to` is asked to
     move itself. Pinned tensors are copied without waiting. What holds nothing to move is returned as it is.
     """
-    if device.type == "cpu" and type(batch) in (list, tuple) and all(map(_is_on_cpu, batch)):
+    if device.type == "cpu" and _is_plain(batch) and all(part.is_cpu for part in batch):
         return type(batch)(batch)
 
     def moved(item: Any) -> Any:
@@ -47,10 +47,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return item.to(device)
 
     return _mapped(batch, moved, "to")
-
-
-def _is_on_cpu(item: Any) -> bool:
-    return type(item) is torch.Tensor and item.is_cpu
 
 
 def first_samples(batch: Any, samples: int) -> Any:
@@ -79,7 +75,7 @@ class Looks:
     def __init__(self, batch: Any) -> None:
         self._leaves: list[tuple[Any, int]] = [
             (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, -1)
-            for leaf in leaves(batch)
+            for leaf in (batch if _is_plain(batch) else leaves(batch))
         ]
 
     def changed(self, batch: Any) -> bool:
@@ -89,8 +85,20 @@ class Looks:
 
     def written(self) -> list[torch.Tensor]:
         """The tensors that were written to in place since."""
-        tensors = ((then(), version) for then, version in self._leaves if version != -1)
-        return [tensor for tensor, version in tensors if tensor is not None and _version(tensor) != version]
+        found = []
+        for then, version in self._leaves:
+            if version != -1 and (tensor := then()) is not None and _version(tensor) != version:
+                found.append(tensor)
+        return found
+
+
+def _is_tensor(item: Any) -> bool:
+    return type(item) is torch.Tensor
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether it is a list or tuple of nothing but tensors, as nearly every batch is."""
+    return type(batch) in (list, tuple) and all(map(_is_tensor, batch))
 
 
 def _looks_so(leaf: Any, before: tuple[Any, int]) -> bool:

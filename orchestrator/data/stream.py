@@ -119,9 +119,12 @@ class BatchStream:
         if not self._stands:
             self._stand(self._source.place())
         try:
-            batch = self._carried()
-            if self._source.looks_ahead and self._carry is not None:
-                self._look_ahead()
+            if self._carry is None:
+                batch = self._source.next()
+            else:
+                batch = self._carried(self._carry)
+                if self._source.looks_ahead:
+                    self._look_ahead(self._carry)
         except BaseException:
             # Tearing down takes seconds where a worker is stuck: that waits until the stream is used again,
             # or closed.
@@ -132,23 +135,21 @@ class BatchStream:
             self._source.end_epoch()
         return batch
 
-    def _carried(self) -> Any:
-        """The next batch, on the device where it is carried."""
+    def _carried(self, carry: Carry) -> Any:
+        """The next batch, on the device."""
         if not self._ahead:
-            batch = self._source.next()
-            return batch if self._carry is None else self._carry(batch)()
+            return carry(self._source.next())()
         batch = self._ahead.pop()
         if isinstance(batch, _Failed):
             raise batch.error
         return batch()
 
-    def _look_ahead(self) -> None:
+    def _look_ahead(self, carry: Carry) -> None:
         """Begin to carry the batch after the one at hand; an error that it makes is raised when its turn comes."""
         if not self._source.has_next(self._position + 1):
             return
         try:
-            assert self._carry is not None
-            self._ahead.append(self._carry(self._source.next()))
+            self._ahead.append(carry(self._source.next()))
         except Exception as error:
             self._ahead.append(_Failed(error))
 
