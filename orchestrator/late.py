@@ -45,7 +45,8 @@ class CudaLink:
 
     def send(self, values: Tensor) -> Array:
         """See `Link`. The pinned memory is reused by torch, and not before the copy is done."""
-        values = values.detach().reshape(-1)
+        # Of one type with the target: torch converts on the processor, at once, what has not been copied yet.
+        values = values.detach().reshape(-1).to(torch.float64).contiguous()
         target = torch.empty(values.numel(), dtype=torch.float64, pin_memory=True)
         target.copy_(values, non_blocking=True)
         array: Array = target.numpy()

@@ -63,7 +63,6 @@ class _Flight:
 
     values: LateValues
     arrivals: list[Callable[[], None]] = field(default_factory=list)
-    steps: int = 0
     norm: float | None = None
     """The gradient norm of the newest step that was not skipped, as far as is known."""
     skipped: bool = False

@@ -163,8 +163,9 @@ def step_unless(optimizer: Optimizer, suppressed: Tensor) -> None:
 
 
 def flag_nonfinite(flag: Tensor, values: list[Tensor]) -> None:
-    """Set `flag`, a float32 scalar, to 1.0 where one of `values`, scalars on its device, is not finite."""
-    checked = torch.stack([value.detach().double() for value in values])
+    """Set `flag`, a float32 scalar, to 1.0 where one of `values`, scalars, is not finite."""
+    there = [value.detach().to(flag.device, torch.float64, non_blocking=True) for value in values]
+    checked = torch.stack(there)
     torch._amp_foreach_non_finite_check_and_unscale_([checked], flag, torch.ones_like(flag))
 
 

@@ -20,7 +20,7 @@ import late_device
 import trainings
 from exactness import assert_same, assert_sound, ending, recorded
 from late_device import Waits
-from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError
+from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError, late
 from orchestrator.callbacks.watched import MissingMetricError
 from orchestrator.data import BatchStream
 from orchestrator.data.carrying import CudaCarrier
@@ -445,6 +445,22 @@ def test_cuda_never_waits_within_an_epoch(nonfinite: str, tmp_path: Path) -> Non
         assert trainer.fit().state is State.DONE
     finally:
         strictly("default")
+
+
+@on_cuda
+def test_cuda_sends_numbers_as_they_are_at_that_point() -> None:
+    link = late.CudaLink(torch.device("cuda"))
+    big = torch.randn(4096, 4096, device="cuda")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool):
+        value = torch.ones(3, 2, device="cuda").to(dtype).t()
+        for _ in range(20):
+            big = big @ big / 4096  # keeps the device busy
+        array = link.send(value)
+        value.zero_()
+        mark = link.mark()
+        mark.synchronize()
+        assert mark.query()
+        assert array.tolist() == [1.0] * 6
 
 
 @on_cuda
