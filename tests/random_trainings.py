@@ -311,7 +311,8 @@ def _optimizer(d: Description, parameters: list[nn.Parameter]) -> Optimizer:
     make = {
         "SGD": partial(torch.optim.SGD, momentum=0.9),
         "Adam-amsgrad": partial(torch.optim.Adam, amsgrad=True),
-        "SGD-fused": partial(torch.optim.SGD, momentum=0.9, fused=True),
+        # For bfloat16 torch's kernel reads momentum that it has not written yet (2.13, on the processor).
+        "SGD-fused": partial(torch.optim.SGD, momentum=0.9, fused=d.parameters != "bf16"),
         "AdamW-fused": partial(torch.optim.AdamW, fused=True),
     }
     found: Optimizer = make.get(d.optimizer, getattr(torch.optim, d.optimizer.split("-")[0]))(groups, lr=0.02)
