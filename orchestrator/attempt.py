@@ -181,17 +181,31 @@ class Attempt:
             self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
 
     def writer(self, arc: int) -> Callable[[], None]:
-        """What writes `arc` down as `record` does, sooner where it continues the batch at hand."""
-        if not _OF_A_BATCH[arc] or len(self._settings.phases) > 1:
-            return partial(self.record, arc)
-        work, line, recorder, record = self._work, self._line, self._recorder, self.record
+        """What writes `arc` down as `record` does, sooner where it is one of a batch."""
+        record = partial(self.record, arc)
+        if len(self._settings.phases) > 1:
+            return record
+        return self._hurried(arc, self._line, self._work, 0, record, self._close_batch)
+
+    def _hurried(
+        self,
+        arc: int,
+        line: Line,
+        work: BatchWork,
+        phase: int,
+        record: Callable[[], None],
+        close: Callable[[int], None],
+    ) -> Callable[[], None]:
+        """What does `record` where the frame at hand can be gone on with, and `close` at the end of a batch."""
+        if not _OF_A_BATCH[arc]:
+            return record
+        recorder, begin = self._recorder, line.beginner(arc, phase)
         words, losses, read, offset = recorder.words, recorder.losses, time.perf_counter_ns, recorder.offset
-        step, carries, closes = PRESENT | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
-        begin = line.beginner(arc)
+        step, carries, closes = PRESENT | phase << 16 | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
 
         def write_first() -> None:
             if work.note:
-                record(arc)
+                record()
             else:
                 place = work.place
                 begin(place.epoch, place.batch)
@@ -199,7 +213,7 @@ class Attempt:
         def write() -> None:
             at = line.at
             if at == line.end or work.note or (carries and not line.free):
-                record(arc)
+                record()
                 return
             if carries:
                 losses[line.first + TO_LOSS] = work.loss
@@ -208,7 +222,7 @@ class Attempt:
             words[at] = step
             line.at = at + 1
             if closes:
-                self._close_batch(now)
+                close(now)
 
         return write_first if ARCS[arc].trigger is Trigger.FETCH else write
 
@@ -218,6 +232,9 @@ class Attempt:
         if work.metrics:
             place = work.place
             self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
+        self._look(now)
+
+    def _look(self, now: int) -> None:
         if now >= self._look_at:
             self._look_at = now + _LOOKS_NS
             self._asked.open = True
@@ -249,17 +266,24 @@ class Attempt:
             if found:
                 self._journal.metrics(scope, epoch, batch, step, found, now, seq=self.seq)
 
-    def begin_validation(self, name: str) -> None:
-        """A validation pass begins; its transitions are timed by themselves, being part of one of the training."""
-        self._validation_line(name).restart()
+    def begin_validation(self, name: str, work: BatchWork) -> Callable[[int], Callable[[], None]]:
+        """A validation pass begins; its transitions are timed by themselves, being part of one of the training.
+
+        Returns what gives, for an arc, what writes it down as `record_validation` does.
+        """
+        line = self._validation_line(name)
+        line.restart()
+
+        def writer(arc: int) -> Callable[[], None]:
+            record = partial(self.record_validation, arc, name, work)
+            return self._hurried(arc, line, work, self._no_phase, record, self._look)
+
+        return writer
 
     def record_validation(self, arc: int, name: str, work: BatchWork) -> None:
         """Write down a transition of a validation pass."""
         place = work.place
-        now = self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss)
-        if now >= self._look_at:
-            self._look_at = now + _LOOKS_NS
-            self._asked.open = True
+        self._look(self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss))
 
     def _validation_line(self, name: str) -> Line:
         return self._recorder.line(self._validation_scopes[f"validation/{name}"])

@@ -13,7 +13,7 @@ from torch import nn
 from orchestrator import late
 from orchestrator.data import BatchStream
 from orchestrator.late_work import LateEvaluationWork
-from orchestrator.loop import Asked, Loop
+from orchestrator.loop import Asked, Hook, Loop
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.numerics import Precision
 from orchestrator.phase import Forward
@@ -94,10 +94,11 @@ class Evaluation:
         epoch: int,
         asked: Asked = _NOBODY,
         halting: Callable[[], bool] = lambda: False,
+        writer: Callable[[int], Hook] | None = None,
     ) -> dict[str, float]:
-        """One pass of `model` over the loader; the metrics over all of it.
+        """One pass of `model` over the loader; the metrics over all of it. `writer` is as for `Loop.run`.
 
-        Raises GiveWay as soon as `halting()`, which is looked at after each batch, and wherever `asked.open`.
+        Raises GiveWay as soon as `halting()`, which is looked at wherever `asked.open`.
         """
         work, situation = self.work, self._situation
         self._loop.stand(State.IDLE)
@@ -109,7 +110,7 @@ class Evaluation:
             situation.halt = situation.halt or halting()
 
         with as_it_was(model, self._device):
-            self._loop.run(asked, look_up)
+            self._loop.run(asked, look_up, writer)
         if self._loop.state is State.HALTED:
             raise GiveWay
         return dict(work.values)

@@ -15,7 +15,7 @@ from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
 
-__all__ = ["Asked", "Loop", "NestedTriggerError"]
+__all__ = ["Asked", "Hook", "Loop", "NestedTriggerError"]
 
 Hook = Callable[[], object]
 HookT = TypeVar("HookT", bound=Hook)

@@ -373,10 +373,13 @@ class Training:
         self.attempt.record_validation(arc, self._under_way(), work)
         return self.attempt.last_seq
 
-    def begin_validation(self) -> None:
-        """A pass over a validation loader begins."""
-        if self.attempt is not None:
-            self.attempt.begin_validation(self._under_way())
+    def begin_validation(self) -> Callable[[int], Callable[[], object]] | None:
+        """A pass over a validation loader begins; what gives what writes an arc down, where that is to be hurried."""
+        evaluation = self.validation.under_way
+        if self.attempt is None or evaluation is None:
+            return None
+        writer = self.attempt.begin_validation(evaluation.name, evaluation.work)
+        return None if isinstance(evaluation.work, LateWork) else writer
 
     def _under_way(self) -> str:
         return "" if self.validation.under_way is None else self.validation.under_way.name

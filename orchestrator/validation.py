@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from orchestrator.evaluation import Evaluation
-from orchestrator.loop import Asked
+from orchestrator.loop import Asked, Hook
 from orchestrator.signals import GiveWay
 from orchestrator.snapshot.kept import Kept
 
@@ -40,9 +40,9 @@ class Validation:
         epoch: int,
         asked: Asked,
         halting: Callable[[], bool],
-        begin: Callable[[], None],
+        begin: Callable[[], Callable[[int], Hook] | None],
     ) -> dict[str, float]:
-        """The metrics of all loaders, `NAME/KEY`; `begin` is called before each.
+        """The metrics of all loaders, `NAME/KEY`; `begin` is called before each, and gives the writer of `Loop.run`.
 
         Raises GiveWay as soon as `halting()` (see `Evaluation.run`); generators and the model are then as before.
         """
@@ -53,9 +53,9 @@ class Validation:
         before = {name: evaluation.stream.between_epochs() for name, evaluation in self.evaluations.items()}
         for name, evaluation in self.evaluations.items():
             self.under_way = evaluation
-            begin()
+            writer = begin()
             try:
-                found = evaluation.run(model, epoch, asked, halting)
+                found = evaluation.run(model, epoch, asked, halting, writer)
             except GiveWay:
                 for begun, state in before.items():
                     self.evaluations[begun].stream.load_state_dict(state)

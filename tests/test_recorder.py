@@ -474,7 +474,7 @@ def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_pat
     recorder = make(tmp_path)
     line = recorder.line(0)
     line.lap(CYCLE[0], 0, 0, 0)
-    begin = line.beginner(CYCLE[0])
+    begin = line.beginner(CYCLE[0], 0)
     for batch in range(1, 1000):
         begin(0, batch)
         for at, arc in enumerate(CYCLE[1:5]):

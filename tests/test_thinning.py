@@ -128,7 +128,9 @@ def test_a_steady_pace_is_not_thinned(rate: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [55.0, 600.0, 1_900.0])
-def test_after_the_first_ten_thousand_values_there_are_no_more_than_fifty_points_a_second(rate: float) -> None:
+def test_after_the_first_ten_thousand_values_there_are_no_more_than_fifty_points_a_second(
+    rate: float,
+) -> None:
     now = 0.0
     pace = Pace(lambda: now)
     chosen = {}

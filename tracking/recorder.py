@@ -134,8 +134,8 @@ class Line:
         self.record(arc, phase, epoch, batch, time_ns, time_ns - self.time_ns, loss, note)
         return time_ns
 
-    def beginner(self, arc: int) -> Callable[[int, int], None]:
-        """What does for (epoch, batch) as `lap` does, where `arc`, without phase, loss and note, begins a batch."""
+    def beginner(self, arc: int, phase: int) -> Callable[[int, int], None]:
+        """What does for (epoch, batch) as `lap` does, where `arc`, without loss and note, begins a batch."""
         recorder, words, heads, buffer = (
             self._recorder,
             self._recorder.words,
@@ -143,7 +143,7 @@ class Line:
             self._recorder.map,
         )
         step, scope, ring, mask, offset = (
-            PRESENT | arc,
+            PRESENT | phase << 16 | arc,
             self._scope,
             recorder.ring,
             recorder.mask,
@@ -153,7 +153,7 @@ class Line:
         def begin(epoch: int, batch: int) -> None:
             at, first, position = self.at, self.first, recorder.head
             if recorder.newest is not self or at == first or position >= recorder.limit:
-                self.lap(arc, 0, epoch, batch)
+                self.lap(arc, phase, epoch, batch)
                 return
             now = _read() + offset
             seq = self._seq + at - first

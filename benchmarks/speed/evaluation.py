@@ -8,14 +8,13 @@ another, some hundred batches later. interlock's pass is that of a training, jou
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import warnings
 from functools import partial
 
 import torch
-from measuring import Cost, alternate, report
+from measuring import Cost, alternate, arguments, compared, report
 from torch import nn
 
 from orchestrator import Trainer, seed_everything
@@ -88,12 +87,8 @@ def cost(name: str, count: int, size: int) -> Cost:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=5000)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--size", type=int, default=32)
-    options = parser.parse_args()
+    options = arguments(__doc__, batches=5000, rounds=7, size=32).parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     chosen = {name: partial(cost, name, options.batches, options.size) for name in CONTENDERS}
-    report(alternate(chosen, options.rounds), "bare loop")
+    report(compared(alternate(chosen, options.rounds), "bare loop"), options.json)

@@ -24,6 +24,7 @@ from torch import nn
 
 from orchestrator import MLflow, Trainer, seed_everything
 
+
 class Stamped(nn.Module):
     """The network; notes the time at a first forward, the `warm`th, and at the last."""
 
