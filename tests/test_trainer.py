@@ -8,7 +8,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import trainings
-from orchestrator import Callback, Checkpointing, InterlockError, Phase, Trainer, seed_everything
+from orchestrator import (
+    Callback,
+    Checkpointing,
+    InterlockError,
+    LRScheduling,
+    Phase,
+    Trainer,
+    seed_everything,
+)
 from orchestrator.errors import ConfigurationError, LossError, TaintedError
 from orchestrator.loop import NestedTriggerError
 from states import State, Trigger
@@ -353,6 +361,24 @@ def test_an_empty_last_batch_closes_the_window(tmp_path: Path) -> None:
     assert last == [Trigger.FETCH, Trigger.STEP, Trigger.END_BATCH, Trigger.END_EPOCH, Trigger.FINISH]
 
 
+def test_a_schedule_by_a_batch_s_metric_passes_over_an_empty_one(tmp_path: Path) -> None:
+    """A batch that is empty closes a window, and has no loss."""
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    seen: list[float] = []
+    plateau.step = seen.append  # type: ignore[method-assign]
+    trainer = trainings.make(
+        tmp_path, model=model, optimizer=optimizer, train_loader=with_empty(5), epochs=1, accumulate=3,
+        scheduler=LRScheduling(plateau, every="batch", monitor="loss"),
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="empty"):
+        trainer.fit()
+    losses = [row.loss for row in rows(trainer, scope="train") if row.trigger is Trigger.FORWARD]
+    assert seen == [losses[2]]
+    assert trainer.updates == 2
+
+
 def test_an_epoch_without_any_batch(tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path, train_loader=[], epochs=2)
     assert trainer.fit().state is State.DONE
@@ -490,8 +516,6 @@ def test_bad_optimizers_and_schedulers(tmp_path: Path) -> None:
         trainings.make(tmp_path, optimizer=torch.optim.SGD(other.parameters(), lr=1.0))
     with pytest.raises(ConfigurationError, match="LBFGS"):
         trainings.make(tmp_path, optimizer=lambda model: torch.optim.LBFGS(model.parameters()))
-    from orchestrator import LRScheduling
-
     model = trainings.network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)

@@ -125,8 +125,11 @@ class LRScheduling(Callback):
         return min(limits, default=0)
 
     def _after_update(self) -> None:
-        if not self.trainer.skipped and self.trainer.phase in self._phases:
-            self._step(self.trainer.metrics)
+        if self.trainer.skipped or self.trainer.phase not in self._phases:
+            return
+        if self.monitor is not None and self.trainer._training.work.situation.empty:
+            return  # it closes a window of batches before it, and has measured nothing to decide by
+        self._step(self.trainer.metrics)
 
     def _after_epoch(self) -> None:
         self._step(self.trainer.history[-1])
