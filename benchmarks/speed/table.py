@@ -1,7 +1,7 @@
 """All measurements of speed, one after the other; with --write they go to benchmarks/RESULTS.md and RESULTS.svg.
 
 Each is a script of its own here, which says what it measures. Peers that are not installed are left out. Nothing is
-judged.
+judged. What was measured is kept in RESULTS.json, so that a part can be measured again by itself.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from measuring import Row, read
+from measuring import read
 from plot import draw
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "RESULTS.md"
 PLOT = RESULTS.with_suffix(".svg")
+KEPT = RESULTS.with_suffix(".json")
 
 PARTS = {
     "Orchestration alone": ["dispatch.py"],
     "Orchestration alone, instructions": ["instructions.py"],
+    "Orchestration alone, part by part": ["parts.py"],
     "Real training": ["training.py"],
     "Real training, 5 ms a step": [
         "training.py",
-        "--width",
-        "2560",
-        "--size",
-        "128",
-        "--batches",
-        "300",
-        "--rounds",
-        "5",
+        *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "5"),
+    ],
+    "Real training, 5 ms a step, half a minute later": [
+        "training.py",
+        *("--width", "4096", "--size", "128", "--batches", "7000", "--warm", "4500", "--rounds", "3"),
+        *("--only", "interlock", "Ignite"),
     ],
     "Validation": ["evaluation.py"],
     "Checkpoints": ["checkpoint.py"],
@@ -46,6 +49,7 @@ PARTS = {
 }
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
+    "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
     "Real training": ["--batches", "200", "--rounds", "1"],
     "Validation": ["--batches", "300", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
@@ -75,13 +79,36 @@ def machine() -> str:
     return f"{model}, {system}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
-def measure(script: str, arguments: list[str]) -> tuple[str, list[Row]]:
-    """What a script prints, and its rows; none where it had nothing to measure with."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments, "--json", str(file)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return done.stdout.rstrip(), read(json.loads(file.read_text())) if file.exists() else []
+@dataclass(frozen=True)
+class Part:
+    """What a script printed and its rows (none where it had nothing to measure with), when, and on what."""
+
+    command: str
+    printed: str
+    rows: list[dict[str, Any]]
+    when: str
+    on: str
+
+    @classmethod
+    def measure(cls, script: str, arguments: list[str]) -> Part:
+        """Run the script, which shows what it measures."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments, "--json", str(file)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows = json.loads(file.read_text()) if file.exists() else []
+        shown = " ".join([script, *arguments])
+        return cls(shown, done.stdout.rstrip(), rows, str(date.today()), machine())
+
+
+def text(parts: Mapping[str, Part]) -> str:
+    """The page of the results."""
+    found = "# Results\n\nBy `make bench WRITE=1`. Contenders take turns. Medians, in brackets the least and the most; "
+    found += f"ratios are of runs side by side.\n\n![The results, drawn]({PLOT.name})\n"
+    for title, part in parts.items():
+        found += f"\n## {title}\n\n`python benchmarks/speed/{part.command}`, {part.when}. {part.on}.\n"
+        found += f"\n```\n{part.printed}\n```\n"
+    return found
 
 
 def main() -> None:
@@ -89,24 +116,24 @@ def main() -> None:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--write", action="store_true", help=f"write {RESULTS.name} and {PLOT.name}")
     either.add_argument("--quick", action="store_true", help="see that it runs; the numbers mean nothing")
+    parser.add_argument("--only", nargs="*", choices=PARTS, metavar="TITLE", help=f"of: {'; '.join(PARTS)}")
     options = parser.parse_args()
-    text = f"# Results\n\nBy `make bench WRITE=1`, {date.today()}. {machine()}.\n\n"
-    text += "Contenders take turns. Medians, in brackets the least and the most; ratios are of runs side by side.\n"
-    text += f"\n![The results, drawn]({PLOT.name})\n"
-    results: dict[str, list[Row]] = {}
+    measured: dict[str, Part] = {}
     for title, (script, *arguments) in PARTS.items():
-        if options.quick and title not in QUICKLY:
+        if (options.quick and title not in QUICKLY) or title not in (options.only or PARTS):
             continue
         print(f"-- {title}", flush=True)
-        printed, results[title] = measure(script, QUICKLY[title] if options.quick else arguments)
-        print(f"{printed}\n", flush=True)
-        shown = " ".join([script, *arguments])
-        text += f"\n## {title}\n\n`python benchmarks/speed/{shown}`\n\n```\n{printed}\n```\n"
+        measured[title] = Part.measure(script, QUICKLY[title] if options.quick else arguments)
+        print(f"{measured[title].printed}\n", flush=True)
+    if options.write and options.only:
+        kept = {title: Part(**part) for title, part in json.loads(KEPT.read_text()).items()}
+        measured = {title: (kept | measured)[title] for title in PARTS if title in kept | measured}
     with tempfile.TemporaryDirectory() as folder:
         file = PLOT if options.write else Path(folder) / PLOT.name
-        draw(results, file)
+        draw({title: read(part.rows) for title, part in measured.items()}, file)
     if options.write:
-        RESULTS.write_text(text)
+        KEPT.write_text(json.dumps({title: asdict(part) for title, part in measured.items()}, indent=1))
+        RESULTS.write_text(text(measured))
 
 
 if __name__ == "__main__":
