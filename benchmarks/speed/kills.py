@@ -170,7 +170,7 @@ def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
     return Outcome(
         None if end is None else end - starts[0],
         max((line.batch for line in lines), default=0),
-        len(starts) - 1,
+        len(starts) - (end is not None),
         tuple(first),
         tuple(again),
         0.0 if end is None else max(end - starts[0] - first[0] - new, 0.0),
