@@ -91,7 +91,10 @@ def fetch(folder: Path) -> Path:
         command.append("--no-build-isolation")
     subprocess.run([*command, *options, "--dest", str(folder), f"transitions=={VERSION}"], check=True)
     with tarfile.open(folder / f"transitions-{VERSION}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(folder, filter="data")
+        else:  # Python 3.11.2, which Debian 12 has
+            archive.extractall(folder)
     return folder / f"transitions-{VERSION}"
 
 
