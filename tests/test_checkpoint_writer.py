@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from test_encoding import same
 
-from orchestrator.snapshot.encoding import EncodingError
+from orchestrator.snapshot.encoding import Encoded, EncodingError
 from orchestrator.snapshot.filesystem import Disk
 from orchestrator.snapshot.staging import Staging
 from orchestrator.snapshot.storage import (
@@ -120,14 +122,14 @@ def test_staging_memory_is_allocated_once(tmp_path: Path) -> None:
             writer.submit(name(seq), smaller, {}).wait()
             assert staging._memory.data_ptr() == memory
         size = staging.size
-        writer.submit(name(5), {**tree, "moments": torch.ones(5000)}, {}).wait()
-        assert size + 20_000 <= staging.size <= size + 20_100
+        writer.submit(name(5), {**tree, "moments": torch.ones(50_000)}, {}).wait()
+        assert size + 200_000 - mmap.PAGESIZE < staging.size < size + 200_200 + mmap.PAGESIZE
     assert staging.size == 0
     for seq in range(1, 6):
         read_checkpoint(tmp_path / name(seq))
 
 
-def test_staged_copies_are_contiguous_and_exact() -> None:
+def test_staged_files_are_whole_and_exact_and_begin_at_a_page() -> None:
     tensors = {
         "t": torch.randn(5, 3).t(),
         "bits": torch.tensor([0x7FC00001, -1], dtype=torch.int32).view(torch.float32),
@@ -138,11 +140,16 @@ def test_staged_copies_are_contiguous_and_exact() -> None:
         "tiny": torch.randn(3).to(torch.float8_e5m2),
     }
     staging = Staging()
-    for _ in range(2):
-        found = staging.copy(tensors)
-        assert all(tensor.is_contiguous() for tensor in found.values())
-        assert same(found, {key: tensor.contiguous() for key, tensor in tensors.items()})
-    assert not {t.data_ptr() for t in tensors.values() if t.numel()} & {t.data_ptr() for t in found.values()}
+    for state in (tensors, {"t": torch.ones(2)}, tensors):
+        paths = {f"{at}{key}": tensor for key, tensor in state.items() for at in ("", "model/parameters/")}
+        staged = staging.copy(Encoded(None, paths))
+        expected = {key: tensor.contiguous() for key, tensor in state.items()}
+        assert list(staged.files) == ["model.safetensors", "state.safetensors"]
+        for content in staged.files.values():
+            assert torch.frombuffer(content, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE == 0
+            found = safetensors.torch.load(bytes(content))
+            assert found.keys() == expected.keys()
+            assert same({key: found[key] for key in expected}, expected)
 
 
 def test_a_failed_save_is_reported_once_and_the_next_one_works(tmp_path: Path) -> None:

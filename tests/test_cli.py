@@ -668,11 +668,13 @@ def checkpoint(run: RunFolder, seq: int, epoch: int, batch: int, state: State) -
     import torch
 
     from orchestrator.snapshot.encoding import encode
+    from orchestrator.snapshot.staging import Staging
     from orchestrator.snapshot.storage import checkpoint_name, write_checkpoint
 
     name = checkpoint_name(seq, 1, epoch, batch, state)
     tree = {"model": {"parameters": {"weight": torch.arange(1000.0)}}, "place": {"epoch": epoch}}
-    return write_checkpoint(run.checkpoints, name, manifest={"seq": seq}, encoded=encode(tree))
+    staged = Staging().copy(encode(tree))
+    return write_checkpoint(run.checkpoints, name, manifest={"seq": seq}, staged=staged)
 
 
 def test_every_byte_of_a_checkpoint_is_checked(tmp_path: Path) -> None:

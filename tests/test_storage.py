@@ -6,26 +6,29 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_encoding import same, trees
 
-from orchestrator.snapshot import chunks, manifest, storage
+from orchestrator.snapshot import manifest, storage
 from orchestrator.snapshot.chunks import InParallel, chunked
 from orchestrator.snapshot.encoding import Encoded, EncodingError, encode
-from orchestrator.snapshot.filesystem import DISK, Disk, FileSystem
+from orchestrator.snapshot.filesystem import DISK, Disk, FileSystem, write_file
+from orchestrator.snapshot.staging import Staged, Staging
 from orchestrator.snapshot.storage import (
     CheckpointDamaged,
     CheckpointExists,
@@ -54,7 +57,6 @@ SMALL = 512  # bytes of a chunk, so that little files have many
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "CHUNK", SMALL)
-    monkeypatch.setattr(chunks.chunked, "__defaults__", (SMALL,))
 
 
 def state(seed: int = 1) -> dict[str, Any]:
@@ -71,9 +73,13 @@ def state(seed: int = 1) -> dict[str, Any]:
     }
 
 
+def staged(tree: Any) -> Staged:
+    return Staging().copy(encode(tree))
+
+
 def write(parent: Path, name: str = NAME, tree: Any = None, **options: Any) -> Path:
-    encoded = encode(state() if tree is None else tree)
-    return write_checkpoint(parent, name, manifest={"seq": 7}, encoded=encoded, **options)
+    content = staged(state() if tree is None else tree)
+    return write_checkpoint(parent, name, manifest={"seq": 7}, staged=content, **options)
 
 
 # -- what is written is what is read -----------------------------------------------------------------
@@ -84,7 +90,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
         tmp_path / "checkpoints",
         NAME,
         manifest={"seq": 7, "loss": math.nan, "at": (1, 2)},
-        encoded=encode(state()),
+        staged=staged(state()),
     )
     assert path == tmp_path / "checkpoints" / NAME
     assert sorted(os.listdir(path)) == [
@@ -187,7 +193,8 @@ def test_tensors_read_are_ones_own(tmp_path: Path) -> None:
 
 
 def test_weights_may_be_called_otherwise(tmp_path: Path) -> None:
-    path = write(tmp_path, tree={"net": {"w": torch.ones(2)}}, weights=("net/",))
+    content = Staging().copy(encode({"net": {"w": torch.ones(2)}}), weights=("net/",))
+    path = write_checkpoint(tmp_path, NAME, manifest={}, staged=content)
     assert list(safetensors.torch.load_file(path / "model.safetensors")) == ["w"]
     assert torch.equal(read_checkpoint(path)[1]["net"]["w"], torch.ones(2))
 
@@ -247,12 +254,12 @@ def test_names_of_another_hand_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["files", "digest", "versions", "format_version", "$", 3])
 def test_keys_of_the_format_are_its_own(tmp_path: Path, key: Any) -> None:
     with pytest.raises(EncodingError, match="key that is not free"):
-        write_checkpoint(tmp_path, NAME, manifest={key: 1}, encoded=encode({}))
+        write_checkpoint(tmp_path, NAME, manifest={key: 1}, staged=staged({}))
 
 
 def test_no_tensors_in_manifests(tmp_path: Path) -> None:
     with pytest.raises(EncodingError, match="manifest/a/b"):
-        write_checkpoint(tmp_path, NAME, manifest={"a": {"b": torch.ones(1)}}, encoded=encode({}))
+        write_checkpoint(tmp_path, NAME, manifest={"a": {"b": torch.ones(1)}}, staged=staged({}))
 
 
 def test_removing_and_cleaning(tmp_path: Path) -> None:
@@ -409,7 +416,7 @@ class Volatile(Disk):
         self.unlisted.add(path)
         return file
 
-    def write(self, file: int, data: Sequence[memoryview]) -> int:
+    def write(self, file: int, data: memoryview) -> int:
         self.unsynced.add(self._paths[file])
         return super().write(file, data)
 
@@ -496,8 +503,8 @@ def test_a_fault_while_removing_leaves_it_whole_or_gone(tmp_path: Path, make: ty
 class Stingy(Disk):
     """Writes only some bytes of what it is given."""
 
-    def write(self, file: int, data: Sequence[memoryview]) -> int:
-        return super().write(file, [data[0][: 1 + data[0].nbytes // 2]])
+    def write(self, file: int, data: memoryview) -> int:
+        return super().write(file, data[: 1 + data.nbytes // 2])
 
 
 def test_short_writes_are_continued(tmp_path: Path) -> None:
@@ -505,8 +512,27 @@ def test_short_writes_are_continued(tmp_path: Path) -> None:
     assert same(read_checkpoint(path)[1], state())
 
 
+@pytest.mark.parametrize("folder", [None, Path("/dev/shm")], ids=["here", "in memory"])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_disk_takes_pieces_of_any_size_and_place(
+    tmp_path_factory: pytest.TempPathFactory, folder: Path | None, data: st.DataObject
+) -> None:
+    """Those that go past the page cache, those that cannot, and, in /dev/shm, where the file system may not."""
+    if folder is not None and not os.access(folder, os.W_OK):
+        pytest.skip(f"there is no {folder}")
+    memory = memoryview(mmap.mmap(-1, 1 << 20))
+    memory[:] = random.Random(1).randbytes(len(memory))
+    sizes = st.one_of(st.integers(1, 9000), st.sampled_from([512, 4096, 8192, 65536]))
+    places = data.draw(st.lists(st.tuples(st.sampled_from([0, 0, 4096, 512, 8, 1]), sizes), max_size=8))
+    pieces = [memory[begin : begin + size] for begin, size in places]
+    with tempfile.TemporaryDirectory(dir=folder or tmp_path_factory.getbasetemp()) as parent:
+        write_file(DISK, Path(parent) / "file", pieces)
+        assert (Path(parent) / "file").read_bytes() == b"".join(pieces)
+
+
 class Stuck(Disk):
-    def write(self, file: int, data: Sequence[memoryview]) -> int:
+    def write(self, file: int, data: memoryview) -> int:
         return 0
 
 
@@ -562,7 +588,7 @@ def write_until_killed(parent: Path, told: int) -> None:
     for seq in itertools.count(1):
         tree = {"seq": seq, "model": {"parameters": {"w": torch.full((300_000,), float(seq))}}}
         name = checkpoint_name(seq, 1, 0, seq, State.BATCH_END)
-        write_checkpoint(parent, name, manifest={"seq": seq}, encoded=encode(tree))
+        write_checkpoint(parent, name, manifest={"seq": seq}, staged=staged(tree))
         os.write(told, b".")
 
 
@@ -612,7 +638,7 @@ def assert_found(path: Path, file: str) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(
-        tmp_path_factory.mktemp("whole"), NAME, manifest={"é": 1e5}, encoded=encode(state())
+        tmp_path_factory.mktemp("whole"), NAME, manifest={"é": 1e5}, staged=staged(state())
     )
 
 
@@ -704,7 +730,9 @@ def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_whole_checkpoint_of_another_hand_is_refused(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, NAME, manifest={}, encoded=Encoded({"$": "from the future"}, {}))
+    path = write_checkpoint(
+        tmp_path, NAME, manifest={}, staged=Staging().copy(Encoded({"$": "from the future"}, {}))
+    )
     with pytest.raises(CheckpointFormatError, match="from the future"):
         read_checkpoint(path)
     verify_checkpoint(path)

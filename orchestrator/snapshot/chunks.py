@@ -21,7 +21,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def chunked(buffers: Iterable[memoryview], size: int = CHUNK) -> list[list[memoryview]]:
+def chunked(buffers: Iterable[memoryview], size: int) -> list[list[memoryview]]:
     """The bytes of `buffers`, one after another, cut into pieces of `size` in all; nothing is copied."""
     chunks: list[list[memoryview]] = []
     room = 0

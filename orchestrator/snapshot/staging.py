@@ -3,65 +3,95 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Staging"]
+from orchestrator.snapshot.contents import WEIGHTS, divided
+from orchestrator.snapshot.encoding import Encoded
+from orchestrator.snapshot.tensor_file import Entry, layout, memory
 
-_ALIGNMENT = 64
+__all__ = ["Staged", "Staging"]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A state as a checkpoint's files will hold it."""
+
+    document: Any
+    weights: Sequence[str]
+    """See `divided`."""
+    files: dict[str, memoryview]
+    """The whole content of each file of tensors; each begins at a page of memory, as direct writing wants it."""
 
 
 class Staging:
     """One stretch of memory, allocated when first needed and kept; larger states get a larger one.
 
-    What `copy` gave is overwritten by the next `copy`.
+    It is arranged as the files are, headers included, so that they are written from where they lie. What `copy` gave is
+    overwritten by the next `copy`.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._layout: object = None
-        self._views: dict[str, Tensor] = {}
+        self._places: list[Tensor] = []
+        self._files: dict[str, memoryview] = {}
 
     @property
     def size(self) -> int:
         """Bytes allocated."""
         return self._memory.numel()
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Contiguous copies of `tensors` in CPU memory, complete when this returns."""
-        devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
-        layout = bool(devices), tuple((name, t.dtype, t.shape) for name, t in tensors.items())
-        if layout != self._layout:
-            self._arrange(tensors, pinned=bool(devices))
-            self._layout = layout
+    def copy(self, encoded: Encoded, weights: Sequence[str] = WEIGHTS) -> Staged:
+        """A copy of the tensors in CPU memory, complete when this returns."""
+        files = divided(encoded.tensors, weights)
+        tensors = [tensor for within in files.values() for tensor in within.values()]
+        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        arrangement = (
+            bool(devices),
+            [(file, name, t.dtype, t.shape) for file, within in files.items() for name, t in within.items()],
+        )
+        if arrangement != self._layout:
+            self._arrange(files, pinned=bool(devices))
+            self._layout = arrangement
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                self._views[name].copy_(tensor, non_blocking=True)
+            for place, tensor in zip(self._places, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
         _wait_for(devices)
-        return dict(self._views)
+        return Staged(encoded.document, weights, dict(self._files))
 
     def release(self) -> None:
         """Give the memory back."""
-        self._layout, self._views = None, {}
+        self._layout, self._places, self._files = None, [], {}
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _arrange(self, tensors: Mapping[str, Tensor], *, pinned: bool) -> None:
-        """Give each tensor its place."""
-        places, end = {}, 0
-        for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            places[name] = end, end + size
-            end += size + -size % _ALIGNMENT
+    def _arrange(self, files: Mapping[str, Mapping[str, Tensor]], *, pinned: bool) -> None:
+        """Give each file its place, write its header there, and give each tensor its place in it."""
+        layouts = {name: layout(tensors) for name, tensors in files.items()}
+        starts, end = {}, 0
+        for name, (header, entries) in layouts.items():
+            starts[name] = end
+            size = len(header) + _end(entries)
+            end += size + -size % mmap.PAGESIZE
         if end > self.size or (pinned and not self._memory.is_pinned()):
             self.release()  # before the larger one is there: never two
             self._memory = _allocate(end, pinned)
-        self._views = {
-            name: self._memory[begin:stop].view(tensors[name].dtype).view(tensors[name].shape)
-            for name, (begin, stop) in places.items()
-        }
+        whole = memory(self._memory)
+        self._places, self._files, self._layout = [], {}, None
+        for name, (header, entries) in layouts.items():
+            first = starts[name] + len(header)
+            whole[starts[name] : first] = header
+            self._files[name] = whole[starts[name] : first + _end(entries)]
+            places = {e.name: self._memory[first + e.begin : first + e.end] for e in entries}
+            self._places += [places[key].view(t.dtype).view(t.shape) for key, t in files[name].items()]
+
+
+def _end(entries: Sequence[Entry]) -> int:
+    return entries[-1].end if entries else 0
 
 
 def _allocate(size: int, pinned: bool) -> Tensor:
@@ -69,8 +99,8 @@ def _allocate(size: int, pinned: bool) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     # Shared with forked data workers rather than copied on write: private memory would have to be copied page
     # by page at the first save after each fork (measured for 200 MB: 250 to 1,000 ms instead of 20).
-    memory: Any = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    shared: Any = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(shared, dtype=torch.uint8)
 
 
 def _wait_for(devices: Iterable[torch.device]) -> None:

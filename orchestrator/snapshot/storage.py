@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from orchestrator.snapshot.chunks import CHUNK, InParallel, chunked, sha256
-from orchestrator.snapshot.encoding import DecodingError, Encoded, decode
+from orchestrator.snapshot.chunks import CHUNK, InParallel, sha256
+from orchestrator.snapshot.contents import DOCUMENT, MODEL, STATE, by_path
+from orchestrator.snapshot.encoding import DecodingError, decode
 from orchestrator.snapshot.filesystem import DISK, FileSystem, discard, write_file
 from orchestrator.snapshot.manifest import (
     MANIFEST,
@@ -29,16 +28,12 @@ from orchestrator.snapshot.manifest import (
     sealed,
 )
 from orchestrator.snapshot.migrations import migrate
-from orchestrator.snapshot.tensor_file import (
-    METADATA,
-    HeaderError,
-    buffers,
-)
+from orchestrator.snapshot.staging import Staged
+from orchestrator.snapshot.tensor_file import HeaderError
 from orchestrator.snapshot.verified_file import VerifiedFile
 from states.errors import InterlockError
 
 __all__ = [
-    "WEIGHTS",
     "CheckpointDamaged",
     "CheckpointExists",
     "CheckpointFormatError",
@@ -56,12 +51,6 @@ __all__ = [
     "write_checkpoint",
 ]
 
-WEIGHTS = ("model/parameters/", "model/buffers/")
-"""The paths in a training's state whose tensors are the model's, stored under plain names."""
-
-_MODEL = "model.safetensors"
-_STATE = "state.safetensors"
-_DOCUMENT = "state.json"
 _LEFTOVER = ".tmp-"
 
 
@@ -82,18 +71,15 @@ def write_checkpoint(
     name: str,
     *,
     manifest: Mapping[str, Any],
-    encoded: Encoded,
+    staged: Staged,
     before_rename: Callable[[], None] | None = None,
-    weights: Sequence[str] = WEIGHTS,
     files: FileSystem = DISK,
 ) -> Path:
     """Write a checkpoint into folder `parent` and return its path; it is durable then.
 
     The order is: a temporary folder, its files, fsync of each and of the folder; `before_rename()`, in which
     what the checkpoint relies on is made durable; the rename that makes it a checkpoint; fsync of `parent`.
-    Chunks are hashed by other threads meanwhile. Tensors whose paths begin with one of `weights` are
-    written to model.safetensors without that beginning, all others to state.safetensors. Contiguous tensors in
-    CPU memory are written from where they are; they must not change meanwhile.
+    Chunks are hashed by other threads meanwhile. Nothing of `staged` is copied, so it must not change meanwhile.
 
     Raises CheckpointNameError, CheckpointExists and EncodingError (of the manifest) before anything is written;
     CheckpointWriteError where the disk fails; and what `before_rename` raises. After all of these there is
@@ -115,7 +101,7 @@ def write_checkpoint(
     try:
         with _explained(path, "nothing of it was kept"):
             _make_draft(draft, files)
-            _write_files(draft, document, _contents(encoded, weights), files)
+            _write_files(draft, document, _contents(staged), files)
         if before_rename is not None:
             before_rename()
         with _explained(path, "nothing of it was kept"):
@@ -152,50 +138,34 @@ def _make_draft(draft: Path, files: FileSystem) -> None:
     files.make_folder(draft)
 
 
-def _contents(encoded: Encoded, weights: Sequence[str]) -> dict[str, list[list[memoryview]]]:
+def _contents(staged: Staged) -> dict[str, list[memoryview]]:
     """What each file will hold, in chunks."""
-    model: dict[str, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in encoded.tensors.items():
-        plain = _plain(name, weights)
-        if plain is None or plain in model:
-            state[name] = tensor
-        else:
-            model[plain] = tensor
-    document = json.dumps({"weights": list(weights), "tree": encoded.document}, allow_nan=False).encode()
-    found = {_MODEL: buffers(model), _STATE: buffers(state), _DOCUMENT: [memoryview(document)]}
-    return {name: chunked(views) for name, views in found.items()}
-
-
-def _plain(name: str, weights: Sequence[str]) -> str | None:
-    """The name of a weight in model.safetensors; None for a tensor that belongs elsewhere."""
-    for beginning in weights:
-        plain = name.removeprefix(beginning)
-        if plain not in (name, "", METADATA):
-            return plain
-    return None
+    document = {"weights": list(staged.weights), "tree": staged.document}
+    text = json.dumps(document, allow_nan=False).encode()
+    files = {**staged.files, DOCUMENT: memoryview(text)}
+    return {
+        name: [content[begin : begin + CHUNK] for begin in range(0, content.nbytes, CHUNK)]
+        for name, content in files.items()
+    }
 
 
 def _write_files(
-    draft: Path,
-    manifest: Mapping[str, Any],
-    contents: Mapping[str, list[list[memoryview]]],
-    files: FileSystem,
+    draft: Path, manifest: Mapping[str, Any], contents: Mapping[str, list[memoryview]], files: FileSystem
 ) -> None:
-    every = [chunk for chunks in contents.values() for chunk in chunks]
+    every = [[chunk] for chunks in contents.values() for chunk in chunks]
     with InParallel(sha256, every) as hashing:
         for name, chunks in contents.items():
             write_file(files, draft / name, chunks)
         digests = iter(hashing.results())
     records = {
         name: FileRecord(
-            size=sum(part.nbytes for chunk in chunks for part in chunk),
+            size=sum(chunk.nbytes for chunk in chunks),
             chunk_size=CHUNK,
             sha256=[next(digests) for _ in chunks],
         )
         for name, chunks in contents.items()
     }
-    write_file(files, draft / MANIFEST, [[memoryview(sealed(manifest, records))]])
+    write_file(files, draft / MANIFEST, [memoryview(sealed(manifest, records))])
     files.sync_folder(draft)
 
 
@@ -210,10 +180,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
     Raises CheckpointDamaged, naming file, byte range and digests, or CheckpointFormatError.
     """
     manifest = manifest_as_written(path)
-    document, model, state = (VerifiedFile(path, name, manifest) for name in (_DOCUMENT, _MODEL, _STATE))
+    document, model, state = (VerifiedFile(path, name, manifest) for name in (DOCUMENT, MODEL, STATE))
     try:
         found = json.loads(document.content())
-        tensors = _by_path(model.tensors(), state.tensors(), found["weights"])
+        tensors = by_path(model.tensors(), state.tensors(), found["weights"])
         return migrate(manifest, decode(found["tree"], tensors))
     except (DecodingError, HeaderError, KeyError, ValueError) as error:
         # The hashes hold, so this is what was written.
@@ -229,18 +199,6 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     for name in manifest["files"]:
         VerifiedFile(path, name, manifest).verify()
     return manifest
-
-
-def _by_path(
-    model: Mapping[str, Tensor], state: Mapping[str, Tensor], weights: Sequence[str]
-) -> dict[str, Tensor]:
-    """The tensors of both files by their paths in the tree; undoes `_contents`."""
-    found = dict(state)
-    for name, tensor in model.items():
-        for beginning in weights:
-            # Where two paths lead to one plain name, the other one is in the file of all else.
-            found.setdefault(beginning + name, tensor)
-    return found
 
 
 # -- all of a run's checkpoints ----------------------------------------------------------------------

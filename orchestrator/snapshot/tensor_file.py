@@ -23,6 +23,7 @@ __all__ = [
     "HeaderError",
     "buffers",
     "header_length",
+    "layout",
     "memory",
     "read_header",
     "read_tensors",
@@ -53,6 +54,7 @@ DTYPES = {
 
 _NAMED = {name: dtype for dtype, name in DTYPES.items()}
 _LENGTH = 8
+_ALIGNMENT = 64  # of the first tensor in a file, and so in memory that is arranged as the file: a cache line
 
 
 class HeaderError(ValueError):
@@ -77,28 +79,36 @@ def memory(tensor: Tensor) -> memoryview:
     return memoryview(view)
 
 
-def buffers(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """A whole file as views of memory, in order: the header, then the tensors.
+def layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Entry]]:
+    """The beginning of a file of `tensors`, length and header, and where after it each of them is.
 
     Tensors come by descending size of element and then by name, so that each lies at a multiple of that
-    size. Only those that are not contiguous or not on the CPU are copied. dtypes as in DTYPES.
+    size. dtypes as in DTYPES.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    views, end = [], 0
-    for name in names:
+    entries, end = [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), begin, end))
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-        if end > begin:
-            views.append(memory(tensor.detach().cpu().contiguous()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH)
-    return [memoryview(len(text).to_bytes(_LENGTH, "little") + text), *views]
+    text += b" " * (-(_LENGTH + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH, "little") + text, entries
+
+
+def buffers(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """A whole file as views of memory, in order: the header, then the tensors as `layout` has them.
+
+    Only those that are not contiguous or not on the CPU are copied.
+    """
+    header, entries = layout(tensors)
+    found = [memory(tensors[e.name].detach().cpu().contiguous()) for e in entries if e.end > e.begin]
+    return [memoryview(header), *found]
 
 
 def header_length(start: bytes | bytearray, size: int) -> int:

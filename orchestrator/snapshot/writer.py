@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from orchestrator.snapshot.encoding import Encoded, decode, encode
+from orchestrator.snapshot.encoding import decode, encode
 from orchestrator.snapshot.filesystem import DISK, FileSystem
 from orchestrator.snapshot.manifest import check_manifest
-from orchestrator.snapshot.staging import Staging
+from orchestrator.snapshot.staging import Staged, Staging
 from orchestrator.snapshot.storage import write_checkpoint
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
@@ -118,7 +118,7 @@ class CheckpointWriter:
         encoded = encode(tree)
         kept = decode(check_manifest(manifest), {})
         self._wait()
-        staged = Encoded(encoded.document, self._staging.copy(encoded.tensors))
+        staged = self._staging.copy(encoded)
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
         thread = threading.Thread(target=self._write, args=arguments, name="interlock-checkpoint")
@@ -145,7 +145,7 @@ class CheckpointWriter:
     def _write(
         self,
         handle: SaveHandle,
-        encoded: Encoded,
+        staged: Staged,
         manifest: Mapping[str, Any],
         on_durable: Callable[[Path], None] | None,
     ) -> None:
@@ -154,7 +154,7 @@ class CheckpointWriter:
                 self._parent,
                 handle.name,
                 manifest=manifest,
-                encoded=encoded,
+                staged=staged,
                 before_rename=self._before_rename,
                 files=self._files,
             )
