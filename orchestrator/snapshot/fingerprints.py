@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.metric_states import capture_states, has_states
 from orchestrator.snapshot.names import unique_submodules
+from orchestrator.snapshot.tensor_file import memory
 from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.snapshot.users_code import SCALARS, has_users_variables, variables
 
@@ -56,6 +57,7 @@ _QUIET = frozenset(
     }
 )
 """Libraries whose objects are not looked into: they print, draw and log, or are looked at in other ways."""
+_READ = 1024
 _MANY = 256
 _PARTS = 16
 _DEPTH = 8
@@ -187,7 +189,6 @@ def _tensor(tensor: Tensor, versions: bool) -> Hashable:
     return "tensor", str(tensor.dtype), tuple(tensor.shape), version, _sample(tensor)
 
 
-@torch.no_grad()
 def _sample(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta" or is_uninitialized(tensor):
         return b""
@@ -195,16 +196,25 @@ def _sample(tensor: Tensor) -> bytes:
         tensor = tensor._values()
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return b""
-    tensor, size = tensor.detach().resolve_conj().resolve_neg(), tensor.numel()
-    if size > 1024:
-        chosen = torch.arange(0, size, size // 1024, device=tensor.device)
+    tensor, step = tensor.detach(), max(tensor.numel() // _READ, 1)
+    if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
+        tensor, step = _chosen(tensor, step), 1
+    elements = np.asarray(memory(tensor)).reshape(-1, tensor.element_size())
+    return hashlib.blake2b(elements[::step].tobytes(), digest_size=16).digest()
+
+
+@torch.no_grad()
+def _chosen(tensor: Tensor, step: int) -> Tensor:
+    """Each `step`-th element, in memory that can be read. Finding them takes ten times as long as reading them."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    if step > 1:
+        chosen = torch.arange(0, tensor.numel(), step, device=tensor.device)
         tensor = tensor[torch.unravel_index(chosen, tensor.shape)]
-    flat = tensor.reshape(-1).cpu().contiguous()
-    return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+    return tensor.cpu().contiguous()
 
 
 def _array(array: np.ndarray[Any, Any]) -> Hashable:
     if array.dtype.hasobject:
         return NOTHING
-    chosen = array.flat[:: max(array.size // 1024, 1)] if array.size else array
+    chosen = array.flat[:: max(array.size // _READ, 1)] if array.size else array
     return "array", str(array.dtype), array.shape, hashlib.blake2b(chosen.tobytes(), digest_size=16).digest()
