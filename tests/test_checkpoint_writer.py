@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from test_encoding import same
 
+from orchestrator.snapshot import storage
+from orchestrator.snapshot.chunks import sha256
 from orchestrator.snapshot.encoding import Encoded, EncodingError
 from orchestrator.snapshot.filesystem import Disk
 from orchestrator.snapshot.staging import Staging
@@ -54,6 +56,20 @@ class Gate(Disk):
 
 def full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_save_is_lost_that_comes_while_the_one_before_is_written(tmp_path: Path) -> None:
+    weight = torch.zeros(5_000_000)  # longer on its way to the disk than the loop is to the next save
+    handles: list[Any] = []
+    overlapping = 0
+    with CheckpointWriter(tmp_path) as writer:
+        for seq in range(8):
+            overlapping += bool(handles) and not handles[-1].done
+            handles.append(writer.submit(name(seq), {"w": weight}, {}))
+            weight += 1
+    assert overlapping > 0
+    for seq, handle in enumerate(handles):
+        assert read_checkpoint(handle.wait())[1]["w"].eq(seq).all()
 
 
 def test_live_tensors_may_change_as_soon_as_submit_returns(tmp_path: Path) -> None:
@@ -96,6 +112,29 @@ def test_saves_that_come_too_soon_wait_and_none_is_skipped(tmp_path: Path) -> No
     assert [path.name for path in list_checkpoints(tmp_path)] == [name(seq) for seq in range(5, 0, -1)]
     for number, handle in enumerate(handles):
         assert read_checkpoint(handle.wait())[1]["w"].eq(number).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is the process's elsewhere")
+def test_the_processors_are_left_to_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[int]] = {}
+
+    def look() -> None:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        seen.setdefault(threading.current_thread().name, set()).add(nice)
+
+    def hashed(chunk: Sequence[memoryview]) -> str:
+        look()
+        time.sleep(0.01)  # so that more than one thread gets a turn
+        return sha256(chunk)
+
+    monkeypatch.setattr(storage, "sha256", hashed)
+    monkeypatch.setattr(storage, "CHUNK", 4096)
+    look()
+    before = seen.copy()
+    with CheckpointWriter(tmp_path, before_rename=look) as writer:
+        writer.submit(name(1), {"w": torch.ones(20_000)}, {}).wait()
+    look()
+    assert seen == {**before, "interlock-checkpoint": {19}, "interlock-chunks": {19}}
 
 
 def test_what_happens_in_which_order(tmp_path: Path) -> None:

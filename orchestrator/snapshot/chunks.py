@@ -11,8 +11,12 @@ from typing import Any, Generic, TypeVar
 
 __all__ = ["CHUNK", "TOGETHER", "InParallel", "after", "chunked", "sha256"]
 
-CHUNK = 4 << 20
-"""Bytes of a file under one digest; its last chunk may be shorter."""
+CHUNK = 16 << 20
+"""Bytes of a file under one digest; its last chunk may be shorter.
+
+As many as keep the training's thread from waiting: whoever has hashed or written one takes the interpreter's lock for a
+moment, and with a quarter of the size steps of half a millisecond took 1.3 times as long meanwhile, not 1.1.
+"""
 
 TOGETHER = 512
 """How many buffers one system call is given; Linux allows 1,024."""

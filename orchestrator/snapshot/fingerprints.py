@@ -79,13 +79,14 @@ class Fingerprints:
         self._captured = captured
         self._known = known
         self._open: set[int] = set()
+        self._tensors: dict[int, tuple[Tensor, Hashable]] = {}
 
     def of(self, value: Any, depth: int = 0) -> Hashable:
         """The fingerprint of `value`: equal while it has not changed."""
         if isinstance(value, SCALARS):
             return type(value).__name__, repr(value) if isinstance(value, float | complex) else value
         if isinstance(value, Tensor):
-            return NOTHING if memory_of(value) in self._captured else _tensor(value, self._versions)
+            return self._tensor(value)
         if isinstance(value, np.ndarray | np.generic):
             return _array(np.asarray(value))
         if depth > _DEPTH:
@@ -99,6 +100,13 @@ class Fingerprints:
             return self._inside(value, depth)
         finally:
             self._open.discard(id(value))
+
+    def _tensor(self, value: Tensor) -> Hashable:
+        # One that is met again was read already. It is kept, so that its id stays its own.
+        if id(value) not in self._tensors:
+            known = memory_of(value) in self._captured
+            self._tensors[id(value)] = value, NOTHING if known else _tensor(value, self._versions)
+        return self._tensors[id(value)][1]
 
     def _inside(self, value: Any, depth: int) -> Hashable:
         if isinstance(value, set | frozenset):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,7 +124,7 @@ class CheckpointWriter:
         staged = self._staging.copy(encoded)
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
-        thread = threading.Thread(target=self._write, args=arguments, name="interlock-checkpoint")
+        thread = threading.Thread(target=self._write_yielding, args=arguments, name="interlock-checkpoint")
         try:
             thread.start()
             self._thread = thread  # not before: one that was never started cannot be waited for
@@ -141,6 +144,15 @@ class CheckpointWriter:
             raise WriterClosedError(
                 "a save cannot be begun by `on_durable` of another; ask for it from the loop"
             )
+
+    def _write_yielding(self, *arguments: Any) -> None:
+        """Write, and leave the processors to the training wherever it wants them."""
+        # On Linux a thread has a niceness of its own, and hands it on to those that it starts. The lowest there is, but
+        # not SCHED_IDLE, which never gets a turn beside training threads that spin while they wait for each other.
+        if sys.platform == "linux":
+            with suppress(OSError):  # a sandbox that refuses it must not cost the checkpoint
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        self._write(*arguments)
 
     def _write(
         self,
