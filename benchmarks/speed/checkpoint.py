@@ -7,7 +7,6 @@ transitions; what is timed is the call. Contenders take turns, each round in ano
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from measuring import Figure
+from measuring import Figure, arguments, beside, keep
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -258,10 +257,7 @@ def print_slowing(measurement: Measurement, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = arguments(__doc__, megabytes=500, rounds=7).parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1"}
     dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory() as root:
@@ -271,4 +267,6 @@ if __name__ == "__main__":
         print_times(measurement, options.rounds)
         print_slowing(measurement, options.rounds)
         measurement.trainer.close()
+    in_ms = {name: [value * 1000 for value in values] for name, values in measurement.found.items()}
+    keep(beside(in_ms, COPY, "ms"), options.json)
     dist.destroy_process_group()

@@ -22,6 +22,7 @@ __all__ = [
     "beside",
     "compared",
     "installed",
+    "keep",
     "read",
     "report",
 ]
@@ -155,12 +156,17 @@ def report(rows: Sequence[Row], file: Path | None) -> None:
             print(row.name)
         named = row.name
         print(f"    {row.measure:8} {row}")
+    keep(rows, file)
+
+
+def keep(rows: Sequence[Row], file: Path | None) -> None:
+    """Write the rows to `file` if there is one, for `read`."""
     if file is not None:
         file.write_text(json.dumps([asdict(row) for row in rows]))
 
 
 def read(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The rows that `report` has written."""
+    """The rows that `keep` has written."""
 
     def figure(found: Mapping[str, float] | None) -> Figure | None:
         return None if found is None else Figure(**found)
