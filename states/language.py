@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from states.table import EVALUATION, TERMINAL, TRAINING, Row, State, Trigger, arcs
 
 __all__ = [
     "TRAINING_SCOPE",
+    "Chain",
     "JournalReader",
     "JournalRow",
     "Move",
@@ -84,6 +86,38 @@ def legal_triggers(state: State, table: tuple[Row, ...] = TRAINING) -> tuple[Tri
     return tuple(dict.fromkeys(row.trigger for row in table if state in row.sources))
 
 
+class Chain:
+    """Moves of which each begins where the one before ended: only where they begin and end matters to a word.
+
+    Made once for millions of rows that are alike.
+    """
+
+    def __init__(self, moves: Sequence[tuple[Trigger, State, State]]) -> None:
+        self.moves = tuple(Move(*move) for move in moves)
+        self.length = len(self.moves)
+        self.source, self.dest = self.moves[0].source, self.moves[-1].dest
+        self._linked = all(one.dest is next_.source for one, next_ in pairwise(self.moves))
+        self.leaves_idle = any(move.source is State.IDLE for move in self.moves)
+        self.ends = self.dest in TERMINAL
+        self.fetches = sum(move.trigger is Trigger.FETCH for move in self.moves)
+        """How many batches are taken in it."""
+        self.turns = any(move.trigger in (Trigger.BEGIN_EPOCH, Trigger.RESUME) for move in self.moves)
+        """Whether it goes on in another epoch than that of the move before it, or may."""
+        self._within: dict[int, bool] = {}
+
+    def within(self, table: tuple[Row, ...]) -> bool:
+        """Whether it is a chain, all of moves of the table."""
+        found = self._within.get(id(table))
+        if found is None:
+            legal = {(arc.trigger, arc.source, arc.dest) for arc in arcs(table)}
+            found = self._within[id(table)] = self._linked and all(move in legal for move in self.moves)
+        return found
+
+    def cut(self, length: int) -> tuple[Chain, Chain]:
+        """The first `length` moves, and the others."""
+        return Chain(self.moves[:length]), Chain(self.moves[length:])
+
+
 class Reader:
     """Reads one word, move by move.
 
@@ -106,6 +140,13 @@ class Reader:
         if problem is None:
             self.state = move.dest
         return problem
+
+    def feed_chain(self, chain: Chain) -> bool:
+        """Read a chain's moves at once, none an attempt's first; False, and nothing read, if that is illegal."""
+        if chain.source is not self.state or not chain.within(self._table):
+            return False
+        self.state = chain.dest
+        return True
 
     def _problem(self, move: Move, begins_attempt: bool) -> str | None:
         trigger, source, dest = move
@@ -179,6 +220,19 @@ class JournalReader:
         if self._pass is not None and self._pass.state in TERMINAL:
             self._pass = None
         return problem and f"{row.scope}: {problem}"
+
+    def feed_chain(self, attempt: int, scope: str, chain: Chain) -> bool:
+        """Read rows that go on with the word at hand at once, if they are legal and that is all they do.
+
+        False, and nothing read, where they are to be read one by one.
+        """
+        if attempt != self._attempt:
+            return False
+        if scope == TRAINING_SCOPE:
+            return self._pass is None and self.training.feed_chain(chain)
+        if self._pass is None or scope != self._pass_scope or chain.leaves_idle or chain.ends:
+            return False
+        return self._pass.feed_chain(chain)
 
     def _unfinished(self, scope: str, move: Move) -> str | None:
         """What is wrong if `move` follows a pass that has not ended."""

@@ -111,7 +111,7 @@ def assert_sound(run: RunFolder) -> None:
     with Journal.open(run) as journal:
         assert first_illegal_row(journal.transitions()) is None
         asked = questions(journal.attempts())
-        findings = ask(asked, journal.transitions(include_superseded=True))
+        findings = ask(asked, journal.packed())
     assert [finding for finding in findings if not finding.good] == []
 
 

@@ -9,7 +9,7 @@ from tracking.packing import ROW_LENGTH, to_number
 from tracking.rows import TRAIN, Loss
 from tracking.schema import UNPACKED_TRANSITIONS
 
-__all__ = ["Query", "find_row", "losses_of"]
+__all__ = ["Query", "Stretch", "find_row", "losses_of", "stretches_of_epoch"]
 
 Query = Callable[..., list[Any]]
 """Runs an SQL statement with its arguments in a read transaction of its own; the rows."""
@@ -27,8 +27,8 @@ _LOSSES = f"""
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """The transitions of one attempt that stand: those from seq `first` to seq `last`."""
+class Stretch:
+    """Transitions of one attempt: those from seq `first` to seq `last`."""
 
     first: int
     last: int
@@ -45,7 +45,7 @@ class _Key:
 def losses_of(query: Query, after: int, until: int | None) -> Iterator[Loss]:
     """What `Journal.losses` yields."""
     scope = _training(query)
-    for stretch in _standing(query):
+    for stretch in _stretches(query, standing=True):
         last = stretch.last if until is None else min(until, stretch.last)
         done = max(after, stretch.first - 1)
         while done < last:
@@ -84,12 +84,45 @@ def find_row(
     return found[0] if found else None
 
 
+def stretches_of_epoch(query: Query, epoch: int) -> list[Stretch]:
+    """Where the journal's transitions of an epoch are, oldest first, superseded or not, and little else.
+
+    Takes no scan: within an attempt the training's epochs go up with seq, so it bisects. A validation pass lies
+    between transitions of the epoch that it belongs to, or at the end of its attempt.
+    """
+    scope = _training(query)
+
+    def first_from(stretch: Stretch, epoch: int) -> int:
+        low, high = stretch.first, stretch.last + 1
+        while low < high:
+            middle = (low + high) // 2
+            rows = query(
+                """SELECT epoch FROM packed_transitions
+                   WHERE seq >= ? AND seq <= ? AND scope = ? ORDER BY seq DESC LIMIT 1""",
+                stretch.first,
+                middle,
+                scope,
+            )
+            if rows and rows[0][0] >= epoch:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    found = []
+    for attempt in _stretches(query, standing=False):
+        first, beyond = first_from(attempt, epoch), first_from(attempt, epoch + 1)
+        if first < beyond:
+            found.append(Stretch(first, beyond - 1))
+    return found
+
+
 class _Search:
     """Bisects what stands of the training, in which epochs and batches go up with seq."""
 
     def __init__(self, query: Query):
         self._query = query
-        self._stretches = _standing(query)
+        self._stretches = _stretches(query, standing=True)
         self.scope = _training(query)
 
     def at(self, seq: int) -> _Key | None:
@@ -127,13 +160,13 @@ def _training(query: Query) -> int:
     return int(rows[0][0]) if rows else -1
 
 
-def _standing(query: Query) -> list[_Stretch]:
-    """The stretches that stand, oldest first; none is empty."""
+def _stretches(query: Query, *, standing: bool) -> list[Stretch]:
+    """The stretches of the attempts, oldest first, or what stands of them; none is empty."""
     attempts = query("SELECT first_seq, kept_until FROM attempts ORDER BY attempt")
     newest = query("SELECT coalesce(max(seq), 0) FROM packed_transitions")[0][0] + ROW_LENGTH
     begins = [*(first for first, _ in attempts), newest]
     stretches = [
-        _Stretch(first, beyond - 1 if kept is None else min(beyond - 1, kept))
+        Stretch(first, beyond - 1 if kept is None or not standing else min(beyond - 1, kept))
         for (first, kept), beyond in zip(attempts, begins[1:], strict=True)
     ]
     return [stretch for stretch in stretches if stretch.first <= stretch.last]

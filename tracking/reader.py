@@ -5,19 +5,39 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
+from states.language import Chain
 from states.table import State, Trigger
 from tracking.frames import Record, is_pending
 from tracking.packing import ROW_LENGTH, to_number
-from tracking.places import find_row, losses_of
+from tracking.places import find_row, losses_of, stretches_of_epoch
 from tracking.recorder import RecorderError
 from tracking.recorder_view import RecorderView, read_recorder
-from tracking.rows import TRAIN, Attempt, Checkpoint, LogRecord, Loss, Metric, Parent, RunInfo, Transition
+from tracking.rows import (
+    TRAIN,
+    Attempt,
+    Checkpoint,
+    LogRecord,
+    Loss,
+    Metric,
+    Packed,
+    Parent,
+    RunInfo,
+    Transition,
+)
 from tracking.runs import RunFolder
 from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained
 
 __all__ = ["Journal"]
 
 _PAGE = 4096  # rows a read transaction: short ones let the writer's WAL be emptied
+_LAST = 2**63 - 1
+
+_PACKED = """
+    SELECT packed.seq, packed.attempt, scopes.name, packed.epoch, packed.batch, packed.word, attempts.kept_until
+    FROM packed_transitions AS packed
+        CROSS JOIN attempts ON attempts.attempt = packed.attempt
+        CROSS JOIN scopes ON scopes.scope = packed.scope
+    WHERE packed.seq > ? ORDER BY packed.seq LIMIT 16384"""
 
 _ATTEMPT_COLUMNS = (
     "attempt, position, first_seq, started_ns, ended_ns, pid, host, process_started, end_state, outcome, "
@@ -95,8 +115,16 @@ class Journal:
         """Transitions with a seq greater than `after`, in the order of seq.
 
         `state` is the state reached. `live=True` goes on with those which are in the flight recorder only.
+        Of one epoch no others are read.
         """
         wanted = _Wanted(state, epoch, scope, include_superseded)
+        if epoch is not None:
+            newest = self.newest_seq()
+            for stretch in stretches_of_epoch(self._all, epoch):
+                for found in self._journaled(max(after, stretch.first - 1), min(stretch.last, newest)):
+                    if wanted.fits(found):
+                        yield found
+            after = max(after, newest)
         for found in self._journaled(after):
             after = found.seq
             if wanted.fits(found):
@@ -111,6 +139,43 @@ class Journal:
             for found in self._recorded(view, after):
                 if wanted.fits(found):
                     yield found
+
+    def packed(self, *, live: bool = False) -> Iterator[Packed]:
+        """All transitions, superseded or not, in the order of seq, as rows of several: for those who read millions.
+
+        `live` as in `transitions`.
+        """
+        chains: dict[int, Chain] = {}
+        after = 0
+        while rows := self._all(_PACKED, after):
+            if any(row[5] not in chains for row in rows):
+                chains = self._chains()
+            for first, attempt, scope, epoch, batch, word, kept_until in rows:
+                chain = chains.get(word)
+                if chain is None:
+                    continue
+                last = first + chain.length - 1
+                if kept_until is None or kept_until < first or last <= kept_until:
+                    gone = kept_until is not None and kept_until < first
+                    yield Packed(first, last, attempt, scope, epoch, batch, chain, gone)
+                else:
+                    stands, superseded = chain.cut(kept_until - first + 1)
+                    yield Packed(first, kept_until, attempt, scope, epoch, batch, stands, False)
+                    yield Packed(kept_until + 1, last, attempt, scope, epoch, batch, superseded, True)
+            after = rows[-1][0]
+        if live:
+            for found in self.transitions(after=self.newest_seq(), include_superseded=True, live=True):
+                place = (found.attempt, found.scope, found.epoch, found.batch)
+                move = Chain([(found.trigger, found.source, found.dest)])
+                yield Packed(found.seq, found.seq, *place, move, found.superseded)
+
+    def _chains(self) -> dict[int, Chain]:
+        found: dict[int, list[tuple[Trigger, State, State]]] = {}
+        for word, trigger, source, dest in self._all(
+            "SELECT word, trigger, source, dest FROM words ORDER BY word, pos"
+        ):
+            found.setdefault(word, []).append((_TRIGGERS[trigger], _STATES[source], _STATES[dest]))
+        return {word: Chain(moves) for word, moves in found.items()}
 
     def last_transition(self, scope: str = TRAIN, *, live: bool = True) -> Transition | None:
         """The newest transition of `scope` that is not superseded; None if there is none. Takes no scan."""
@@ -213,12 +278,13 @@ class Journal:
         except sqlite3.Error as error:
             raise explained(self.run.journal, error) from error
 
-    def _journaled(self, after: int) -> Iterator[Transition]:
+    def _journaled(self, after: int, until: int | None = None) -> Iterator[Transition]:
         while True:
             rows = self._all(
-                f"""SELECT * FROM ({UNPACKED_TRANSITIONS} WHERE packed.seq > ?1 - {ROW_LENGTH})
-                    WHERE seq > ?1 LIMIT {_PAGE}""",
+                f"""SELECT * FROM ({UNPACKED_TRANSITIONS} WHERE packed.seq > ?1 - {ROW_LENGTH} AND packed.seq <= ?2)
+                    WHERE seq > ?1 AND seq <= ?2 LIMIT {_PAGE}""",
                 after,
+                _LAST if until is None else until,
             )
             for row in rows:
                 yield _transition(row)
@@ -227,6 +293,8 @@ class Journal:
             after = rows[-1][0]
 
     def _recorder(self) -> RecorderView | None:
+        if not self._all("SELECT 1 FROM attempts WHERE outcome IS NULL LIMIT 1"):
+            return None  # all that it holds was taken into the journal when its attempt ended
         try:
             return read_recorder(self.run.recorder)
         except (OSError, RecorderError):
@@ -275,37 +343,10 @@ class _Wanted:
 
 
 def _transition(row: tuple[Any, ...]) -> Transition:
-    (
-        seq,
-        attempt,
-        scope,
-        epoch,
-        batch,
-        phase,
-        trigger,
-        source,
-        dest,
-        time_ns,
-        duration_ns,
-        loss,
-        note,
-        gone,
-    ) = row
+    seq, attempt, scope, epoch, batch, phase, trigger, source, dest, time_ns, took_ns, loss, note, gone = row
+    made = _TRIGGERS[trigger], _STATES[source], _STATES[dest], time_ns, took_ns
     return Transition(
-        seq,
-        attempt,
-        scope,
-        epoch,
-        batch,
-        phase,
-        _TRIGGERS[trigger],
-        _STATES[source],
-        _STATES[dest],
-        time_ns,
-        duration_ns,
-        to_number(loss),
-        note or "",
-        bool(gone),
+        seq, attempt, scope, epoch, batch, phase, *made, to_number(loss), note or "", bool(gone)
     )
 
 

@@ -1,9 +1,10 @@
-"""The values that go into a journal and come out of it, as plain frozen dataclasses."""
+"""The values that go into a journal and come out of it, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from states.language import Chain
 from states.table import State, Trigger
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Loss",
     "Metric",
     "Outcome",
+    "Packed",
     "Parent",
     "RunInfo",
     "Transition",
@@ -100,8 +102,7 @@ class Attempt:
     kept_until: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(NamedTuple):
     """One completed transition. `epoch` and `batch` are -1 where there is none.
 
     `loss` is None where there is none (or none yet); NaN is a loss that was NaN.
@@ -121,6 +122,22 @@ class Transition:
     loss: float | None
     note: str
     superseded: bool = False
+
+
+class Packed(NamedTuple):
+    """Consecutive transitions of one attempt, scope, epoch and batch, from seq `first` to `last`; see `Journal.packed`.
+
+    `chain` is what they are; the same object for all that are alike. All are superseded, or none is.
+    """
+
+    first: int
+    last: int
+    attempt: int
+    scope: str
+    epoch: int
+    batch: int
+    chain: Chain
+    superseded: bool
 
 
 class Loss(NamedTuple):

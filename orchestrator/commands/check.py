@@ -100,8 +100,7 @@ def _journal(run: RunFolder, journal: Journal) -> Iterator[Finding]:
     for _ in range(_TRIES):
         life = read_life(run, journal)
         asked = questions(life.attempts, branched=branched)
-        rows = journal.transitions(include_superseded=True, live=life.running or life.died)
-        findings = ask(asked, rows)
+        findings = ask(asked, journal.packed(live=life.running or life.died))
         # An attempt that begins or ends meanwhile changes what has been read: then it is read again.
         if _ends(read_life(run, journal)) == _ends(life):
             break

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unicodedata import east_asian_width
@@ -46,6 +47,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = 
 
 def padded(text: str, width: int, *, right: bool = False) -> str:
     """`text` filled up with spaces to `width` columns of a terminal."""
+    if text.isascii() and "\x1b" not in text:
+        return text.rjust(width) if right else text.ljust(width)
     fill = " " * max(width - _width(text), 0)
     return fill + text if right else text + fill
 
@@ -109,13 +112,18 @@ def age(nanoseconds: int) -> str:
 
 def date(time_ns: int) -> str:
     """Date and time of day, here: '2026-11-23 22:12:37'."""
-    return f"{datetime.fromtimestamp(time_ns // 1_000_000_000):%Y-%m-%d %H:%M:%S}"
+    return _second(time_ns // 1_000_000_000)
 
 
 def clock(time_ns: int) -> str:
     """Time of day, here, in milliseconds: '22:12:37.123'."""
     seconds, rest = divmod(time_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds):%H:%M:%S}.{rest // 1_000_000:03}"
+    return f"{_second(seconds)[11:]}.{rest // 1_000_000:03}"
+
+
+@lru_cache(maxsize=16)  # a log has thousands of lines of one second
+def _second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
@@ -132,6 +140,8 @@ def _plain(value: object) -> Any:
         return value
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, Path):

@@ -90,7 +90,7 @@ def log(
         if follow and tail is None:
             tail = _FOLLOW_FROM
         reading = _Reading(run, journal, wanted)
-        found = reading.from_the_start() if tail is None else reading.last(tail)
+        found = reading.all() if tail is None else reading.last(tail)
         if follow:
             found = reading.and_on(found)
         _write(map(to_json, found) if as_json else _lines(found), lines_at_once=1 if follow else 1000)
@@ -107,9 +107,10 @@ class _Reading:
         self._wanted = wanted
         self._after = 0
 
-    def from_the_start(self) -> Iterator[Transition]:
-        """All of them, the newest from the flight recorder."""
-        return self._next(live=True)
+    def all(self) -> Iterator[Transition]:
+        """All that fit, the newest from the flight recorder; of one epoch, only what is of it is read."""
+        found = self._journal.transitions(epoch=self._wanted.epoch, include_superseded=True, live=True)
+        return filter(self._wanted.fits, found)
 
     def last(self, amount: int) -> Iterator[Transition]:
         """The last `amount` that fit: looked for backwards, in stretches that grow."""
@@ -158,8 +159,12 @@ _MOVES = max(len(f"{arc.source.value} → {arc.dest.value} ({arc.trigger.value})
 
 
 def _lines(transitions: Iterable[Transition]) -> Iterator[str]:
-    day = ""
+    day, second = "", -1
     for found in transitions:
+        if found.time_ns // 1_000_000_000 == second:
+            yield _line(found)
+            continue
+        second = found.time_ns // 1_000_000_000
         today = date(found.time_ns)[:10]
         if today != day:  # the times below are of this day
             day = today

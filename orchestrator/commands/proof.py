@@ -1,14 +1,19 @@
-"""Is a journal what it should be? Its rows are read once, by checks that each watch over one thing."""
+"""Is a journal what it should be? Its rows are read once, by checks that each watch over one thing.
+
+A run has millions of transitions, and few kinds of packed rows. A check that can tell of a whole row that nothing is
+wrong with it says so; where it cannot, it is shown the row's transitions one by one, and names what it finds.
+"""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from orchestrator.commands.layout import count
 from states.language import JournalReader, Move, Reader
 from states.table import TRAINING, State, Trigger
-from tracking.journal import TRAIN, Attempt, Transition
+from tracking.journal import TRAIN, Attempt, Packed
 
 __all__ = ["Finding", "Question", "ask", "questions"]
 
@@ -24,13 +29,37 @@ class Finding:
     good: bool = True
 
 
+class Step(NamedTuple):
+    """What is asked about one transition."""
+
+    seq: int
+    attempt: int
+    scope: str
+    epoch: int
+    batch: int
+    trigger: Trigger
+    source: State
+    dest: State
+    superseded: bool
+
+
+def _steps(row: Packed) -> Iterator[Step]:
+    """The transitions of a row, each by itself."""
+    place = (row.attempt, row.scope, row.epoch, row.batch)
+    for seq, move in enumerate(row.chain.moves, row.first):
+        yield Step(seq, *place, *move, row.superseded)
+
+
 class Question(Protocol):
     """Watches over one property of a journal while its rows go by."""
 
     part: str
 
-    def see(self, found: Transition) -> str | None:
-        """Look at the next row, superseded ones included; what is wrong with it, if anything is."""
+    def see_all(self, row: Packed) -> bool:
+        """Look at a whole row, if nothing is wrong with it; False, and not looked, where each is to be seen alone."""
+
+    def see(self, found: Step) -> str | None:
+        """Look at the next transition, superseded ones included; what is wrong with it, if anything is."""
 
     def end(self) -> Iterator[str]:
         """What is wrong with the whole."""
@@ -47,14 +76,15 @@ def questions(attempts: Sequence[Attempt], *, branched: bool = False) -> list[Qu
     return [Numbers(attempts), Words(attempts), Superseding(attempts), Batches(branched), Ends(attempts)]
 
 
-def ask(asked: Sequence[Question], rows: Iterable[Transition]) -> list[Finding]:
+def ask(asked: Sequence[Question], rows: Iterable[Packed]) -> list[Finding]:
     """Show every row to every question, and collect what they found."""
     wrong: list[list[str]] = [[] for _ in asked]
-    for found in rows:
-        for question, problems in zip(asked, wrong, strict=True):
-            problem = question.see(found)
-            if problem is not None:
-                problems.append(f"transition {found.seq}: {problem}")
+    pairs = list(zip(asked, wrong, strict=True))
+    for row in rows:
+        for question, problems in pairs:
+            if not question.see_all(row):
+                found = ((step.seq, question.see(step)) for step in _steps(row))
+                problems += [f"transition {seq}: {problem}" for seq, problem in found if problem is not None]
     findings = []
     for question, problems in zip(asked, wrong, strict=True):
         problems[:0] = question.end()
@@ -77,7 +107,16 @@ class Numbers:
         self._next = 1
         self._current = 0
 
-    def see(self, found: Transition) -> str | None:
+    def see_all(self, row: Packed) -> bool:
+        attempts, current = self._attempts, self._current
+        if row.first != self._next or row.attempt != attempts[current].attempt:
+            return False
+        if current + 1 < len(attempts) and attempts[current + 1].first_seq <= row.last:
+            return False
+        self._next = row.last + 1
+        return True
+
+    def see(self, found: Step) -> str | None:
         expected, self._next = self._next, found.seq + 1
         while (
             self._current + 1 < len(self._attempts)
@@ -118,7 +157,22 @@ class Words:
         }
         self._moves = self._passes = 0
 
-    def see(self, found: Transition) -> str | None:
+    def see_all(self, row: Packed) -> bool:
+        # What stands is read first: where that cannot be read at once, nothing has been read.
+        scope, chain = row.scope, row.chain
+        training = scope == TRAIN
+        own = self._of_attempts.get(row.attempt) if training else None
+        if own is not None and not (own.state is chain.source and chain.within(TRAINING)):
+            return False
+        if not row.superseded:
+            if not self._standing.feed_chain(row.attempt, scope, chain):
+                return False
+            self._moves += chain.length if training else 0
+        if own is not None:
+            own.feed_chain(chain)
+        return True
+
+    def see(self, found: Step) -> str | None:
         problem = None
         if found.scope == TRAIN and found.attempt in self._of_attempts:
             move = Move(found.trigger, found.source, found.dest)
@@ -148,8 +202,19 @@ class Superseding:
         self._to_come = {attempt.position: attempt for attempt in attempts if attempt.position}
         self._limits = {attempt.attempt: _limit(attempt.attempt, attempts) for attempt in attempts}
         self._hidden = 0
+        self._positions = sorted(self._to_come)
 
-    def see(self, found: Transition) -> str | None:
+    def see_all(self, row: Packed) -> bool:
+        at = bisect_left(self._positions, row.first)
+        if at < len(self._positions) and self._positions[at] <= row.last:
+            return False
+        limit = self._limits.get(row.attempt, math.inf)
+        if not (row.superseded == (row.first > limit) == (row.last > limit)):
+            return False
+        self._hidden += row.last - row.first + 1 if row.superseded else 0
+        return True
+
+    def see(self, found: Step) -> str | None:
         self._hidden += found.superseded
         back = self._to_come.pop(found.seq, None)
         if back is not None:
@@ -198,7 +263,20 @@ class Batches:
         self._fetched = self._epochs = 0
         self._to_branch = branched
 
-    def see(self, found: Transition) -> str | None:
+    def see_all(self, row: Packed) -> bool:
+        chain = row.chain
+        if row.superseded or row.scope != TRAIN:
+            return True
+        if chain.turns or chain.fetches > 1:
+            return False
+        if chain.fetches:
+            if row.epoch != self._epoch or row.batch != self._batch + 1:
+                return False
+            self._batch += 1
+            self._fetched += 1
+        return True
+
+    def see(self, found: Step) -> str | None:
         if found.superseded or found.scope != TRAIN:
             return None
         if self._to_branch and found.trigger is Trigger.RESUME:
@@ -237,7 +315,12 @@ class Ends:
         self._attempts = attempts
         self._last: dict[int, State] = {}
 
-    def see(self, found: Transition) -> str | None:
+    def see_all(self, row: Packed) -> bool:
+        if row.scope == TRAIN:
+            self._last[row.attempt] = row.chain.dest
+        return True
+
+    def see(self, found: Step) -> str | None:
         if found.scope == TRAIN:
             self._last[found.attempt] = found.dest
         return None

@@ -9,7 +9,7 @@ from states.table import State
 from tracking.journal import TRAIN, Attempt, Journal, Parent, Transition
 from tracking.packing import ROW_LENGTH
 from tracking.runs import Holder, RunFolder, lease_holder
-from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, connect_to_read
+from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read
 
 __all__ = [
     "Life",
@@ -24,6 +24,7 @@ __all__ = [
     "standing_of",
 ]
 
+_MOST_ROWS = 64  # in which the values of one moment are looked for
 _KEPT = "(attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"
 
 
@@ -152,18 +153,29 @@ def _newest_batch(run: RunFolder) -> tuple[int | None, float | None]:
 def newest_metrics(run: RunFolder) -> list[Measured]:
     """For each scope the newest epoch's metrics, in the order they were measured; training first."""
     with closing(connect_to_read(run.journal)) as connection:
-        rows = connection.execute(
-            f"""{UNPACKED_METRICS} WHERE (packed.batch = -1 OR scopes.name != ?) AND {_KEPT}
-                ORDER BY packed.id DESC LIMIT 512""",
-            (TRAIN,),
-        ).fetchall()
-    found: dict[str, Measured] = {}
-    for _, _, scope, epoch, batch, *_ in rows:
-        found.setdefault(scope, Measured(scope, epoch, batch, {}))
-    for _, _, scope, epoch, batch, _, key, value, *_ in sorted(rows):
-        if (found[scope].epoch, found[scope].batch) == (epoch, batch):
-            found[scope].values[key] = float(value)
-    return sorted(found.values(), key=lambda measured: (measured.scope != TRAIN, measured.scope))
+        scopes = connection.execute("SELECT scope, name FROM scopes").fetchall()
+        found = [_newest_of_scope(connection, scope, name) for scope, name in scopes]
+    measured = [one for one in found if one is not None]
+    return sorted(measured, key=lambda measured: (measured.scope != TRAIN, measured.scope))
+
+
+def _newest_of_scope(connection: Connection, scope: int, name: str) -> Measured | None:
+    # Of the training, batches stand between the epochs; packed rows are small, so that these are soon passed over.
+    newest = connection.execute(
+        f"""SELECT packed.id, packed.epoch, packed.batch FROM packed_metrics AS packed
+                CROSS JOIN attempts ON attempts.attempt = packed.attempt
+            WHERE packed.scope = ?1 AND (packed.batch = -1 OR ?2) AND {_KEPT} ORDER BY packed.id DESC LIMIT 1""",
+        (scope, name != TRAIN),
+    ).fetchone()
+    if newest is None:
+        return None
+    last, epoch, batch = newest
+    rows = connection.execute(
+        f"""{UNPACKED_METRICS} WHERE packed.id > ?1 - {_MOST_ROWS} AND packed.id <= ?1
+                AND packed.scope = ?2 AND packed.epoch = ?3 AND packed.batch = ?4 AND {_KEPT} ORDER BY packed.id""",
+        (last, scope, epoch, batch),
+    )
+    return Measured(name, epoch, batch, {key: float(value) for *_, key, value, _, _, _ in rows})
 
 
 @dataclass(frozen=True)
