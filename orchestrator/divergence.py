@@ -54,25 +54,27 @@ def same_bits(one: float, other: float) -> bool:
 
 
 class Expected:
-    """The losses that a stretch of training should meet again, in their order; up to the first that differs."""
+    """The losses that a stretch of training should meet again, in their order; up to the first that differs.
+
+    `losses` are taken as they are met: there may be millions.
+    """
 
     def __init__(self, losses: Iterable[Loss], reasons: Iterable[str] = ()) -> None:
-        self._losses = list(losses)
-        self._next = 0
+        self._losses = iter(losses)
+        self._next = next(self._losses, None)
         self._reasons = tuple(reasons)
 
     def meet(self, epoch: int, batch: int, phase: str, loss: float) -> Divergence | None:
         """Compare the loss of this place with the recorded one, if there is one."""
         place = (epoch, batch)
-        while self._next < len(self._losses):
-            recorded = self._losses[self._next]
+        while (recorded := self._next) is not None:
             if (recorded.epoch, recorded.batch) > place:
                 return None
-            self._next += 1
+            self._next = next(self._losses, None)
             if (recorded.epoch, recorded.batch, recorded.phase) != (epoch, batch, phase):
                 continue
             if recorded.loss is None or same_bits(recorded.loss, loss):
                 return None
-            self._losses = []
+            self._next = None
             return Divergence(epoch, batch, phase, State.FORWARD, recorded.loss, loss, self._reasons)
         return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from states.errors import InterlockError
 from states.table import State
 from tracking.journal import Journal, JournalError, settle
 from tracking.outbox import read_outbox
-from tracking.rows import Attempt
+from tracking.places import LOSSES_AT_ONCE, Stretch
+from tracking.rows import Attempt, Loss
 from tracking.runs import Lease, RunFolder, find_run, list_runs
 
 __all__ = [
@@ -209,7 +211,19 @@ def _plan_for(
 def losses_after(run: RunFolder, found: Found, until: int | None = None) -> Expected:
     """The losses that the journal has of what comes after the checkpoint."""
     with Journal.open(run) as journal:
-        return Expected(journal.losses(after=found.info.seq, until=until), found.surroundings())
+        stands = journal.standing()  # now: once they are done again they are superseded
+    return Expected(_losses(run, stands, found.info.seq, until), found.surroundings())
+
+
+def _losses(run: RunFolder, stands: Sequence[Stretch], after: int, until: int | None) -> Iterator[Loss]:
+    """Page by page, between which the journal is closed: a run that goes far back has millions to compare."""
+    while True:
+        with Journal.open(run) as journal:
+            page = list(islice(journal.losses(after, until, stands=stands), LOSSES_AT_ONCE))
+        yield from page
+        if len(page) < LOSSES_AT_ONCE:
+            return
+        after = page[-1].seq
 
 
 def nearest(run: RunFolder, seq: int) -> Found:

@@ -1,6 +1,6 @@
 """Finding places in a long journal without reading all of it: what stands, where a state was reached, losses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,14 @@ from tracking.packing import ROW_LENGTH, to_number
 from tracking.rows import TRAIN, Loss
 from tracking.schema import UNPACKED_TRANSITIONS
 
-__all__ = ["Query", "Stretch", "find_row", "losses_of", "stretches_of_epoch"]
+__all__ = ["LOSSES_AT_ONCE", "Query", "Stretch", "find_row", "losses_of", "of_epoch", "stretches"]
 
 Query = Callable[..., list[Any]]
 """Runs an SQL statement with its arguments in a read transaction of its own; the rows."""
 
-_PAGE = 65_536  # rows a read transaction: short ones let the writer's WAL be emptied
+LOSSES_AT_ONCE = 16_384
+"""How many are read in a transaction: short ones let the writer's WAL be emptied."""
+
 _AT_THE_END = frozenset({State.EPOCH_END, State.DONE})
 
 _LOSSES = f"""
@@ -23,7 +25,7 @@ _LOSSES = f"""
         CROSS JOIN words AS pattern ON pattern.word = packed.word AND pattern.loss AND pattern.trigger = ?1
     WHERE packed.scope = ?2 AND packed.seq > ?3 - {ROW_LENGTH} AND packed.seq <= ?4
         AND packed.seq + pattern.pos > ?3 AND packed.seq + pattern.pos <= ?4
-    LIMIT {_PAGE}"""
+    LIMIT {LOSSES_AT_ONCE}"""
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,17 @@ class _Key:
     batch: int
 
 
-def losses_of(query: Query, after: int, until: int | None) -> Iterator[Loss]:
+def losses_of(query: Query, stands: Sequence[Stretch], after: int, until: int | None) -> Iterator[Loss]:
     """What `Journal.losses` yields."""
     scope = _training(query)
-    for stretch in _stretches(query, standing=True):
+    for stretch in stands:
         last = stretch.last if until is None else min(until, stretch.last)
         done = max(after, stretch.first - 1)
         while done < last:
             rows = query(_LOSSES, Trigger.FORWARD.value, scope, done, last)
             for seq, epoch, batch, phase, loss in rows:
                 yield Loss(seq, epoch, batch, phase, loss if loss.__class__ is float else to_number(loss))
-            if len(rows) < _PAGE:
+            if len(rows) < LOSSES_AT_ONCE:
                 break
             done = rows[-1][0]
 
@@ -84,8 +86,8 @@ def find_row(
     return found[0] if found else None
 
 
-def stretches_of_epoch(query: Query, epoch: int) -> list[Stretch]:
-    """Where the journal's transitions of an epoch are, oldest first, superseded or not, and little else.
+def of_epoch(query: Query, epoch: int, standing: bool) -> list[Stretch]:
+    """Where the journal's transitions of an epoch are, oldest first, or those that stand; little else is there.
 
     Takes no scan: within an attempt the training's epochs go up with seq, so it bisects. A validation pass lies
     between transitions of the epoch that it belongs to, or at the end of its attempt.
@@ -110,7 +112,7 @@ def stretches_of_epoch(query: Query, epoch: int) -> list[Stretch]:
         return low
 
     found = []
-    for attempt in _stretches(query, standing=False):
+    for attempt in stretches(query, standing):
         first, beyond = first_from(attempt, epoch), first_from(attempt, epoch + 1)
         if first < beyond:
             found.append(Stretch(first, beyond - 1))
@@ -122,7 +124,7 @@ class _Search:
 
     def __init__(self, query: Query):
         self._query = query
-        self._stretches = _stretches(query, standing=True)
+        self._stretches = stretches(query, standing=True)
         self.scope = _training(query)
 
     def at(self, seq: int) -> _Key | None:
@@ -160,13 +162,13 @@ def _training(query: Query) -> int:
     return int(rows[0][0]) if rows else -1
 
 
-def _stretches(query: Query, *, standing: bool) -> list[Stretch]:
+def stretches(query: Query, standing: bool) -> list[Stretch]:
     """The stretches of the attempts, oldest first, or what stands of them; none is empty."""
     attempts = query("SELECT first_seq, kept_until FROM attempts ORDER BY attempt")
     newest = query("SELECT coalesce(max(seq), 0) FROM packed_transitions")[0][0] + ROW_LENGTH
     begins = [*(first for first, _ in attempts), newest]
-    stretches = [
+    found = [
         Stretch(first, beyond - 1 if kept is None or not standing else min(beyond - 1, kept))
         for (first, kept), beyond in zip(attempts, begins[1:], strict=True)
     ]
-    return [stretch for stretch in stretches if stretch.first <= stretch.last]
+    return [stretch for stretch in found if stretch.first <= stretch.last]

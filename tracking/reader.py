@@ -2,14 +2,14 @@
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from states.language import Chain
 from states.table import State, Trigger
 from tracking.frames import Record, is_pending
 from tracking.packing import ROW_LENGTH, to_number
-from tracking.places import find_row, losses_of, stretches_of_epoch
+from tracking.places import Stretch, find_row, losses_of, of_epoch, stretches
 from tracking.recorder import RecorderError
 from tracking.recorder_view import RecorderView, read_recorder
 from tracking.rows import (
@@ -115,12 +115,13 @@ class Journal:
         """Transitions with a seq greater than `after`, in the order of seq.
 
         `state` is the state reached. `live=True` goes on with those which are in the flight recorder only.
-        Of one epoch no others are read.
+        What is of other epochs, or superseded, is not even read where it is not asked for.
         """
         wanted = _Wanted(state, epoch, scope, include_superseded)
-        if epoch is not None:
-            newest = self.newest_seq()
-            for stretch in stretches_of_epoch(self._all, epoch):
+        if epoch is not None or not include_superseded:
+            newest, standing = self.newest_seq(), not include_superseded
+            there = stretches(self._all, standing) if epoch is None else of_epoch(self._all, epoch, standing)
+            for stretch in there:
                 for found in self._journaled(max(after, stretch.first - 1), min(stretch.last, newest)):
                     if wanted.fits(found):
                         yield found
@@ -193,12 +194,20 @@ class Journal:
         newest += [found for found in self._recorded(view, drained) if found.scope == scope]
         return max(newest, key=lambda found: found.seq, default=None)
 
-    def losses(self, after: int = 0, until: int | None = None) -> Iterator[Loss]:
+    def standing(self) -> list[Stretch]:
+        """What of each attempt stands now, oldest first."""
+        return stretches(self._all, standing=True)
+
+    def losses(
+        self, after: int = 0, until: int | None = None, *, stands: Sequence[Stretch] | None = None
+    ) -> Iterator[Loss]:
         """The losses of the training that stand, with after < seq <= until, in the order of seq.
+
+        `stands`: what stood when `standing` was asked; now by default.
 
         Reads the journal only (`JournalWriter.sync` puts there what is in the recorder), page by page.
         """
-        return losses_of(self._all, after, until)
+        return losses_of(self._all, self.standing() if stands is None else stands, after, until)
 
     def find(
         self, epoch: int, batch: int | None, state: State, phase: str | None = None

@@ -109,7 +109,9 @@ class _Reading:
 
     def all(self) -> Iterator[Transition]:
         """All that fit, the newest from the flight recorder; of one epoch, only what is of it is read."""
-        found = self._journal.transitions(epoch=self._wanted.epoch, include_superseded=True, live=True)
+        found = self._journal.transitions(
+            epoch=self._wanted.epoch, include_superseded=self._wanted.superseded, live=True
+        )
         return filter(self._wanted.fits, found)
 
     def last(self, amount: int) -> Iterator[Transition]:
@@ -144,7 +146,8 @@ class _Reading:
             time.sleep(_POLL_S)
 
     def _next(self, *, live: bool) -> Iterator[Transition]:
-        for found in self._journal.transitions(after=self._after, include_superseded=True, live=live):
+        superseded = self._wanted.superseded
+        for found in self._journal.transitions(after=self._after, include_superseded=superseded, live=live):
             self._after = found.seq  # of each, wanted or not
             if self._wanted.fits(found):
                 yield found
