@@ -423,6 +423,34 @@ def next_move(walk: Walk, chance: random.Random) -> tuple[Trigger]:
     return (follows[walk.state],)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_epochs_and_packed_rows_are_read_as_a_scan_reads_them(
+    run: RunFolder, lease: Lease, seed: int
+) -> None:
+    interrupted(run, lease, random.Random(seed), attempts=1 + seed)
+    with Journal.open(run) as journal:
+        everything = list(journal.transitions(include_superseded=True))
+        assert any(row.superseded for row in everything) or not seed
+        for superseded in (True, False):
+            rows = [row for row in everything if superseded or not row.superseded]
+            assert repr(list(journal.transitions(include_superseded=superseded))) == repr(rows)
+            for epoch in range(-1, 5):
+                chosen = [row for row in rows if row.epoch == epoch and row.scope == "train"]
+                reading = {"epoch": epoch, "scope": "train", "include_superseded": superseded}
+                assert repr(list(journal.transitions(**reading))) == repr(chosen)
+                later = [row for row in chosen if row.seq > 40]
+                assert repr(list(journal.transitions(after=40, **reading))) == repr(later)
+        stands = journal.standing()
+        assert repr(list(journal.losses(stands=stands))) == repr(list(journal.losses()))
+        packed = [
+            (seq, row.attempt, row.scope, row.epoch, row.batch, *move, row.superseded)
+            for row in journal.packed()
+            for seq, move in zip(range(row.first, row.last + 1), row.chain.moves, strict=True)
+        ]
+    columns = ["seq", "attempt", "scope", "epoch", "batch", "trigger", "source", "dest", "superseded"]
+    assert packed == [tuple(getattr(row, name) for name in columns) for row in everything]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_losses_and_places_are_found_as_a_scan_finds_them(run: RunFolder, lease: Lease, seed: int) -> None:
     chance = random.Random(seed)
@@ -477,7 +505,7 @@ def test_long_stretches_of_losses_are_read_page_by_page(
     recorder, writer = writing
     walk = Walk(recorder).epochs(epochs=2, batches=50)
     writer.sync()
-    monkeypatch.setattr("tracking.places._PAGE", 7)
+    monkeypatch.setattr("tracking.places.LOSSES_AT_ONCE", 7)
     with Journal.open(run) as journal:
         found = [(loss.seq, loss.loss) for loss in journal.losses(after=20)]
     assert found == [(row.seq, row.loss) for row in walk.recorded[20:] if row.loss is not None]
