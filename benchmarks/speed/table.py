@@ -35,11 +35,11 @@ PARTS = {
     "Real training": ["training.py"],
     "Real training, 5 ms a step": [
         "training.py",
-        *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "5"),
+        *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "3"),
     ],
     "Real training, 5 ms a step, half a minute later": [
         "training.py",
-        *("--width", "4096", "--size", "128", "--batches", "7000", "--warm", "4500", "--rounds", "3"),
+        *("--width", "4096", "--size", "128", "--batches", "5600", "--warm", "3600", "--rounds", "2"),
         *("--only", "interlock", "Ignite"),
     ],
     "Validation": ["evaluation.py"],
