@@ -361,7 +361,11 @@ def crash(trainer: Trainer, batches: int) -> None:
         trainer.fit(resume="auto")
 
 
-def test_a_resume_that_is_not_the_same_is_said_at_the_first_loss_that_differs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 16_384])
+def test_a_resume_that_is_not_the_same_is_said_at_the_first_loss_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("orchestrator.recovery.LOSSES_AT_ONCE", at_once)  # the others are superseded by then
     drift = [0.0]
     crash(drifting(tmp_path, drift), 10)
     again = drifting(tmp_path, drift)

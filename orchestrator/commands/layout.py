@@ -117,8 +117,8 @@ def date(time_ns: int) -> str:
 
 def clock(time_ns: int) -> str:
     """Time of day, here, in milliseconds: '22:12:37.123'."""
-    seconds, rest = divmod(time_ns, 1_000_000_000)
-    return f"{_second(seconds)[11:]}.{rest // 1_000_000:03}"
+    seconds, rest = divmod(time_ns // 1_000_000, 1000)
+    return f"{_second(seconds)[11:]}.{rest:03}"
 
 
 @lru_cache(maxsize=16)  # a log has thousands of lines of one second

@@ -171,7 +171,9 @@ def _lines(transitions: Iterable[Transition]) -> Iterator[str]:
         today = date(found.time_ns)[:10]
         if today != day:  # the times below are of this day
             day = today
-            yield _dim(_columns("seq", day, "epoch", "batch", "", "transition", "took", "loss", ""))
+            yield _dim(
+                _columns("seq", day, "epoch", "batch", "", "transition".ljust(_MOVES), "took", "loss", "")
+            )
         yield _line(found)
 
 
@@ -199,8 +201,7 @@ def _columns(
     seq: str, when: str, epoch: str, batch: str, part: str, move: str, took: str, loss: str, note: str
 ) -> str:
     return (
-        f"{seq:>7} {when:<12} {epoch:>5} {batch:>5} {padded(part, 4)} {move:<{_MOVES}} "
-        f"{took:>7} {loss:>8}  {note}"
+        f"{seq:>7} {when:<12} {epoch:>5} {batch:>5} {padded(part, 4)} {move} {took:>7} {loss:>8}  {note}"
     ).rstrip()
 
 
