@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,16 +69,16 @@ def interrupted(draw: st.DrawFn, word: list[Transition]) -> list[Transition]:
     attempt = 1
     for row in word:  # times are no part of what is compared
         made.append(
-            replace(row, seq=len(made) + 1, attempt=attempt, time_ns=draw(st.integers(0, 9)), duration_ns=7)
+            row._replace(seq=len(made) + 1, attempt=attempt, time_ns=draw(st.integers(0, 9)), duration_ns=7)
         )
         if row.dest not in TERMINAL and draw(st.booleans()):
-            there = replace(
-                row, trigger=Trigger.HALT, source=row.dest, dest=State.HALTED, loss=None, note="Ctrl-C"
+            there = row._replace(
+                trigger=Trigger.HALT, source=row.dest, dest=State.HALTED, loss=None, note="Ctrl-C"
             )
             attempt += 1
-            made += [there, replace(there, trigger=Trigger.RESUME, source=State.HALTED, dest=row.dest)]
+            made += [there, there._replace(trigger=Trigger.RESUME, source=State.HALTED, dest=row.dest)]
         if draw(st.booleans()):
-            made.append(replace(row, scope="validation/val", loss=draw(losses)))
+            made.append(row._replace(scope="validation/val", loss=draw(losses)))
     return made
 
 
@@ -110,19 +109,19 @@ def test_of_two_lengths_the_shorter_is_compared(data: st.DataObject) -> None:
 def changed(row: Transition, data: st.DataObject) -> tuple[Transition, str]:
     """A transition that differs from `row` in one thing, and what that is called."""
     choices: list[Callable[[], tuple[Transition, str]]] = [
-        lambda: (replace(row, epoch=row.epoch + 1), "transition"),
-        lambda: (replace(row, batch=row.batch + 1), "transition"),
-        lambda: (replace(row, phase=row.phase + "x"), "transition"),
-        lambda: (replace(row, dest=State.STEP if row.dest is not State.STEP else State.IDLE), "transition"),
+        lambda: (row._replace(epoch=row.epoch + 1), "transition"),
+        lambda: (row._replace(batch=row.batch + 1), "transition"),
+        lambda: (row._replace(phase=row.phase + "x"), "transition"),
+        lambda: (row._replace(dest=State.STEP if row.dest is not State.STEP else State.IDLE), "transition"),
     ]
     loss = row.loss
     if loss is not None:
         other = data.draw(losses.filter(lambda value: repr(value) != repr(loss)))
-        choices.append(lambda: (replace(row, loss=other), "loss"))
+        choices.append(lambda: (row._replace(loss=other), "loss"))
     digest = digest_of(row.note)
     if digest:
         choices.append(
-            lambda: (replace(row, note=f"parameters {digest.method}:{digest.value}0"), "parameters")
+            lambda: (row._replace(note=f"parameters {digest.method}:{digest.value}0"), "parameters")
         )
     return data.draw(st.sampled_from(choices))()
 
@@ -149,12 +148,12 @@ def test_what_is_not_known_on_both_sides_is_no_difference() -> None:
     begun = Transition(
         1, 1, "train", 0, -1, "", Trigger.BEGIN_EPOCH, State.IDLE, State.EPOCH_START, 1, 1, None, ""
     )
-    forward = replace(begun, batch=0, trigger=Trigger.FORWARD, source=State.BATCH_START, dest=State.FORWARD)
+    forward = begun._replace(batch=0, trigger=Trigger.FORWARD, source=State.BATCH_START, dest=State.FORWARD)
     for one, other in (
-        (replace(forward, loss=0.5), replace(forward, loss=None)),  # it has not arrived
-        (replace(forward, note="parameters xor64:1"), forward),
-        (replace(forward, note="parameters xor64:1"), replace(forward, note="parameters blake2:2")),
-        (replace(forward, note="x"), replace(forward, note="y")),
+        (forward._replace(loss=0.5), forward._replace(loss=None)),  # it has not arrived
+        (forward._replace(note="parameters xor64:1"), forward),
+        (forward._replace(note="parameters xor64:1"), forward._replace(note="parameters blake2:2")),
+        (forward._replace(note="x"), forward._replace(note="y")),
     ):
         found = compare([begun, one], [begun, other])
         assert (found.same, found.digests, found.parting) == (2, 0, None)
