@@ -55,8 +55,8 @@ QUICKLY = {
     "Validation": ["--batches", "300", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Start and stop": ["--rounds", "1"],
-    "A long run": ["--transitions", "100000", "--rounds", "1"],
-    "Time to batch N under kills": ["--contenders", "interlock", "--seconds", "8", "--batches", "600"],
+    "A long run": ["--transitions", "20000", "--rounds", "1"],
+    "Time to batch N under kills": ["--contenders", "interlock", "--seconds", "8", "--batches", "200"],
 }
 """The arguments with which a part shows in seconds that it runs; parts that are not named are left out then."""
 
