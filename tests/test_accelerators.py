@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exact_property import CUTS, Cut, interrupted
 from test_numerics import parameters, poisoned
@@ -337,8 +337,7 @@ def test_data_that_draws_nothing_is_carried_ahead() -> None:
 # -- exactness ---------------------------------------------------------------------------------------
 
 
-@given(descriptions(), CUTS, st.sampled_from([0, 1, 10**9]))
-def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: int) -> None:
+def interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: int) -> None:
     with slow(lag), run_folders() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unbroken = build(description, folder / "unbroken")
@@ -350,6 +349,19 @@ def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut], 
         assert_same(journaled(unbroken.run), journaled(broken.run))
 
 
+@settings(max_examples=settings().max_examples // 5)
+@given(descriptions(), CUTS, st.sampled_from([0, 1, 10**9]))
+def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: int) -> None:
+    interrupted_equals_unbroken(description, cuts, lag)
+
+
+@pytest.mark.long
+@given(descriptions(), CUTS, st.sampled_from([0, 1, 10**9]))
+def test_interrupted_equals_unbroken_more_often(description: Description, cuts: list[Cut], lag: int) -> None:
+    interrupted_equals_unbroken(description, cuts, lag)
+
+
+@settings(max_examples=settings().max_examples // 2)
 @given(descriptions(), st.sampled_from([0, 1, 10**9]))
 def test_any_training_is_the_same_late(description: Description, lag: int) -> None:
     with run_folders() as folder, warnings.catch_warnings():

@@ -31,6 +31,7 @@ from tracking.runs import (
     lease_holder,
     list_runs,
 )
+from tracking.schema import FORMAT
 
 ROOT = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -71,7 +72,7 @@ def test_a_new_run(tmp_path: Path) -> None:
         run.id,
         "digits",
         1_700_000_000_123_456_789,
-        1,
+        FORMAT,
     )
     assert list(run.path.parent.iterdir()) == [run.path]
 
