@@ -32,7 +32,7 @@ PARTS = {
     "Orchestration alone": ["dispatch.py"],
     "Orchestration alone, instructions": ["instructions.py"],
     "Orchestration alone, part by part": ["parts.py"],
-    "Real training": ["training.py"],
+    "Real training": ["training.py", "--rounds", "3"],
     "Real training, 5 ms a step": [
         "training.py",
         *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "3"),
