@@ -199,16 +199,20 @@ class Attempt:
         """What does `record` where the frame at hand can be gone on with, and `close` at the end of a batch."""
         if not _OF_A_BATCH[arc]:
             return record
-        recorder, begin = self._recorder, line.beginner(arc, phase)
-        words, losses, read, offset = recorder.words, recorder.losses, time.perf_counter_ns, recorder.offset
-        step, carries, closes = PRESENT | phase << 16 | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
+        if ARCS[arc].trigger is Trigger.FETCH:
+            begin = line.beginner(arc, phase)
 
-        def write_first() -> None:
-            if work.note:
-                record()
-            else:
-                place = work.place
-                begin(place.epoch, place.batch)
+            def write_first() -> None:
+                if work.note:
+                    record()
+                else:
+                    begin(work.place.epoch, work.place.batch)
+
+            return write_first
+
+        recorder, read = self._recorder, time.perf_counter_ns
+        words, losses, offset = recorder.words, recorder.losses, recorder.offset
+        step, carries, closes = PRESENT | phase << 16 | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
 
         def write() -> None:
             at = line.at
@@ -224,7 +228,7 @@ class Attempt:
             if closes:
                 close(now)
 
-        return write_first if ARCS[arc].trigger is Trigger.FETCH else write
+        return write
 
     def _close_batch(self, now: int) -> None:
         work = self._work

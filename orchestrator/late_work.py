@@ -156,7 +156,7 @@ class LateWork(BatchWork):
         """The batch at hand is complete; see what has arrived of those before it."""
         here, place = self._here, self.place
         here.close = _Close(
-            place.epoch, place.batch, place.batches, self.samples, self._validated(), seq, time.time_ns()
+            place.epoch, place.batch, place.batches, self.samples, self.validated, seq, time.time_ns()
         )
         here.mark = self._link.mark()
         self._flights.append(here)
@@ -187,10 +187,6 @@ class LateWork(BatchWork):
 
     def _settled(self) -> None:
         """Everything has arrived."""
-
-    def _validated(self) -> Mapping[str, float]:
-        """What of the batch's values is of a validation."""
-        return {}
 
     def _take_in(self, flight: _Flight) -> dict[str, float]:
         """What has arrived of a batch."""
@@ -297,9 +293,6 @@ class LateTrainingWork(LateWork, TrainingWork):
     def _settled(self) -> None:
         self.window.finite = self._finite
         self.skipped = self._here.skipped
-
-    def _validated(self) -> Mapping[str, float]:
-        return self.validated
 
     def _flag(self) -> Tensor:
         """1.0 where a loss or a gradient of the open window is not finite."""

@@ -23,7 +23,7 @@ from states.table import Trigger
 
 __all__ = ["BatchWork", "EvaluationWork", "Limits", "Place", "TrainingWork", "Window", "supervised"]
 
-NOTHING: Mapping[str, float] = {}
+_NOTHING: Mapping[str, float] = {}
 
 
 @dataclass(slots=True)
@@ -118,6 +118,11 @@ def _read_loss(result: Any, training: bool, where: Callable[[str], str] = str) -
 
 class BatchWork:
     """What training and evaluation have in common: taking batches, the forward pass, metrics."""
+
+    skipped = False
+    """Whether the last step of the batch at hand applied nothing."""
+    validated: Mapping[str, float] = _NOTHING
+    """What a validation within the batch at hand, or the epoch, has found."""
 
     def __init__(
         self,
@@ -257,14 +262,10 @@ class BatchWork:
     def close_batch(self) -> None:
         """Fold the batch's values, hooks' included, into the epoch's; part of writing the batch down."""
         if self.samples:
-            self._fold(self.metrics, self.samples)
+            self._fold(self.metrics, self.samples, self.skipped, self.validated)
 
     def _fold(
-        self,
-        values: Mapping[str, float],
-        samples: int,
-        skipped: bool = False,
-        validated: Mapping[str, float] = NOTHING,
+        self, values: Mapping[str, float], samples: int, skipped: bool, validated: Mapping[str, float]
     ) -> None:
         """Fold the values of a batch, those of validation left out, into the epoch's."""
         self.epoch_metrics.add(values, samples)
@@ -547,17 +548,8 @@ class TrainingWork(BatchWork):
 
     # -- their parts -----------------------------------------------------------------------------
 
-    def close_batch(self) -> None:
-        """Fold the batch's values into the epoch's, those of validation left out."""
-        if self.samples:
-            self._fold(self.metrics, self.samples, self.skipped, self.validated)
-
     def _fold(
-        self,
-        values: Mapping[str, float],
-        samples: int,
-        skipped: bool = False,
-        validated: Mapping[str, float] = NOTHING,
+        self, values: Mapping[str, float], samples: int, skipped: bool, validated: Mapping[str, float]
     ) -> None:
         # Where non-finite batches are to be left out, they are left out of the averages too.
         lenient = skipped or self.guard is not None

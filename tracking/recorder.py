@@ -136,19 +136,9 @@ class Line:
 
     def beginner(self, arc: int, phase: int) -> Callable[[int, int], None]:
         """What does for (epoch, batch) as `lap` does, where `arc`, without loss and note, begins a batch."""
-        recorder, words, heads, buffer = (
-            self._recorder,
-            self._recorder.words,
-            self._recorder.heads,
-            self._recorder.map,
-        )
-        step, scope, ring, mask, offset = (
-            PRESENT | phase << 16 | arc,
-            self._scope,
-            recorder.ring,
-            recorder.mask,
-            recorder.offset,
-        )
+        recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self._scope
+        buffer, ring, mask, offset = recorder.map, recorder.ring, recorder.mask, recorder.offset
+        words, heads = recorder.words, recorder.heads
 
         def begin(epoch: int, batch: int) -> None:
             at, first, position = self.at, self.first, recorder.head
