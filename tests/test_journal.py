@@ -224,6 +224,42 @@ def test_losses_that_arrive_late(run: RunFolder, writing: Writing) -> None:
         writer.late_loss(seqs[0] + 1, 1.0)
 
 
+@pytest.fixture
+def _threads_alternate_quickly() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("_threads_alternate_quickly")
+def test_losses_and_metrics_that_arrive_while_the_journal_is_written(run: RunFolder, lease: Lease) -> None:
+    """Thousands a second, from another thread than the one that writes them down."""
+    recorder, writer, told = writer_with_warnings(run, lease)
+    with writer:
+        walk = Walk(recorder)
+        walk.go(Trigger.BEGIN_EPOCH)
+        walk.go(Trigger.FETCH)
+        forward = walk.go(Trigger.FORWARD, loss=PENDING)
+
+        def arrive() -> None:
+            for number in range(6_000):
+                writer.late_loss(forward, number)
+                writer.metrics("train", 0, 0, number, {"n": number}, number)
+
+        thread = threading.Thread(target=arrive)
+        thread.start()
+        while thread.is_alive():
+            writer.sync()
+        thread.join()
+    assert told == []
+    with Journal.open(run) as journal:
+        steps = [row.step for row in journal.metrics()]
+        (last,) = {row.loss for row in journal.transitions(state=State.FORWARD)}
+    assert steps == list(range(6_000))
+    assert last == 5_999
+
+
 def test_what_is_not_drained_yet_is_read_live(run: RunFolder, writing: Writing) -> None:
     recorder, _writer = writing
     walk = Walk(recorder)

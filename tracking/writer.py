@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import TypeVar
 
 from states.table import ARCS
 from tracking.packing import MetricValues, Packer, from_number
@@ -52,6 +52,7 @@ class _End:
     time_ns: int
 
 
+T = TypeVar("T")
 _Queued = MetricValues | CheckpointRow | _Removed | _Log | _End
 
 
@@ -127,6 +128,8 @@ class JournalWriter:
         self._warn = warn or _warn
         self._queue: deque[_Queued] = deque()
         self._late: deque[tuple[int, float]] = deque()
+        self._held: list[_Queued] = []  # taken from the queues by the thread, until they are durable
+        self._held_late: list[tuple[int, float]] = []
         self._trouble: Exception | None = None
         self._turn = threading.Condition()
         self._wanted = self._done = 0  # drains asked for, and done
@@ -139,7 +142,7 @@ class JournalWriter:
     def failure(self) -> JournalStalledError | None:
         """An error, while storage fails and what is kept in memory nears its bound: time to halt."""
         trouble = self._trouble
-        if trouble is None or (self._recorder.fill < _FULL_ENOUGH and len(self._queue) < _MOST_QUEUED):
+        if trouble is None or (self._recorder.fill < _FULL_ENOUGH and self.queued < _MOST_QUEUED):
             return None
         error = JournalStalledError(
             f"{self._connection.file}: the journal cannot be written ({trouble}), and what may be kept in "
@@ -151,7 +154,7 @@ class JournalWriter:
     @property
     def queued(self) -> int:
         """How many records wait in memory, transitions not counted."""
-        return len(self._queue)
+        return len(self._held) + len(self._queue)
 
     def metrics(
         self,
@@ -238,9 +241,9 @@ class JournalWriter:
             self._closing = True
             self._turn.notify_all()
         self._thread.join()
-        if self._queue and not self._recorder.closed:
+        if self.queued and not self._recorder.closed:
             self._warn(
-                f"{self._connection.file}: {len(self._queue)} metrics and messages were lost "
+                f"{self._connection.file}: {self.queued} metrics and messages were lost "
                 f"({self._trouble}); the transitions are in {self._recorder.path.name}, and not lost"
             )
         self._recorder.close()
@@ -252,7 +255,7 @@ class JournalWriter:
         self.close()
 
     def _put(self, item: _Queued) -> None:
-        if self._trouble and len(self._queue) >= 2 * _MOST_QUEUED and (failure := self.failure):
+        if self._trouble and self.queued >= 2 * _MOST_QUEUED and (failure := self.failure):
             raise failure
         self._queue.append(item)
 
@@ -292,9 +295,10 @@ class JournalWriter:
 
     def _drain(self) -> bool:
         """Write down what there is, in one transaction; did it work?"""
-        queued, late = len(self._queue), len(self._late)
+        _move(self._queue, self._held)
+        _move(self._late, self._held_late)
         chunk, position = self._recorder.take()
-        if not (queued or late or chunk):
+        if not (self._held or self._held_late or chunk):
             self._recovered()
             return True
         try:
@@ -302,20 +306,18 @@ class JournalWriter:
             packer = self._packer = self._packer or self._new_packer()
             packer.transitions(chunk)
             known = chunk.first if chunk else self._recorder.next_seq
-            for seq, loss in islice(self._late, late):
+            for seq, loss in self._held_late:
                 if seq < known:
                     packer.late_loss(seq, loss)
-            self._write_queued(packer, list(islice(self._queue, queued)))
+            self._write_queued(packer, self._held)
             self._connection.execute("COMMIT")
         except Exception as error:  # a thread that died silently would stop the training without a word
             self._roll_back()
             self._failed(error)
             return False
         self._recorder.release(position)
-        for _ in range(queued):
-            self._queue.popleft()
-        for _ in range(late):
-            self._late.popleft()
+        self._held.clear()
+        self._held_late.clear()
         self._recovered()
         return True
 
@@ -378,6 +380,12 @@ class JournalWriter:
         if self._trouble is not None:
             self._trouble = None
             self.log("WARNING", "the journal could not be written for a while; now everything is")
+
+
+def _move(queue: deque[T], held: list[T]) -> None:
+    """Move what is in `queue` now; other threads may append meanwhile, so it is not iterated over."""
+    for _ in range(len(queue)):
+        held.append(queue.popleft())
 
 
 def _warn(message: str) -> None:
