@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed
 
+# Where it is set, each process of the tests and of the demo compiles everything it imports once more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long test-stock lint bench bench-exact install clean help
 
 help:

@@ -40,10 +40,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_store_is_made(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By whichever worker of pytest first needs one, for all."""
+    base = tmp_path_factory.getbasetemp()
+    Database.template = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store.db"
+
+
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     """A real MLflow server for all tests that make experiments of their own in it, and leave it running."""
-    with MLflowServer(tmp_path_factory.mktemp("server")) as server:
+    folder = tmp_path_factory.mktemp("server")
+    Database.made(folder / "mlflow.db", "mlflow-artifacts:/0")
+    with MLflowServer(folder) as server:
         yield server
 
 
@@ -51,6 +60,12 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowSe
 def store(tmp_path_factory: pytest.TempPathFactory) -> Database:
     """A plain SQLite store of MLflow's, for all tests that look at nothing in it but their own runs."""
     return Database.made(tmp_path_factory.mktemp("store") / "mlflow.db")
+
+
+@pytest.fixture
+def own_store(tmp_path: Path) -> Database:
+    """A plain SQLite store with nothing in it, for a test that looks at all there is: `mlflow.db` in `tmp_path`."""
+    return Database.made(tmp_path / "mlflow.db")
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """A real MLflow server on the loopback interface, to be stopped and started, and a look into its database."""
 
 import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -13,6 +15,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 __all__ = ["Database", "MLflowServer", "RemoteRun", "free_port"]
 
@@ -110,12 +113,24 @@ class Database:
 
     path: Path
 
+    template: ClassVar[Path]
+    """A store that MLflow has made, with nothing in it: to be copied, since making one takes it some seconds."""
+
     @classmethod
-    def made(cls, path: Path) -> "Database":
-        """A plain SQLite store with its tables, and the artifacts of its default experiment beside it."""
+    def made(cls, path: Path, artifacts: str = "") -> "Database":
+        """A plain SQLite store with its tables; `artifacts` are those of its default experiment, default: beside it."""
         made = cls(path)
-        script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-        subprocess.run([sys.executable, "-c", script, made.uri], cwd=path.parent, check=True)
+        with (cls.template.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not cls.template.exists():
+                script = "import sys; from mlflow import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
+                making = cls(cls.template.with_suffix(".making"))
+                subprocess.run([sys.executable, "-c", script, making.uri], cwd=path.parent, check=True)
+                making.path.rename(cls.template)
+        shutil.copyfile(cls.template, path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            place = artifacts or str(path.parent / "mlruns" / "0")
+            connection.execute("UPDATE experiments SET artifact_location = ?", (place,))
         return made
 
     @property

@@ -137,7 +137,7 @@ def test_a_device_that_falls_behind_is_waited_for_two_batches_late(tmp_path: Pat
     assert seen == [0, 0, 0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("lag", [0, 1, 10**9])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.long), 10**9])
 @pytest.mark.parametrize(
     "options",
     [
@@ -404,7 +404,7 @@ FAST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("device", ["at once", "late"])
+@pytest.mark.parametrize("device", [pytest.param("at once", marks=pytest.mark.long), "late"])
 @pytest.mark.parametrize("fast", FAST)
 def test_what_is_fast_is_exact(fast: str, device: str, tmp_path: Path) -> None:
     """Interrupted after each of some transitions, in every state: the same end as unbroken."""

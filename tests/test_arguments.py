@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import trainings
+from mlflow_server import Database
 from orchestrator import Callback, Checkpointing, Logging, MLflow, Trainer
 from orchestrator.divergence import DivergenceError
 from states import State, Trigger
@@ -126,10 +127,9 @@ def test_scheduler(tmp_path: Path) -> None:
     assert found["learning rates"] == [1.0, 0.5, 0.25]
 
 
-def test_track(tmp_path: Path) -> None:
+def test_track(tmp_path: Path, own_store: Database) -> None:
     """The outbox is there, and a shipper delivers to the store that was named."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    tracker = MLflow(tracking_uri=store, log_model=False)
+    tracker = MLflow(tracking_uri=own_store.uri, log_model=False)
     found = outcome(tmp_path / "runs", track=tracker, epochs=1)
     assert found["state"] is State.DONE
     (run,) = list_runs(tmp_path / "runs")

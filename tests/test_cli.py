@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tracking
+from mlflow_server import Database
 from orchestrator.cli import main
 from states.table import State, Trigger
 from tracking.journal import CheckpointRow, Journal, JournalWriter, Parent
@@ -792,9 +793,9 @@ def test_a_diagram_is_written_to_a_file(tmp_path: Path) -> None:
 # -- sync --------------------------------------------------------------------------------------------
 
 
-def test_sync_delivers_what_was_left(tmp_path: Path) -> None:
+def test_sync_delivers_what_was_left(tmp_path: Path, own_store: Database) -> None:
     run = done(tmp_path / "runs")
-    shipper = start_shipper(run, MLflow(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="digits"))
+    shipper = start_shipper(run, MLflow(tracking_uri=own_store.uri, experiment="digits"))
     assert shipper is not None
     shipper.kill()
     shipper.wait()
@@ -809,7 +810,7 @@ def test_sync_delivers_what_was_left(tmp_path: Path) -> None:
     assert found["points_waiting"] == 0
     assert found["points_delivered"] > 0
     assert found["remote_run_id"]
-    store = sqlite3.connect(tmp_path / "mlflow.db")
+    store = sqlite3.connect(own_store.path)
     assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
     store.close()
 

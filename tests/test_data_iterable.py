@@ -258,7 +258,7 @@ def test_resumes_at_every_position(kind: type[Streamed], options: dict[str, Any]
 
 
 @quiet
-@pytest.mark.parametrize("kind", [Streamed, Stateful, StatefulIterator])
+@pytest.mark.parametrize("kind", [Streamed, Stateful, pytest.param(StatefulIterator, marks=pytest.mark.long)])
 def test_resumes_with_workers(kind: type[Streamed]) -> None:
     resumes(lambda: loader(kind, num_workers=2), cuts=slice(None, None, 3), epochs=2)
 

@@ -233,19 +233,23 @@ def test_interrupted_equals_unbroken(name: str, tmp_path: Path) -> None:
     )
 
 
-# (the first attempt, all later ones)
+# (the first attempt, all later ones); the first three are the quick ones
 WORKERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("shuffled", {}, {"num_workers": 2}),
     ("weighted", {"num_workers": 2, "persistent_workers": True}, {"num_workers": 1}),
+    ("streamed", {"num_workers": 2}, {"num_workers": 2, "prefetch_factor": 1}),
     ("batch sampler", {"num_workers": 1}, {"num_workers": 4, "persistent_workers": True}),
     ("no length", {"num_workers": 2, "prefetch_factor": 4}, {}),
-    ("streamed", {"num_workers": 2}, {"num_workers": 2, "prefetch_factor": 1}),
     ("stateful", {"num_workers": 2}, {"num_workers": 2}),
 ]
 
 
 @said
-@pytest.mark.parametrize(("name", "first", "then"), WORKERS, ids=[f"{n}-{f}-{t}" for n, f, t in WORKERS])
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [*WORKERS[:3], *(pytest.param(*found, marks=pytest.mark.long) for found in WORKERS[3:])],
+    ids=[f"{n}-{f}-{t}" for n, f, t in WORKERS],
+)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_with_workers(name: str, first: dict[str, Any], then: dict[str, Any], tmp_path: Path) -> None:
     exact(tmp_path, lambda **o: LOADERS[name](**(o or first)), [State.STEP], then, epochs=2)

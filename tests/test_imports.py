@@ -69,6 +69,7 @@ Trainer(model, optimizer, torch.nn.MSELoss(), batches, batches, epochs=1,
 """
 
 
+@pytest.mark.usefixtures("own_store")
 def test_a_training_that_nobody_watches_needs_no_more(tmp_path: Path) -> None:
     new = new_modules(_BY_HAND, _TRAINED, tmp_path)
     assert packages(new) <= OURS  # torch's optimizers have brought in numpy.random, and half of torch

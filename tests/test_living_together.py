@@ -53,13 +53,13 @@ class OtherServer(MLflowServer):
             time.sleep(0.2)
 
 
-def test_inside_a_run_of_the_users(run: RunFolder, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_inside_a_run_of_the_users(run: RunFolder, own_store: Database, tmp_path: Path) -> None:
     """`with mlflow.start_run():` around the training: that run is used, and left open; or it gets one below."""
     fold = create_run(tmp_path, "fold")
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     body = f"""
 import mlflow
-mlflow.set_tracking_uri({store!r})
+mlflow.set_tracking_uri({own_store.uri!r})
 mlflow.set_experiment("mine")
 with mlflow.start_run(run_name="by hand") as mine:
     mlflow.log_param("theirs", 1)
@@ -79,12 +79,12 @@ with mlflow.start_run(run_name="by hand") as mine:
     assert shipper.wait(120) == 0
 """
     assert train_in_child(run, body).wait(200) == 0, (run.path / "shipper.log").read_text()
-    remote = Database(tmp_path / "mlflow.db").run(run.id)
+    remote = own_store.run(run.id)
     assert (remote.name, remote.experiment, remote.status) == ("by hand", "mine", "FINISHED")
     assert remote.params == {"theirs": "1", "lr": "0.1"}
     assert remote.tags["interlock.owner"] == "user"
     assert [step for key, step, *_ in remote.points if key == "batch/loss"] == list(range(1, BATCHES + 1))
-    below = Database(tmp_path / "mlflow.db").run(fold.id)
+    below = own_store.run(fold.id)
     assert (below.name, below.experiment, below.status) == ("fold", "mine", "FINISHED")
     assert below.tags["mlflow.parentRunId"] == remote.id
     assert "interlock.owner" not in below.tags

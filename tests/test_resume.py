@@ -92,6 +92,7 @@ def interrupted(root: Path, cuts: list[int], build) -> Trainer:
     return trainer
 
 
+@pytest.mark.long  # tests/test_exact_property.py says more, and less of it takes as long
 @settings(max_examples=12)
 @given(
     cuts=st.lists(st.integers(1, 60), min_size=1, max_size=3),
@@ -153,6 +154,7 @@ def callback_states(trainer: Trainer) -> list[tuple[str, dict[str, str]]]:
     return [(n, digests(c.state_dict())) for n, c in trainer._callbacks.items() if n != "MemoryMonitor"]
 
 
+@pytest.mark.long
 def test_every_batch_boundary(tmp_path: Path) -> None:
     """Stopped at each boundary in turn, always the same end."""
     whole = trainings.make(tmp_path / "whole", epochs=1)

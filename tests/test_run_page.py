@@ -56,6 +56,7 @@ def git(folder: Path, *words: str) -> str:
 def work_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work tree")
     (folder / "train.py").write_text(SCRIPT)
+    Database.made(folder / "mlflow.db")
     git(folder, "init", "-q", "-b", "trunk")
     git(folder, "add", "train.py")
     git(folder, "commit", "-q", "-m", "first")

@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import trainings
-from orchestrator import Checkpointing
+from orchestrator import Checkpointing, Trainer
 from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.logs.record import LogRecord
 from orchestrator.callbacks.rhythm import Costs, Measured, Rhythm, save_interval
@@ -249,40 +249,36 @@ from pathlib import Path
 import torch
 import trainings
 from orchestrator import Checkpointing
-torch.set_num_threads(int(sys.argv[3]))
+from states import Trigger
+torch.set_num_threads(int(sys.argv[2]))
 trainer = trainings.make(Path(sys.argv[1]), epochs=60, checkpoint=Checkpointing(overhead=0.2))
-trainer.fit(resume="auto")
-torch.save(trainer.model.state_dict(), sys.argv[2])
+trainer.after(Trigger.STEP)(lambda: time.sleep(0.02))  # there is time to be killed
+trainer.fit()
 """
 
 
 def test_killed_and_resumed_it_is_exact_and_begins_with_the_interval_it_had(tmp_path: Path) -> None:
     def start(root: Path) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        command = [
-            sys.executable,
-            "-c",
-            SCRIPT,
-            str(root),
-            str(root.with_suffix(".pt")),
-            str(torch.get_num_threads()),
-        ]
+        command = [sys.executable, "-c", SCRIPT, str(root), str(torch.get_num_threads())]
         return subprocess.Popen(command, env=environment)
 
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    assert start(unbroken).wait() == 0
+    def trainer(root: Path) -> Trainer:
+        return trainings.make(root, epochs=60, checkpoint=Checkpointing(overhead=0.2))
+
+    killed = tmp_path / "killed"
     process = start(killed)
     while process.poll() is None and not any(known(path) for path in checkpoints_in(killed)):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    resumed = trainings.make(killed, epochs=60, checkpoint=Checkpointing(overhead=0.2))
+    unbroken, resumed = trainer(tmp_path / "unbroken"), trainer(killed)
+    unbroken.fit()
     resumed.start("auto")
     assert resumed.attempt == 2
     assert resumed._settings.checkpoint._rhythm.measured.state_dict()["saves"]
     resumed.fit()
-    final = torch.load(unbroken.with_suffix(".pt"))
-    assert all(torch.equal(value, final[key]) for key, value in resumed.model.state_dict().items())
+    assert all(map(torch.equal, weights(unbroken), weights(resumed)))
 
 
 def checkpoints_in(root: Path) -> list[Path]:

@@ -56,11 +56,7 @@ WARNED = {
 BEGINS_ANEW = "has no checkpoint to continue from; a new run begins"
 """What is said after a kill that came before the checkpoint of IDLE was on disk."""
 
-FAST = {
-    "char_rnn_set",
-    "gan",
-    "mean_teacher",
-}
+FAST = {"mean_teacher", "pruning"}
 
 
 @dataclass(frozen=True)

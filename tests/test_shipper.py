@@ -151,6 +151,7 @@ def test_a_run_arrives_whole(
 ENDS = {"failed": "FAILED", "stopped": "KILLED", "died": "KILLED"}
 
 
+@pytest.mark.long
 def test_the_status_tells_the_truth(tmp_path: Path, store: Database) -> None:
     runs = {outcome: create_run(tmp_path, outcome) for outcome in ENDS}
     children = [
