@@ -260,7 +260,7 @@ class Attempt:
         """Journal `values`, those of validation under scopes of their own."""
         own = {k: v for k, v in values.items() if k not in validated} if validated else values
         self._journal.metrics("train", epoch, batch, step, own, now, seq=self.seq)
-        if not (with_validation and validated.keys() & values.keys()):
+        if not (validated and with_validation and validated.keys() & values.keys()):
             return
         for scope in self._validation_scopes:
             prefix = scope.removeprefix("validation/") + "/"

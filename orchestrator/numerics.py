@@ -116,7 +116,9 @@ def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 def _alike(grads: list[Tensor]) -> bool:
     """Whether all are plain tensors of one device and type, for which torch has operations on lists."""
     device, dtype = grads[0].device, grads[0].dtype
-    return device.type in ("cpu", "cuda") and all(
+    if grads[0].is_cpu:
+        return all(type(grad) is Tensor and grad.is_cpu and grad.dtype is dtype for grad in grads)
+    return device.type == "cuda" and all(
         type(grad) is Tensor and grad.device == device and grad.dtype == dtype for grad in grads
     )
 

@@ -19,7 +19,7 @@ from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
 from orchestrator.policy import Situation
-from states.table import Trigger
+from states.table import State, Trigger
 
 __all__ = ["BatchWork", "EvaluationWork", "Limits", "Place", "TrainingWork", "Window", "supervised"]
 
@@ -416,7 +416,7 @@ class TrainingWork(BatchWork):
 
     def forward(self) -> None:
         """Model and loss of the batch at hand, in its phase."""
-        if self.situation.state.name == "STEP":
+        if self.situation.state is State.STEP:
             self.phase += 1
             self.situation.another_phase = self.phase + 1 < len(self.phases)
         self.before_forward = self.keep() if self.keep is not None else None
@@ -429,8 +429,11 @@ class TrainingWork(BatchWork):
             self.guard.keep()
         self.computing = True
         try:
-            with self.precision.autocast():
+            if self.precision.name == "fp32":
                 result = phase.forward(self.model, self.data)
+            else:
+                with self.precision.autocast():
+                    result = phase.forward(self.model, self.data)
         finally:
             self.computing = False
         loss, outputs, targets = _read_loss(result, training=True, where=self._named)
@@ -494,7 +497,6 @@ class TrainingWork(BatchWork):
 
     def end_batch(self) -> None:
         """Count the batch; validation if it is due within the epoch."""
-        self.tell_of_changed_data()
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started
@@ -507,6 +509,7 @@ class TrainingWork(BatchWork):
 
     def end_epoch(self) -> None:
         """The epoch's values, and validation where it is not done every so many batches."""
+        self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
         values = self.epoch_metrics.values()
         values["duration"] = time.perf_counter() - self.epoch_started
         values.update(self._learning_rates())
@@ -531,6 +534,7 @@ class TrainingWork(BatchWork):
 
     def halt(self) -> None:
         """Let go of the batch at hand."""
+        self.tell_of_changed_data()
         self._result = None
 
     def resume(self) -> None:
@@ -552,12 +556,12 @@ class TrainingWork(BatchWork):
         self, values: Mapping[str, float], samples: int, skipped: bool, validated: Mapping[str, float]
     ) -> None:
         # Where non-finite batches are to be left out, they are left out of the averages too.
-        lenient = skipped or self.guard is not None
-        averaged = {
-            name: value
-            for name, value in values.items()
-            if name != "batch_time" and name not in validated and (math.isfinite(value) or not lenient)
-        }
+        averaged = dict(values)
+        averaged.pop("batch_time", None)
+        if validated:
+            averaged = {name: value for name, value in averaged.items() if name not in validated}
+        if skipped or self.guard is not None:
+            averaged = {name: value for name, value in averaged.items() if math.isfinite(value)}
         self.epoch_metrics.add(averaged, samples)
 
     def _add_note(self, text: str) -> None:

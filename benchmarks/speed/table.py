@@ -40,7 +40,12 @@ PARTS = {
     "Real training, 5 ms a step, half a minute later": [
         "training.py",
         *("--width", "4096", "--size", "128", "--batches", "5600", "--warm", "3600", "--rounds", "2"),
-        *("--only", "interlock", "Ignite"),
+        *("--only", "norm", "interlock", "Ignite"),
+    ],
+    "Real training, convolutions": [
+        "training.py",
+        *("--convolutions", "--width", "32", "--size", "24", "--batches", "1000", "--warm", "300", "--rounds", "5"),
+        *("--only", "norm", "not tracked", "Ignite"),
     ],
     "Validation": ["evaluation.py"],
     "Checkpoints": ["checkpoint.py"],

@@ -4,11 +4,17 @@ The bare loop and the contenders train the same network on the same batches, whi
 from one forward to another: what comes before the first batch and after the last is
 measured elsewhere. interlock keeps its journal and its metrics; "everything on" delivers them to a local
 MLflow store too, by a process whose time counts as well. The others are at their defaults but for what is named.
+
+The C library keeps the memory that is freed (but for --trim): by default it gives the gradients' memory back to the
+system at each batch or never, as its heap happens to lie, and any contender pays several hundred page faults a batch
+or none.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import tempfile
@@ -28,10 +34,17 @@ from orchestrator import MLflow, Trainer, seed_everything
 class Stamped(nn.Module):
     """The network; notes the time at a first forward, the `warm`th, and at the last."""
 
-    def __init__(self, width: int, batches: int, warm: int) -> None:
+    def __init__(self, width: int, batches: int, warm: int, convolutions: bool) -> None:
         super().__init__()
         seed_everything(1)
-        self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        if convolutions:
+            self.layers = nn.Sequential(
+                *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, width, 3, padding=1), nn.ReLU()),
+                *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+                *(nn.Flatten(), nn.Linear(16 * width, 10)),
+            )
+        else:
+            self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
         self.calls, self.batches, self.warm = 0, batches, warm
         self.cost = Cost()
 
@@ -68,12 +81,25 @@ class Loader:
         return len(self.batches)
 
 
-def bare(model: Stamped, batches: Batches) -> None:
+def keep_memory() -> None:
+    """Let glibc give nothing back to the system."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            allocator.mallopt(parameter, 2**30)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+def bare(model: Stamped, batches: Batches, *, looks: bool = False) -> None:
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
     for inputs, targets in batches:
         optimizer.zero_grad()
         loss = loss_fn(model(inputs), targets)
         loss.backward()
+        if looks:
+            nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
         optimizer.step()
         loss.item()
 
@@ -142,6 +168,7 @@ def lightning(model: Stamped, batches: Batches, *, logger: str) -> None:
 BARE = "bare loop"
 CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
     BARE: bare,
+    "bare loop, with torch's norm of the gradients": partial(bare, looks=True),
     "interlock, not tracked": partial(interlock, tracked=False),
     "interlock, everything on": partial(interlock, tracked=True),
     "Ignite, two empty handlers, no logging": ignite,
@@ -151,10 +178,11 @@ CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
 }
 
 
-def cost(run: Callable[[Stamped, Batches], None], count: int, warm: int, width: int, size: int) -> Cost:
-    """What a batch of `size` samples costs a contender, the first `warm` ones left out."""
-    model = Stamped(width, count, warm)
-    batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
+def cost(run: Callable[[Stamped, Batches], None], options: argparse.Namespace) -> Cost:
+    """What a batch costs a contender, the first ones left out."""
+    model = Stamped(options.width, options.batches, options.warm, options.convolutions)
+    shape = (options.size, 64)
+    batches = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(options.batches)]
     run(model, batches)
     return model.cost
 
@@ -163,15 +191,22 @@ if __name__ == "__main__":
     parser = arguments(__doc__, batches=2000, rounds=7, width=32, size=32)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="PART_OF_A_NAME")
     parser.add_argument("--warm", type=int, default=100, help="batches before the first that is measured")
+    parser.add_argument(
+        "--trim", action="store_true", help="let the allocator give memory back to the system"
+    )
+    parser.add_argument("--convolutions", action="store_true", help="in place of linear layers")
     options = parser.parse_args()
+    if not options.trim:
+        keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     missing = [peer for peer in ("Ignite", "Lightning") if not installed(peer.lower(), peer)]
     chosen = {
-        name: partial(cost, run, options.batches, options.warm, options.width, options.size)
+        name: partial(cost, run, options)
         for name, run in CONTENDERS.items()
-        if any(part in name for part in [*options.only, BARE]) and not name.startswith(tuple(missing))
+        if (name == BARE or any(part in name for part in options.only))
+        and not name.startswith(tuple(missing))
     }
     report(compared(alternate(chosen, options.rounds), BARE), options.json)

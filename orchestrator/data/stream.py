@@ -56,6 +56,8 @@ class BatchStream:
         self._origin = self._source.record()
         self._stands = True
         self._fingerprint: dict[str, Any] | None = None
+        self._more: bool | None = None
+        """Whether there is another batch, where a fetch has found that out."""
         self._carry: Carry | None = None
         self._ahead: list[Any] = []
         """What gives the batch after the one fetched last, which is on its way; or the exception that it made."""
@@ -86,7 +88,9 @@ class BatchStream:
     @property
     def has_next(self) -> bool:
         """Whether the epoch has another batch; known without waiting. False before any epoch."""
-        return self._epoch is not None and self._source.has_next(self._position)
+        if self._more is None:
+            return self._epoch is not None and self._source.has_next(self._position)
+        return self._more
 
     @property
     def waiting(self) -> bool:
@@ -100,7 +104,7 @@ class BatchStream:
         """Fix the order of `epoch` from the random states of this moment; drop what is left of the one
         before."""
         self._drop_epoch()
-        self._stands = False
+        self._stands, self._more = False, None
         origin = self._source.record()
         self._source.begin(epoch)
         self._origin, self._epoch, self._position, self._stands = origin, epoch, 0, True
@@ -128,10 +132,11 @@ class BatchStream:
         except BaseException:
             # Tearing down takes seconds where a worker is stuck: that waits until the stream is used again,
             # or closed.
-            self._stands = False
+            self._stands, self._more = False, None
             raise
         self._position += 1
-        if not self._source.has_next(self._position):
+        self._more = self._source.has_next(self._position)
+        if not self._more:
             self._source.end_epoch()
         return batch
 
@@ -196,6 +201,7 @@ class BatchStream:
                 "resume with the version of interlock that saved it"
             )
         self._drop_epoch()
+        self._more = None
         self._source.passes = state["passes"]
         self._epoch, self._position, self._origin = state["epoch"], state["position"], state["origin"]
         self._stand(state["place"])
