@@ -44,7 +44,8 @@ PARTS = {
     ],
     "Real training, convolutions": [
         "training.py",
-        *("--convolutions", "--width", "32", "--size", "24", "--batches", "1000", "--warm", "300", "--rounds", "5"),
+        *("--convolutions", "--width", "32", "--size", "24"),
+        *("--batches", "1000", "--warm", "300", "--rounds", "5"),
         *("--only", "norm", "not tracked", "Ignite"),
     ],
     "Validation": ["evaluation.py"],
