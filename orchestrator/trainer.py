@@ -30,6 +30,7 @@ from orchestrator.evaluation import Evaluation
 from orchestrator.exactness import risks
 from orchestrator.final_model import HandingOver
 from orchestrator.metrics import EpochMetrics, Metric
+from orchestrator.named import named
 from orchestrator.numerics import Precision
 from orchestrator.phase import Forward, Phase
 from orchestrator.requests import HaltRequest, Save
@@ -272,17 +273,17 @@ class Trainer:
 
     # -- hooks on any transition -----------------------------------------------------------------
 
-    def before(self, trigger: Trigger) -> Callable[[HookT], HookT]:
-        """A decorator: call the function, without arguments, before the work of `trigger`."""
-        return self._training.loop.before(trigger)
+    def before(self, trigger: Trigger | str) -> Callable[[HookT], HookT]:
+        """A decorator: call the function, without arguments, before the work of `trigger`, such as "step"."""
+        return self._training.loop.before(named(Trigger, trigger, "before(trigger)"))
 
-    def after(self, trigger: Trigger) -> Callable[[HookT], HookT]:
+    def after(self, trigger: Trigger | str) -> Callable[[HookT], HookT]:
         """A decorator: call the function, without arguments, after every transition of `trigger`."""
-        return self._training.loop.after(trigger)
+        return self._training.loop.after(named(Trigger, trigger, "after(trigger)"))
 
-    def on(self, state: State) -> Callable[[HookT], HookT]:
-        """A decorator: call the function, without arguments, whenever `state` is entered."""
-        return self._training.loop.on(state)
+    def on(self, state: State | str) -> Callable[[HookT], HookT]:
+        """A decorator: call the function, without arguments, whenever `state`, such as "HALTED", is entered."""
+        return self._training.loop.on(named(State, state, "on(state)"))
 
     # -- where the training stands ---------------------------------------------------------------
 
@@ -444,7 +445,7 @@ class Trainer:
         if self._settings.log is not None:
             self._settings.log.say(text)
 
-    def save(self, at: State | None = None) -> Save:
+    def save(self, at: State | str | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 
         Between transitions it is taken at once, from a hook when the transition is over. With `at` it is taken
@@ -456,6 +457,7 @@ class Trainer:
 
         Raises TaintedError after work or a hook has raised.
         """
+        at = None if at is None else named(State, at, "save(at)")
         training = self._training
         if training.tainted:
             raise TaintedError(
@@ -668,11 +670,12 @@ class Trainer:
             training.requests.add_save(Save())
         training.carry_out()
 
-    def advance(self, until: State | None = None) -> Arc | None:
+    def advance(self, until: State | str | None = None) -> Arc | None:
         """Fire one transition, or go on up to a state; DONE and HALTED end it too.
 
         Returns the last transition, or None where nothing was left to do.
         """
+        until = None if until is None else named(State, until, "advance(until)")
         training = self._training
         if self.state is not State.DONE and (training.attempt is None or training.attempt.closed):
             self.start()
@@ -730,7 +733,7 @@ class Trainer:
         self,
         epoch: int | None = None,
         batch: int | None = None,
-        state: State | None = None,
+        state: State | str | None = None,
         *,
         phase: str | None = None,
         run: str | os.PathLike[str] | None = None,
@@ -757,6 +760,7 @@ class Trainer:
         """
         from orchestrator import past
 
+        state = None if state is None else named(State, state, "seek(state)")
         self._training.loop.check_outside()
         self._past = past.seek(self, epoch, batch, state, phase, run)
         return self._past

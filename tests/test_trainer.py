@@ -1,5 +1,6 @@
 """The loop: order within a transition, requests at boundaries, phases, empty batches, what raises."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from orchestrator import (
 )
 from orchestrator.errors import ConfigurationError, LossError, TaintedError
 from orchestrator.loop import NestedTriggerError
+from orchestrator.snapshot.storage import list_checkpoints
 from states import State, Trigger
 from states.language import Move, first_illegal
 from states.table import TRAINING
@@ -560,3 +562,51 @@ def test_an_unwritable_root(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(InterlockError, match="root"):
         trainings.make(file / "runs").fit()
+
+
+def test_states_and_triggers_by_name(tmp_path: Path) -> None:
+    trainer = trainings.make(
+        tmp_path, checkpoint=Checkpointing(at=["STEP", State.BACKWARD], every_batches=1, keep_last=9)
+    )
+    seen: list[str] = []
+    trainer.before("step")(lambda: seen.append("before"))
+    trainer.after("step")(lambda: seen.append("after"))
+    trainer.on("STEP")(lambda: seen.append("on"))
+    arc = trainer.advance("STEP")
+    assert arc is not None
+    assert (arc.dest, seen) == (State.STEP, ["before", "on", "after"])
+    save = trainer.save("BATCH_END")
+    assert trainer.advance() is not None
+    assert save.wait().name.endswith("BATCH_END")
+    trainer.close()
+    states = {path.name.rsplit("-", 1)[1] for path in list_checkpoints(trainer.run.checkpoints)}
+    assert {"STEP", "BACKWARD"} <= states
+    trainer.seek(0, 0, "FORWARD")
+    assert trainer.state is State.FORWARD
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda trainer: trainer.before("steps"),
+            "before.trigger. is 'steps'; expected a Trigger, or the name of",
+        ),
+        (lambda trainer: trainer.after(State.STEP), "after.trigger. is .*'step', 'end_batch'"),
+        (
+            lambda trainer: trainer.on("step"),
+            "on.state. is 'step'; expected a State, or .*'STEP', 'BATCH_END'",
+        ),
+        (lambda trainer: trainer.advance("END"), "advance.until. is 'END'"),
+        (lambda trainer: trainer.save("END"), "save.at. is 'END'"),
+        (lambda trainer: trainer.seek(0, 0, "END"), "seek.state. is 'END'"),
+        (lambda trainer: Checkpointing(at="END"), "Checkpointing: at is 'END'"),
+    ],
+)
+def test_names_that_there_are_not(call: Callable[[Trainer], object], message: str, tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path)
+    with pytest.raises(ConfigurationError, match=message):
+        call(trainer)
+    assert trainer.batches == 0
+    assert not list(tmp_path.iterdir())

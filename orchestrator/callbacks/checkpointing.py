@@ -12,6 +12,7 @@ from orchestrator.callbacks.checks import check_positive, check_whole
 from orchestrator.callbacks.rhythm import Measured, Rhythm
 from orchestrator.callbacks.watched import Direction, Watched, direction_of
 from orchestrator.errors import ConfigurationError
+from orchestrator.named import named
 from orchestrator.snapshot.info import BEFORE_THE_END, BRANCH, CheckpointInfo
 from states.table import State, Trigger
 
@@ -66,7 +67,7 @@ class Checkpointing(Callback):
         mode: Direction | None = None,
         keep_every_epochs: int | None = None,
         keep_first: bool = True,
-        at: State | Collection[State] | None = None,
+        at: State | str | Collection[State | str] | None = None,
         durable: Literal["local", "remote"] = "local",
         overhead: float | None = None,
     ) -> None:
@@ -229,14 +230,9 @@ _LEADS_TO = {
 }
 
 
-def _states(at: State | Collection[State] | None) -> frozenset[State]:
-    states = [at] if isinstance(at, State) else list(at or ())
-    for state in states:
-        if not isinstance(state, State):
-            raise ConfigurationError(
-                f"Checkpointing: at has {state!r} in it; expected states, such as State.BATCH_END"
-            )
-    return frozenset(states)
+def _states(at: State | str | Collection[State | str] | None) -> frozenset[State]:
+    states = [at] if isinstance(at, State | str) else list(at or ())
+    return frozenset(named(State, state, "Checkpointing: at") for state in states)
 
 
 def _check_overhead(overhead: Any, **others: float | None) -> None:
