@@ -144,8 +144,8 @@ def test_checkpointing_at_halted(whole: Trainer, tmp_path: Path) -> None:
 def test_a_state_of_a_batch_needs_a_schedule(at) -> None:
     with pytest.raises(ConfigurationError, match="how often"):
         Checkpointing(at=at)
-    with pytest.raises(ConfigurationError, match="such as State"):
-        Checkpointing(every_batches=1, at="FORWARD")
+    with pytest.raises(ConfigurationError, match="at is 'FORWARDS'; expected a State"):
+        Checkpointing(every_batches=1, at=["STEP", "FORWARDS"])
 
 
 class Changes(nn.Module):

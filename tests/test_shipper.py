@@ -641,6 +641,7 @@ def test_all_and_none(run: RunFolder, store: Database) -> None:
 # -- the process -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_next_attempt_of_the_same_process_gets_a_shipper_of_its_own(
     run: RunFolder, store: Database
 ) -> None:
