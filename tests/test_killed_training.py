@@ -57,7 +57,7 @@ print("recorded", kills, "kills,", losses, "of them between hook and record")
 """
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
 def test_no_completed_transition_is_lost(kills: int, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     seed = str(int.from_bytes(os.urandom(4)))

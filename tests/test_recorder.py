@@ -206,7 +206,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.long)])
 def test_a_killed_process_loses_no_transition(kills: int, tmp_path: Path) -> None:
     """SIGKILL at random moments: every marked transition is there, whole, and no other but the next."""
     chance = random.Random(kills)
