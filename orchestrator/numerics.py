@@ -33,6 +33,8 @@ __all__ = [
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 class Precision:
     """Autocast for the forward pass and, for fp16, a gradient scaler for each phase.
@@ -56,7 +58,7 @@ class Precision:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context that `forward` runs in."""
         if self._dtype is None:
-            return contextlib.nullcontext()
+            return _AS_IT_IS
         return torch.autocast(self._device, dtype=self._dtype)
 
 
@@ -116,9 +118,7 @@ def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 def _alike(grads: list[Tensor]) -> bool:
     """Whether all are plain tensors of one device and type, for which torch has operations on lists."""
     device, dtype = grads[0].device, grads[0].dtype
-    if grads[0].is_cpu:
-        return all(type(grad) is Tensor and grad.is_cpu and grad.dtype is dtype for grad in grads)
-    return device.type == "cuda" and all(
+    return device.type in ("cpu", "cuda") and all(
         type(grad) is Tensor and grad.device == device and grad.dtype == dtype for grad in grads
     )
 

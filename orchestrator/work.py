@@ -288,12 +288,8 @@ class EvaluationWork(BatchWork):
 
     def forward(self) -> None:
         """Model and loss, without gradients."""
-        with self._no_grad:
-            if self.precision.name == "fp32":
-                result = self._forward(self.model, self.data)
-            else:
-                with self.precision.autocast():
-                    result = self._forward(self.model, self.data)
+        with self._no_grad, self.precision.autocast():
+            result = self._forward(self.model, self.data)
         self._count_loss(*_read_loss(result, training=False), "")
 
     def end_batch(self) -> None:
@@ -429,11 +425,8 @@ class TrainingWork(BatchWork):
             self.guard.keep()
         self.computing = True
         try:
-            if self.precision.name == "fp32":
+            with self.precision.autocast():
                 result = phase.forward(self.model, self.data)
-            else:
-                with self.precision.autocast():
-                    result = phase.forward(self.model, self.data)
         finally:
             self.computing = False
         loss, outputs, targets = _read_loss(result, training=True, where=self._named)
@@ -497,6 +490,7 @@ class TrainingWork(BatchWork):
 
     def end_batch(self) -> None:
         """Count the batch; validation if it is due within the epoch."""
+        self.tell_of_changed_data()
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started
@@ -509,7 +503,6 @@ class TrainingWork(BatchWork):
 
     def end_epoch(self) -> None:
         """The epoch's values, and validation where it is not done every so many batches."""
-        self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
         values = self.epoch_metrics.values()
         values["duration"] = time.perf_counter() - self.epoch_started
         values.update(self._learning_rates())
@@ -534,7 +527,6 @@ class TrainingWork(BatchWork):
 
     def halt(self) -> None:
         """Let go of the batch at hand."""
-        self.tell_of_changed_data()
         self._result = None
 
     def resume(self) -> None:

@@ -56,8 +56,6 @@ class BatchStream:
         self._origin = self._source.record()
         self._stands = True
         self._fingerprint: dict[str, Any] | None = None
-        self._more: bool | None = None
-        """Whether there is another batch, where a fetch has found that out."""
         self._carry: Carry | None = None
         self._ahead: list[Any] = []
         """What gives the batch after the one fetched last, which is on its way; or the exception that it made."""
@@ -88,9 +86,7 @@ class BatchStream:
     @property
     def has_next(self) -> bool:
         """Whether the epoch has another batch; known without waiting. False before any epoch."""
-        if self._more is None:
-            return self._epoch is not None and self._source.has_next(self._position)
-        return self._more
+        return self._epoch is not None and self._source.has_next(self._position)
 
     @property
     def waiting(self) -> bool:
@@ -104,7 +100,7 @@ class BatchStream:
         """Fix the order of `epoch` from the random states of this moment; drop what is left of the one
         before."""
         self._drop_epoch()
-        self._stands, self._more = False, None
+        self._stands = False
         origin = self._source.record()
         self._source.begin(epoch)
         self._origin, self._epoch, self._position, self._stands = origin, epoch, 0, True
@@ -132,11 +128,10 @@ class BatchStream:
         except BaseException:
             # Tearing down takes seconds where a worker is stuck: that waits until the stream is used again,
             # or closed.
-            self._stands, self._more = False, None
+            self._stands = False
             raise
         self._position += 1
-        self._more = self._source.has_next(self._position)
-        if not self._more:
+        if not self._source.has_next(self._position):
             self._source.end_epoch()
         return batch
 
@@ -201,7 +196,6 @@ class BatchStream:
                 "resume with the version of interlock that saved it"
             )
         self._drop_epoch()
-        self._more = None
         self._source.passes = state["passes"]
         self._epoch, self._position, self._origin = state["epoch"], state["position"], state["origin"]
         self._stand(state["place"])
