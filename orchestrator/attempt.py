@@ -200,35 +200,45 @@ class Attempt:
         if not _OF_A_BATCH[arc]:
             return record
         if ARCS[arc].trigger is Trigger.FETCH:
-            begin = line.beginner(arc, phase)
-
-            def write_first() -> None:
-                if work.note:
-                    record()
-                else:
-                    begin(work.place.epoch, work.place.batch)
-
-            return write_first
+            return line.beginner(arc, phase, work, record)
 
         recorder, read = self._recorder, time.perf_counter_ns
         words, losses, offset = recorder.words, recorder.losses, recorder.offset
-        step, carries, closes = PRESENT | phase << 16 | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
+        step = PRESENT | phase << 16 | arc
 
         def write() -> None:
             at = line.at
-            if at == line.end or work.note or (carries and not line.free):
+            if at == line.end or work.note:
                 record()
                 return
-            if carries:
-                losses[line.first + TO_LOSS] = work.loss
-                line.free = False
+            words[at + TO_TIME] = read() + offset
+            words[at] = step
+            line.at = at + 1
+
+        def write_loss() -> None:
+            at = line.at
+            if at == line.end or work.note or not line.free:
+                record()
+                return
+            losses[line.first + TO_LOSS] = work.loss
+            line.free = False
+            words[at + TO_TIME] = read() + offset
+            words[at] = step
+            line.at = at + 1
+
+        def write_last() -> None:
+            at = line.at
+            if at == line.end or work.note:
+                record()
+                return
             now = words[at + TO_TIME] = read() + offset
             words[at] = step
             line.at = at + 1
-            if closes:
-                close(now)
+            close(now)
 
-        return write
+        if arc in FORWARDS:
+            return write_loss
+        return write_last if _CLOSES_BATCH[arc] else write
 
     def _close_batch(self, now: int) -> None:
         work = self._work
@@ -236,7 +246,8 @@ class Attempt:
         if work.metrics:
             place = work.place
             self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
-        self._look(now)
+        if now >= self._look_at:
+            self._look(now)
 
     def _look(self, now: int) -> None:
         if now >= self._look_at:
