@@ -88,17 +88,26 @@ def is_users_module(item: object) -> bool:
     return isinstance(item, types.ModuleType) and _is_users_module(item.__name__)
 
 
-def variables(item: object) -> dict[str, Any]:
+def variables(item: Any) -> dict[str, Any]:
     """The attributes of an object, those in slots too."""
     found = dict(getattr(item, "__dict__", {}))
-    for cls in type(item).__mro__:
-        for name, value in vars(cls).items():
-            if isinstance(value, types.MemberDescriptorType) and cls.__module__ != "builtins":
-                try:
-                    found[name] = value.__get__(item)
-                except AttributeError:
-                    continue
+    for name, slot in _slots(type(item)):
+        try:
+            found[name] = slot.__get__(item)
+        except AttributeError:
+            continue
     return found
+
+
+@lru_cache(1024)
+def _slots(cls: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
+    return tuple(
+        (name, value)
+        for kind in cls.__mro__
+        if kind.__module__ != "builtins"
+        for name, value in vars(kind).items()
+        if isinstance(value, types.MemberDescriptorType)
+    )
 
 
 def functions_of(cls: type) -> Iterator[types.FunctionType]:
