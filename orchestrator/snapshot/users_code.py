@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 __all__ = [
     "SCALARS",
@@ -99,15 +100,19 @@ def variables(item: Any) -> dict[str, Any]:
     return found
 
 
-@lru_cache(1024)
-def _slots(cls: type) -> tuple[tuple[str, types.MemberDescriptorType], ...]:
-    return tuple(
-        (name, value)
-        for kind in cls.__mro__
-        if kind.__module__ != "builtins"
-        for name, value in vars(kind).items()
-        if isinstance(value, types.MemberDescriptorType)
-    )
+def _slots(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
+    if cls not in _known_slots:  # torch's classes have hundreds of attributes to look through
+        _known_slots[cls] = [
+            (name, value)
+            for kind in cls.__mro__
+            if kind.__module__ != "builtins"
+            for name, value in vars(kind).items()
+            if isinstance(value, types.MemberDescriptorType)
+        ]
+    return _known_slots[cls]
+
+
+_known_slots: WeakKeyDictionary[type, list[tuple[str, types.MemberDescriptorType]]] = WeakKeyDictionary()
 
 
 def functions_of(cls: type) -> Iterator[types.FunctionType]:
