@@ -47,7 +47,7 @@ from tracking.shipper import start_shipper
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
 
-__all__ = ["Attempt", "opened_here"]
+__all__ = ["Attempt", "manifest_of", "opened_here"]
 
 _DEST = [arc.dest for arc in ARCS]
 _CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
@@ -340,20 +340,9 @@ class Attempt:
         began = time.time_ns()
         name = checkpoint_name(self.seq, self.number, place.epoch, place.batch, state)
         seq, epoch, batch = self.seq, place.epoch, place.batch
-        manifest = {
-            "run": self.run.id,
-            "seq": seq,
-            "attempt": self.number,
-            "epoch": epoch,
-            "batch": batch,
-            "batches": place.batches,
-            "state": state.value,
-            "purpose": purpose,
-            "metrics": dict(metrics),
-            "binding": dict(self._settings.binding),
-            **data,
-            "created_ns": began,
-        }
+        manifest = manifest_of(
+            self.run, seq, self.number, place, state, purpose, metrics, self._settings, data, began
+        )
 
         def durable(path: Path) -> None:
             size = sum(file.stat().st_size for file in path.iterdir())
@@ -472,6 +461,35 @@ class Attempt:
                     RuntimeWarning,
                     stacklevel=4,
                 )
+
+
+def manifest_of(
+    run: RunFolder,
+    seq: int,
+    attempt: int,
+    place: Place,
+    state: State,
+    purpose: str,
+    metrics: Mapping[str, float],
+    settings: Settings,
+    data: Mapping[str, Any],
+    created_ns: int,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; `data` are the fingerprints of the data."""
+    return {
+        "run": run.id,
+        "seq": seq,
+        "attempt": attempt,
+        "epoch": place.epoch,
+        "batch": place.batch,
+        "batches": place.batches,
+        "state": state.value,
+        "purpose": purpose,
+        "metrics": dict(metrics),
+        "binding": dict(settings.binding),
+        **data,
+        "created_ns": created_ns,
+    }
 
 
 def _start(settings: Settings, plan: Plan) -> AttemptStart:
