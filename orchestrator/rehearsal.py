@@ -148,6 +148,7 @@ class _Performance:
         self._batches: list[float] = []
         self._validation: dict[str, float] = {}
         self._values: dict[str, float] | None = None
+        self._began = time.perf_counter()
         self._validating_s = 0.0
         self._ends = 0
 
