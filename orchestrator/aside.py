@@ -11,7 +11,7 @@ import torch
 
 from orchestrator import configuration, recovery, warm_start
 from orchestrator.snapshot import capture
-from orchestrator.snapshot.objects import AttributesKept, ContainersKept
+from orchestrator.snapshot.objects import AttributesKept, ContentsKept
 from orchestrator.snapshot.tensors import replicas
 from states.errors import InterlockError
 from states.table import State
@@ -58,8 +58,9 @@ class Aside:
         # On the host: a device that the training fits on has no room for another one.
         self.tree: dict[str, Any] = replicas(training.snapshots.capture(self._state), _HOST)
         self._gradients = replicas(capture.capture_gradients(trainer.model, trainer.optimizers), _HOST)
-        self._attributes = [AttributesKept(callback) for callback in trainer._callbacks.values()]
-        self._containers = ContainersKept(training.snapshots.referred_to())
+        captured = {id(tensor) for tensor in (*trainer.model.parameters(), *trainer.model.buffers())}
+        self._attributes = [AttributesKept(callback, captured) for callback in trainer._callbacks.values()]
+        self._contents = ContentsKept(training.snapshots.referred_to(), captured)
 
     def restore(self) -> None:
         """Make the training state what it was; the trainer's own memory is left as it is."""
@@ -74,7 +75,7 @@ class Aside:
         capture.restore_gradients(self._trainer.model, self._gradients, self._trainer.optimizers)
         for attributes in self._attributes:
             attributes.put_back()
-        self._containers.put_back()
+        self._contents.put_back()
 
     def put_back(self) -> None:
         """Make everything what it was. Raises RehearsalError, naming what is not."""

@@ -76,11 +76,10 @@ class Rehearsal:
 
     def __str__(self) -> str:
         """All of it in one line."""
-        done = (
-            []
-            if self.batch_s is None
-            else [f"{self.batches} batches of {quantity('batch_time', self.batch_s)}"]
-        )
+        done = []
+        if self.batch_s is not None:
+            batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+            done.append(f"{batches} of {quantity('batch_time', self.batch_s)}")
         done += [f"{name} of {quantity('batch_time', seconds)}" for name, seconds in self.validation.items()]
         if self.checkpoint_bytes is not None:
             took = f"written in {span(self.save_s)} and restored in {span(self.restore_s)}, bit for bit"
@@ -88,7 +87,13 @@ class Rehearsal:
         ahead = [] if self.estimate_s is None else [f"training takes about {span(self.estimate_s)}"]
         if self.checkpoint_bytes is not None:
             ahead.append(f"checkpoints up to {_size(self.disk_needed)} of {_size(self.disk_free)} free")
-        return "; ".join([f"rehearsed in {span(self.seconds)}: {', '.join(done)}", "all undone", *ahead])
+        return "; ".join(
+            [
+                f"rehearsed in {span(self.seconds)}: {', '.join(done) or 'nothing is left to train'}",
+                "all undone",
+                *ahead,
+            ]
+        )
 
 
 def rehearse(trainer: Trainer) -> Rehearsal | None:
@@ -388,7 +393,6 @@ def _room(settings: Checkpointing, size: int, ahead: _Ahead, run: RunFolder, fre
     count, which = checkpoints_at_once(settings, ahead.batches, ahead.epochs)
     there = sum(map(_bytes_of, run.checkpoints.glob("[0-9]*")))
     needed = max(count * size - there, 0)
-    free += size  # the one of the rehearsal goes
     if needed > free:
         raise DiskFullError(
             errno.ENOSPC,

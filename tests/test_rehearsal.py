@@ -305,6 +305,36 @@ def test_callbacks_and_lists_of_hooks_are_what_they_were(tmp_path: Path) -> None
     assert len(losses) == len(keeping.losses) == 18
 
 
+def test_what_hooks_change_in_place_beside_the_model_is_what_it_was(tmp_path: Path) -> None:
+    """A teacher that follows the model, as in a script: told as being in no checkpoint, and put back all the same."""
+    teacher = trainings.network()
+    mean = torch.zeros(3)
+
+    class Follow(Callback):
+        def __init__(self) -> None:
+            self.average = trainings.network()
+
+        def on_batch_end(self, batch, metrics) -> None:
+            with torch.no_grad():
+                for module in (teacher, self.average):
+                    for one, other in zip(module.parameters(), self.trainer.model.parameters(), strict=True):
+                        one.lerp_(other, 0.1)
+                mean.add_(1.0)
+
+    follow = Follow()
+    trainer = make(tmp_path, callbacks=[follow])
+
+    def values() -> list[torch.Tensor]:
+        tensors = [*teacher.state_dict().values(), *follow.average.state_dict().values(), mean]
+        return [tensor.clone() for tensor in tensors]
+
+    before = values()
+    with pytest.warns(UserWarning, match="teacher, a variable .* is in no checkpoint"):
+        trainer.rehearse()
+    for one, other in zip(before, values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_what_hooks_ask_for_in_a_rehearsal_is_not_done(tmp_path: Path) -> None:
     class Asking(Callback):
         def on_batch_end(self, batch, metrics) -> None:

@@ -1,33 +1,36 @@
-"""What plain values users' objects hold, kept to be put back: attributes of callbacks, lists that their code fills."""
+"""What users' objects hold beside what is captured, kept to be put back: attributes of callbacks, lists, modules."""
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from orchestrator.snapshot.tensors import overwrite, replicas
+from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replicas
 
-__all__ = ["AttributesKept", "ContainersKept"]
+__all__ = ["AttributesKept", "ContentsKept"]
 
-_MOST = 100_000
-"""Larger containers are left alone: they are data, or caches."""
+_MOST, _MOST_ELEMENTS = 100_000, 10**7
+"""Larger containers and tensors are left alone: they are data, or caches."""
 
+_HOST = torch.device("cpu")
 _CONTAINERS = (list, dict, set, deque)
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, Enum)
 
 
 class AttributesKept:
-    """The attributes of an object as they are now, and the content of those that are plain containers and tensors."""
+    """The attributes of an object as they are now, and their contents, but for tensors with an id in `captured`."""
 
-    def __init__(self, item: object) -> None:
+    def __init__(self, item: object, captured: Collection[int]) -> None:
         self._item = item
         self._values = dict(vars(item))
-        self._inside = ContainersKept(self._values.values(), tensors=True)
+        self._contents = ContentsKept(self._values.values(), captured, elements=sys.maxsize)
 
     def put_back(self) -> None:
         """Make them what they were; what came since is removed. Objects of other kinds are the same ones again."""
@@ -35,21 +38,31 @@ class AttributesKept:
         for name in here.keys() - self._values.keys():
             del here[name]
         here.update(self._values)
-        self._inside.put_back()
+        self._contents.put_back()
 
 
-class ContainersKept:
-    """Copies of those of `values` that are lists, dicts, sets and deques of plain values; the others are left alone.
+class ContentsKept:
+    """Copies of what is in those of `values` that are tensors, arrays, modules, or containers of plain values and tensors.
 
-    With `tensors`, tensors and arrays are plain values too.
+    Others, those of more than `elements` elements of tensors, and tensors among `captured`, are left alone.
     """
 
-    def __init__(self, values: Iterable[object], *, tensors: bool = False) -> None:
+    def __init__(
+        self, values: Iterable[object], captured: Collection[int], elements: int = _MOST_ELEMENTS
+    ) -> None:
+        self._captured = captured
         self._kept: dict[int, tuple[Any, Any]] = {}
-        wanted = (*_CONTAINERS, Tensor, np.ndarray) if tensors else _CONTAINERS
         for value in values:
-            if type(value) in wanted and id(value) not in self._kept and _is_plain(value, tensors):
-                self._kept[id(value)] = value, replicas(value)
+            if isinstance(value, nn.Module):
+                for tensor in (*value.parameters(), *value.buffers()):
+                    self._keep(tensor, elements)
+            elif type(value) in (*_CONTAINERS, Tensor, np.ndarray):
+                self._keep(value, elements)
+
+    def _keep(self, value: Any, elements: int) -> None:
+        if not (id(value) in self._kept or id(value) in self._captured) and _is_plain(value, elements):
+            # On the host where there is room; what a container gets back must be where it was.
+            self._kept[id(value)] = value, replicas(value, _HOST if isinstance(value, Tensor) else None)
 
     def put_back(self) -> None:
         """Give each its content back, in place."""
@@ -63,23 +76,21 @@ class ContainersKept:
                 (live.extend if isinstance(live, list | deque) else live.update)(replicas(kept))
 
 
-def _is_plain(value: object, tensors: bool) -> bool:
+def _is_plain(value: object, elements: int) -> bool:
+    if isinstance(value, nn.Parameter):
+        return not is_uninitialized(value) and value.numel() <= elements
     ahead, left = [value], _MOST
-    while ahead:
+    while ahead and left >= 0 and elements >= 0:
         left -= 1
         item = ahead.pop()
-        if left < 0:
-            return False
         if isinstance(item, dict):
             ahead += [*item, *item.values()]
         elif type(item) in (*_CONTAINERS, tuple, frozenset):
             ahead += item  # type: ignore[arg-type]
-        elif isinstance(item, Tensor):
-            if not tensors or item.requires_grad:
-                return False
-        elif isinstance(item, np.ndarray):
-            if not tensors or item.dtype.hasobject:
-                return False
+        elif isinstance(item, Tensor) and not item.requires_grad:
+            elements -= item.numel()
+        elif isinstance(item, np.ndarray) and not item.dtype.hasobject:
+            elements -= item.size
         elif not isinstance(item, (*_SCALARS, np.generic)):
             return False
-    return True
+    return left >= 0 and elements >= 0
