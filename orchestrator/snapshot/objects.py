@@ -42,7 +42,7 @@ class AttributesKept:
 
 
 class ContentsKept:
-    """Copies of what is in those of `values` that are tensors, arrays, modules, or containers of plain values and tensors.
+    """Copies of those of `values` that are tensors, arrays, modules, or containers of plain values and tensors.
 
     Others, those of more than `elements` elements of tensors, and tensors among `captured`, are left alone.
     """
