@@ -47,6 +47,8 @@ class Aside:
             (training, _values(training, _OF_TRAINING)),
             (training.work, _values(training.work, _OF_TRAINING_WORK)),
             *((work, _values(work, [n for n in _OF_WORK if hasattr(work, n)])) for work in self._works),
+            # Somebody may mend the data before the training begins.
+            *((work.stream, _values(work.stream, ["_fingerprint"])) for work in self._works),
         ]
         self._requests = training.requests.copy()
         situation = training.work.situation

@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import signal
+import socket
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +38,7 @@ from orchestrator.errors import ConfigurationError, TaintedError
 from orchestrator.rehearsal import DiskFullError, checkpoints_at_once
 from orchestrator.snapshot.capture import digests
 from orchestrator.snapshot.encoding import EncodingError
+from orchestrator.snapshot.storage import read_manifest
 from random_trainings import build, descriptions, run_folders
 from states import State, Trigger
 from states.table import TERMINAL
@@ -245,6 +248,16 @@ def test_memory_is_what_it_was_and_nothing_is_left_on_disk(tmp_path: Path) -> No
     assert set(found.validation) == {"val"}
     assert found.checkpoint_bytes is not None
     assert found.estimate_s is not None
+
+
+def test_what_a_killed_rehearsal_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [tmp_path / f".rehearsal-{socket.gethostname()}-{pid}-abc" for pid in (ended.pid, os.getppid())]
+    for path in left:
+        (path / "test" / "checkpoints").mkdir(parents=True)
+    make(tmp_path).rehearse()
+    assert list(tmp_path.iterdir()) == left[1:]  # the other's process lives
 
 
 def test_a_rehearsal_of_accumulation_makes_a_step(tmp_path: Path) -> None:
@@ -585,6 +598,17 @@ def test_the_same_trainer_trains_after_the_fix(tmp_path: Path) -> None:
     fixed = make(tmp_path / "fixed", val_loader=DataLoader(samples, 2), precision="fp16")
     fixed.fit()
     assert_same(ending(fixed), ending(trainer))
+
+
+def test_data_that_are_mended_after_a_rehearsal_are_told_as_they_are(tmp_path: Path) -> None:
+    samples = [(torch.zeros(6), torch.tensor(0))] * 4
+    trainer = make(tmp_path / "a", train_loader=DataLoader(samples, 2))
+    trainer.rehearse()
+    samples[:] = [(torch.ones(6), torch.tensor(0))] * 6
+    found, fresh = trainer.fit(), make(tmp_path / "b", train_loader=DataLoader(samples, 2)).fit()
+    assert found.last_checkpoint is not None
+    assert fresh.last_checkpoint is not None
+    assert read_manifest(found.last_checkpoint)["data"] == read_manifest(fresh.last_checkpoint)["data"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
