@@ -11,8 +11,10 @@ import torch
 
 from orchestrator import configuration, recovery, warm_start
 from orchestrator.snapshot import capture
-from orchestrator.snapshot.objects import AttributesKept, ContentsKept
+from orchestrator.snapshot.objects import MOST_ELEMENTS, AttributesKept, ContentsKept
 from orchestrator.snapshot.tensors import replicas
+from orchestrator.snapshot.users_code import is_users
+from orchestrator.snapshot.watch import parts_of
 from states.errors import InterlockError
 from states.table import State
 
@@ -61,7 +63,13 @@ class Aside:
         self.tree: dict[str, Any] = replicas(training.snapshots.capture(self._state), _HOST)
         self._gradients = replicas(capture.capture_gradients(trainer.model, trainer.optimizers), _HOST)
         captured = {id(tensor) for tensor in (*trainer.model.parameters(), *trainer.model.buffers())}
-        self._attributes = [AttributesKept(callback, captured) for callback in trainer._callbacks.values()]
+        self._attributes = [
+            AttributesKept(item, captured) for item in (*trainer._callbacks.values(), *trainer.optimizers)
+        ]
+        data = (
+            item for item in parts_of(trainer._data) if is_users(type(item)) and hasattr(item, "__dict__")
+        )
+        self._attributes += [AttributesKept(item, captured, MOST_ELEMENTS) for item in data]
         self._contents = ContentsKept(training.snapshots.referred_to(), captured)
 
     def restore(self) -> None:

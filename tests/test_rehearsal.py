@@ -348,6 +348,52 @@ def test_what_hooks_change_in_place_beside_the_model_is_what_it_was(tmp_path: Pa
         assert torch.equal(one, other)
 
 
+def test_what_optimizer_and_data_keep_for_themselves_is_what_it_was(tmp_path: Path) -> None:
+    class Lookahead(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=0.1)
+            self.calls = 0
+            self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+        def step(self, closure: Any = None) -> Any:
+            found = super().step(closure)
+            self.calls += 1
+            for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                p.data.copy_(slow.lerp_(p.data, 0.5))
+            return found
+
+    class Curriculum(_Augmented):
+        difficulty = 0.0
+
+        def __getitem__(self, index: int) -> Any:
+            inputs, target = super().__getitem__(index)
+            return inputs * (1 + self.difficulty), target
+
+    def training(root: Path) -> Trainer:
+        samples = Curriculum()
+        trainer = make(
+            root, train_loader=DataLoader(samples, 8), optimizer=lambda m: Lookahead(m.parameters())
+        )
+        trainer.after("end_epoch")(lambda: setattr(samples, "difficulty", trainer.epoch + 1))
+        return trainer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # neither is in a checkpoint, which is told
+        assert_equal_trainings(tmp_path, training)
+
+
+def test_nothing_counts_as_changed_that_was_only_looked_at(tmp_path: Path) -> None:
+    tensors = trainings.data().tensors
+    batches = [(tensors[0][at : at + 8], tensors[1][at : at + 8]) for at in (0, 8, 16)]
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        return nn.functional.cross_entropy(model(batch[0] - tensors[0].mean(0)), batch[1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path, train_loader=batches, val_loader=batches, forward=forward).fit(rehearse=True)
+
+
 def test_what_hooks_ask_for_in_a_rehearsal_is_not_done(tmp_path: Path) -> None:
     class Asking(Callback):
         def on_batch_end(self, batch, metrics) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchestrator.snapshot.differences import UnsupportedStateError
+from orchestrator.snapshot.digests import digests
 from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replicas
 
-__all__ = ["AttributesKept", "ContentsKept"]
+__all__ = ["MOST_ELEMENTS", "AttributesKept", "ContentsKept"]
 
-_MOST, _MOST_ELEMENTS = 100_000, 10**7
+_MOST, MOST_ELEMENTS = 100_000, 10**7
 """Larger containers and tensors are left alone: they are data, or caches."""
 
 _HOST = torch.device("cpu")
@@ -27,10 +29,10 @@ _SCALARS = (type(None), bool, int, float, complex, str, bytes, Enum)
 class AttributesKept:
     """The attributes of an object as they are now, and their contents, but for tensors with an id in `captured`."""
 
-    def __init__(self, item: object, captured: Collection[int]) -> None:
+    def __init__(self, item: object, captured: Collection[int], elements: int = sys.maxsize) -> None:
         self._item = item
         self._values = dict(vars(item))
-        self._contents = ContentsKept(self._values.values(), captured, elements=sys.maxsize)
+        self._contents = ContentsKept(self._values.values(), captured, elements)
 
     def put_back(self) -> None:
         """Make them what they were; what came since is removed. Objects of other kinds are the same ones again."""
@@ -48,10 +50,10 @@ class ContentsKept:
     """
 
     def __init__(
-        self, values: Iterable[object], captured: Collection[int], elements: int = _MOST_ELEMENTS
+        self, values: Iterable[object], captured: Collection[int], elements: int = MOST_ELEMENTS
     ) -> None:
         self._captured = captured
-        self._kept: dict[int, tuple[Any, Any]] = {}
+        self._kept: dict[int, tuple[Any, Any, dict[str, str]]] = {}
         for value in values:
             if isinstance(value, nn.Module):
                 for tensor in (*value.parameters(), *value.buffers()):
@@ -60,13 +62,18 @@ class ContentsKept:
                 self._keep(value, elements)
 
     def _keep(self, value: Any, elements: int) -> None:
-        if not (id(value) in self._kept or id(value) in self._captured) and _is_plain(value, elements):
+        if id(value) in self._kept or id(value) in self._captured or not _is_plain(value, elements):
+            return
+        if digest := _digest(value):
             # On the host where there is room; what a container gets back must be where it was.
-            self._kept[id(value)] = value, replicas(value, _HOST if isinstance(value, Tensor) else None)
+            copy = replicas(value, _HOST if isinstance(value, Tensor) else None)
+            self._kept[id(value)] = value, copy, digest
 
     def put_back(self) -> None:
-        """Give each its content back, in place."""
-        for live, kept in self._kept.values():
+        """Give each that has changed its content back, in place."""
+        for live, kept, digest in self._kept.values():
+            if _digest(live) == digest:  # writing the same again would count as a change
+                continue
             if isinstance(live, Tensor):
                 overwrite(live, kept)
             elif isinstance(live, np.ndarray):
@@ -74,6 +81,13 @@ class ContentsKept:
             else:
                 live.clear()
                 (live.extend if isinstance(live, list | deque) else live.update)(replicas(kept))
+
+
+def _digest(value: Any) -> dict[str, str]:
+    try:
+        return digests({"": value.detach() if isinstance(value, Tensor) else value})
+    except UnsupportedStateError:
+        return {}  # a tensor of another layout, or something else was put into it meanwhile
 
 
 def _is_plain(value: object, elements: int) -> bool:
@@ -89,7 +103,7 @@ def _is_plain(value: object, elements: int) -> bool:
             ahead += item  # type: ignore[arg-type]
         elif isinstance(item, Tensor) and not item.requires_grad:
             elements -= item.numel()
-        elif isinstance(item, np.ndarray) and not item.dtype.hasobject:
+        elif isinstance(item, np.ndarray) and not item.dtype.hasobject and item.flags.writeable:
             elements -= item.size
         elif not isinstance(item, (*_SCALARS, np.generic)):
             return False
