@@ -165,6 +165,21 @@ class Attempt:
             return HaltRequest(f"max_time of {self._settings.max_time:g} s is up", error=SystemExit(75))
         return None
 
+    def spent(self) -> dict[Trigger, int]:
+        """Nanoseconds of the newest batches of the training by trigger; from any thread."""
+        found: dict[Trigger, int] = {}
+        for arc, ns in self._recorder.spent(self._line.scope).items():
+            trigger = ARCS[arc].trigger
+            found[trigger] = found.get(trigger, 0) + ns
+        return found
+
+    def idle_s(self) -> float:
+        """Seconds since the last transition of the training was complete; from any thread."""
+        try:
+            return (self._recorder.now() - self._line.time_ns) / 1e9
+        except ValueError:  # it was closed
+            return 0.0
+
     # -- writing down ----------------------------------------------------------------------------
 
     def record(self, arc: int) -> None:

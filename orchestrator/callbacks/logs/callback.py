@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Logging", "headline"]
 
+_LONG = 2.0  # seconds of one transition
+
 Level = Literal["minimal", "standard", "verbose"]
 Target = Literal["console", "file"] | Callable[[LogRecord], object]
 
@@ -85,6 +87,8 @@ class Logging(Callback):
         self._validating_since: tuple[str, float] | None = None
         self._began = 0.0
         self._state = State.IDLE
+        self._shares_at = 0.0
+        self._last_shares: Mapping[str, float] = {}
         self._missing_told = False
         self._show_next: Callable[..., Any] | None = None
 
@@ -214,21 +218,42 @@ class Logging(Callback):
             batches_per_epoch=trainer.batches_per_epoch,
             doing=self._doing(),
             seconds_left=left / rate if left is not None and rate else None,
+            state=trainer.state.value,
             rate=rate,
+            shares=self._shares(),
             metrics=self._seen,
         )
+
+    def _shares(self) -> Mapping[str, float]:
+        """Where the time of the newest batches went; looked up once a second."""
+        now = time.monotonic()
+        if now - self._shares_at >= 1.0:
+            self._shares_at = now
+            spent = self.trainer._training.spent()
+            whole = sum(spent.values())
+            self._last_shares = {t.value: ns / whole for t, ns in spent.items()} if whole else {}
+        return self._last_shares
 
     def _doing(self) -> str:
         trainer = self.trainer
         validating = trainer.validating
         if validating is None:
             self._validating_since = None
+            if (waits := self._waits()) is not None:
+                return waits
             between = trainer.state in (State.BATCH_END, State.EPOCH_START, State.EPOCH_END)
             return "" if between else trainer.phase
         now, since = time.monotonic(), self._validating_since
         if since is None or since[0] != validating:
             since = self._validating_since = (validating, now)
         return f"validating {validating} {clock(now - since[1])}"
+
+    def _waits(self) -> str | None:
+        """What has been going on for some seconds, so that it shows what a training hangs in."""
+        under_way = self.trainer._training.under_way()
+        if under_way is None or under_way[1] < _LONG:
+            return None
+        return f"{under_way[0]} {clock(under_way[1])}"
 
     # -- what is said --------------------------------------------------------------------------------
 
