@@ -16,6 +16,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "runs": "orchestrator.commands.runs",
     "show": "orchestrator.commands.show",
+    "watch": "orchestrator.commands.watch",
     "log": "orchestrator.commands.log",
     "check": "orchestrator.commands.check",
     "diff": "orchestrator.commands.diff",
@@ -95,7 +96,7 @@ def main() -> None:
     Example:
       interlock runs
       interlock show digits
-      interlock log digits --follow
+      interlock watch digits
     """
 
 

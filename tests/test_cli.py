@@ -29,7 +29,20 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = ["runs", "show", "log", "check", "diff", "diagram", "resume", "seek", "replay", "blame", "sync"]
+COMMANDS = [
+    "runs",
+    "show",
+    "watch",
+    "log",
+    "check",
+    "diff",
+    "diagram",
+    "resume",
+    "seek",
+    "replay",
+    "blame",
+    "sync",
+]
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:
@@ -223,7 +236,7 @@ def test_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
 import sys
 from orchestrator.cli import main
 root, run, other = sys.argv[1:]
-for command in (["runs"], ["show", run], ["log", run], ["diagram", run], ["diff", run, other]):
+for command in (["runs"], ["show", run], ["watch", run], ["log", run], ["diagram", run], ["diff", run, other]):
     main(["--root", root, *command], standalone_mode=False)
     assert not {"torch", "mlflow", "numpy"} & sys.modules.keys(), command
 """
