@@ -29,20 +29,7 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = [
-    "runs",
-    "show",
-    "watch",
-    "log",
-    "check",
-    "diff",
-    "diagram",
-    "resume",
-    "seek",
-    "replay",
-    "blame",
-    "sync",
-]
+COMMANDS = "runs show watch log check diff diagram timeline resume seek replay blame sync".split()
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:
