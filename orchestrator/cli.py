@@ -27,6 +27,7 @@ _COMMANDS = {
     "replay": "orchestrator.commands.replay",
     "blame": "orchestrator.commands.blame",
     "sync": "orchestrator.commands.sync",
+    "doctor": "orchestrator.commands.doctor",
 }
 
 

@@ -29,7 +29,10 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = "runs show watch log check diff diagram timeline resume seek replay blame sync".split()
+COMMANDS = [
+    *("runs", "show", "watch", "log", "check", "diff", "diagram", "timeline"),
+    *("resume", "seek", "replay", "blame", "sync", "doctor"),
+]
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:

@@ -17,7 +17,7 @@ from tracking.journal import Checkpoint, Journal, JournalError, Settled, settle
 from tracking.runs import RootError, RunFolder
 from tracking.schema import connect_to_read
 
-__all__ = ["check"]
+__all__ = ["check", "examine"]
 
 _TRIES = 5
 
@@ -52,6 +52,14 @@ def check(run: RunFolder) -> None:
 def _findings(run: RunFolder) -> Iterator[Finding]:
     try:
         yield from _settled(run)
+    except (sqlite3.DatabaseError, JournalError):
+        pass  # which is said next
+    yield from examine(run)
+
+
+def examine(run: RunFolder) -> Iterator[Finding]:
+    """What is found out about the journal and the checkpoints of a run, without changing anything."""
+    try:
         yield from _file(run)
         with Journal.open(run) as journal:
             yield from _journal(run, journal)
