@@ -22,6 +22,7 @@ _COMMANDS = {
     "diff": "orchestrator.commands.diff",
     "diagram": "orchestrator.commands.diagram",
     "timeline": "orchestrator.commands.timeline",
+    "curves": "orchestrator.commands.curves",
     "resume": "orchestrator.commands.resume",
     "seek": "orchestrator.commands.seek",
     "replay": "orchestrator.commands.replay",
