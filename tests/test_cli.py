@@ -30,7 +30,7 @@ from walk import BATCH, Walk, begin
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
 COMMANDS = [
-    *("runs", "show", "watch", "log", "check", "diff", "diagram", "timeline"),
+    *("runs", "show", "watch", "log", "check", "diff", "diagram", "timeline", "curves"),
     *("resume", "seek", "replay", "blame", "sync", "doctor"),
 ]
 
@@ -258,7 +258,13 @@ def test_json_is_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.Monke
             ["check", run.path],
             ["diff", run.path, other.path],
         ),
-        *(["diagram"], ["diagram", run.path], ["timeline", run.path], ["sync", "--all"]),
+        *(
+            ["diagram"],
+            ["diagram", run.path],
+            ["timeline", run.path],
+            ["curves", run.path],
+            ["sync", "--all"],
+        ),
     ):
         json.loads(interlock(*words, "--json", root=tmp_path).stdout)
     for line in interlock("log", run.path, "--json").stdout.splitlines():
