@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from orchestrator import MLflow, NonFiniteError
 from orchestrator.cli import main
+from orchestrator.commands import health
 from orchestrator.commands.environment import allows, clock, disk, store
 from states.table import Trigger
 from tracking.journal import Journal
@@ -165,6 +166,16 @@ def test_a_process_that_is_stopped_and_one_that_is_killed(tmp_path: Path) -> Non
         with Journal.open(run) as journal:  # which `check` would have settled
             assert journal.attempts()[-1].outcome is None
         assert lease_holder(run) is None
+
+
+def test_a_training_that_waits_for_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_STALL_S", 0.5)
+    with waiting(tmp_path) as (child, run):
+        time.sleep(1.2)
+        found = doctor(run.path, code=0)["process"]
+        assert found["severity"] == "note"
+        assert found["found"].startswith("at fetch for 1.")
+        assert f"--pid {child.pid}" in found["do"]
 
 
 def test_what_halted_on_a_nan(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from tracking.runs import RootError, RunFolder, find_run, list_runs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = [
     "complete_run",
@@ -57,8 +59,10 @@ def _find(ctx: click.Context, _: click.Parameter, value: str | None) -> RunFolde
     return None if value is None else find_run(value, root_of(ctx))
 
 
-def complete_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> "list[CompletionItem]":
     """What a shell offers for RUN: names first, then ids, the newest first; folders after a slash."""
+    from click.shell_completion import CompletionItem  # needed at a prompt only
+
     if "/" in incomplete:
         return [CompletionItem(incomplete, type="dir")]
     try:

@@ -16,7 +16,7 @@ from orchestrator.commands.show import delivery_of
 from orchestrator.commands.signs import Sign, bad, fine, note
 from orchestrator.commands.sync import in_words
 from orchestrator.errors import NonFiniteError
-from states.table import State
+from states.table import State, Trigger
 from tracking.journal import Journal, JournalError
 from tracking.recorder import RecorderError
 from tracking.recorder_view import read_recorder
@@ -74,11 +74,17 @@ def _process(moment: Moment, name: str) -> Iterator[Sign]:
         )
     elif work is not None and moment.now_ns - work.since_ns > _STALL_S * 1e9 and work.unusual(moment.now_ns):
         usual = f"{duration(work.usual_ns)} as before" if work.usual_ns is not None else "an end"
+        advice = f"interlock watch {name}; `py-spy dump --pid {holder.pid}` says where in the code"
+        if work.trigger is Trigger.FETCH and moment.wanted("num_workers"):
+            advice += (
+                ". Data workers are forked, and hang where a thread of the script held a lock at that moment: "
+                'try DataLoader(multiprocessing_context="spawn")'
+            )
         yield note(
             "process",
             f"at {work.words} for {duration(moment.now_ns - work.since_ns)}",
             usual,
-            f"interlock watch {name}; `py-spy dump --pid {holder.pid}` says where in the code",
+            advice,
         )
     else:
         yield fine("process", f"{holder} is at work on it")

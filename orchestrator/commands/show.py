@@ -265,6 +265,8 @@ class _Page:
             yield f"interlock blame {self.reference}", "name the module that the NaN or infinity came from"
         if state.kind in ("died", "ended") and state.state is not State.DONE and _can_resume(self.run):
             yield f"interlock resume {self.reference}", "go on from its newest checkpoint"
+        if state.kind == "died" or (state.kind == "ended" and state.state is not State.DONE):
+            yield f"interlock doctor {self.reference}", "see what is wrong with it, and what to do"
         yield f"interlock check {self.reference}", "prove that journal and checkpoints are sound"
         yield f"interlock diagram {self.reference} -o machine.svg", "draw its machine, with counts and times"
         yield f"interlock timeline {self.reference}", "see where its time went"
