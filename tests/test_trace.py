@@ -51,6 +51,10 @@ def trace(run: RunFolder, file: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+def epochs(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("cat") == "epoch"]
+
+
 def journaled(run: RunFolder) -> list[Transition]:
     with Journal.open(run) as journal:
         return list(journal.transitions(include_superseded=True))
@@ -116,7 +120,7 @@ def test_it_follows_the_format_and_has_every_transition(run: RunFolder, tmp_path
 def test_losses_epochs_saves_halts_resumes_and_skips(run: RunFolder, tmp_path: Path) -> None:
     events = trace(run, tmp_path / "trace.json.gz")["traceEvents"]
     rows = [row for row in journaled(run) if row.scope == TRAIN]
-    counted = [float(event["args"]["loss"]) for event in events if event["ph"] == "C"]
+    counted = [float(event["args"]["value"]) for event in events if event["ph"] == "C"]
     finite = [row.loss for row in rows if row.loss is not None and row.loss == row.loss]
     assert counted == finite
     assert len(finite) < sum(row.trigger is Trigger.FORWARD for row in rows)  # one was NaN
@@ -127,10 +131,10 @@ def test_losses_epochs_saves_halts_resumes_and_skips(run: RunFolder, tmp_path: P
     for trigger in (Trigger.HALT, Trigger.RESUME):
         assert instants.count(trigger.value) == sum(row.trigger is trigger for row in rows) > 0
     assert instants.count("skipped") == sum(row.note.startswith("skipped") for row in rows) > 0
+    assert {event["tid"] for event in epochs(events)} == {1, 2}  # the main thread of each process
     threads = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert threads == {"training", "validation held"}
-    epochs = [event for event in events if event.get("cat") == "epoch"]
-    assert [(event["pid"], event["name"]) for event in epochs] == [
+    assert [(event["pid"], event["name"]) for event in epochs(events)] == [
         (1, "epoch 0"),
         (1, "epoch 1"),
         (2, "epoch 1"),
@@ -139,11 +143,11 @@ def test_losses_epochs_saves_halts_resumes_and_skips(run: RunFolder, tmp_path: P
 
 def test_only_some_epochs(run: RunFolder, tmp_path: Path) -> None:
     rows = journaled(run)
-    for asked, epochs in (("1", {1}), ("0-1", {0, 1}), ("7", set())):
+    for asked, wanted in (("1", {1}), ("0-1", {0, 1}), ("7", set())):
         events = trace(run, tmp_path / "trace.json", "--epoch", asked)["traceEvents"]
         check_the_format(events)
         seqs = {event["args"]["seq"] for event in events if event["ph"] == "X" and "seq" in event["args"]}
-        assert seqs == {row.seq for row in rows if row.epoch in epochs}
+        assert seqs == {row.seq for row in rows if row.epoch in wanted}
 
 
 def test_what_is_written_where(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tracking.runs import RunFolder
 
 __all__ = ["write_trace"]
 
-_TRAINING = 1  # the thread of the training; those of validations follow
+_MOST_THREADS = 1000  # of an attempt; viewers take the thread that has its process's number for the main one
 
 
 def write_trace(run: RunFolder, file: Path, epochs: range | None = None) -> int:
@@ -69,7 +69,7 @@ class _Events:
         newest: dict[int, int] = {}
         for found in self._transitions():
             if (found.attempt, found.scope) not in self._threads:
-                yield self._thread(found)
+                yield from self._thread(found)
             newest[found.attempt] = found.time_ns
             yield from self._transition(found)
         for number, end in newest.items():
@@ -86,13 +86,13 @@ class _Events:
             read(epoch=epoch, include_superseded=True, live=True) for epoch in self._epochs
         )
 
-    def _thread(self, found: Transition) -> str:
-        training = found.scope == TRAIN
-        earlier = sum(attempt == found.attempt and scope != TRAIN for attempt, scope in self._threads)
-        number = _TRAINING if training else _TRAINING + 1 + earlier
-        self._threads[found.attempt, found.scope] = number
+    def _thread(self, found: Transition) -> Iterator[str]:
+        pid, training = found.attempt, found.scope == TRAIN
+        place = 0 if training else 1 + sum(a == pid and scope != TRAIN for a, scope in self._threads)
+        tid = self._threads[pid, found.scope] = pid * _MOST_THREADS + place if place else pid
         name = "training" if training else found.scope.replace("/", " ", 1)
-        return _metadata(found.attempt, number, "thread_name", name=name)
+        yield _metadata(pid, tid, "thread_name", name=name)
+        yield _metadata(pid, tid, "thread_sort_index", sort_index=place)
 
     def _transition(self, found: Transition) -> Iterator[str]:
         """The event of a transition, with what goes with it."""
@@ -126,7 +126,7 @@ class _Events:
                 name = json.dumps(f"loss {found.phase}".strip())
                 yield (
                     f'{{"name":{name},"cat":"loss","ph":"C","ts":{self._us(found.time_ns)},"pid":{pid},'
-                    f'"args":{{"loss":{found.loss!r}}}}}'
+                    f'"args":{{"value":{found.loss!r}}}}}'
                 )
             if trigger is Trigger.END_EPOCH:
                 yield from self._close(pid, found.time_ns)
@@ -138,7 +138,7 @@ class _Events:
             epoch, begin = open_
             yield (
                 f'{{"name":"epoch {epoch}","cat":"epoch","ph":"X","ts":{self._us(begin)},"dur":{_us(end - begin)},'
-                f'"pid":{attempt},"tid":{_TRAINING},"args":{{"epoch":{epoch}}}}}'
+                f'"pid":{attempt},"tid":{attempt},"args":{{"epoch":{epoch}}}}}'
             )
 
     def _save(self, checkpoint: Checkpoint) -> str:
@@ -149,7 +149,7 @@ class _Events:
             "bytes": checkpoint.size_bytes,
             "best": checkpoint.best,
         }
-        return self._instant("saved", checkpoint.time_ns, checkpoint.attempt, _TRAINING, args)
+        return self._instant("saved", checkpoint.time_ns, checkpoint.attempt, checkpoint.attempt, args)
 
     def _instant(self, name: str, time_ns: int, pid: int, tid: int, args: dict[str, Any]) -> str:
         return (
