@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from orchestrator import MLflow, NonFiniteError
 from orchestrator.cli import main
 from orchestrator.commands import health
-from orchestrator.commands.environment import allows, clock, disk, store
+from orchestrator.commands.environment import allows, clock, disk, store, threads
 from states.table import Trigger
 from tracking.journal import Journal
 from tracking.runs import RunFolder, create_run, find_run, lease_holder
@@ -85,6 +85,11 @@ def test_a_disk_without_room_and_a_root_that_is_a_file(tmp_path: Path) -> None:
     assert found["locks"].severity != "wrong"
     (tmp_path / "file").touch()
     assert [sign.severity for sign in disk(tmp_path / "file")] == ["wrong"]
+
+
+def test_more_threads_than_cores() -> None:
+    assert threads(1).severity == "fine"
+    assert "OMP_NUM_THREADS" in threads(10_000).do
 
 
 def test_a_clock_that_went_back(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tracking.mlflow_delivery import MLflow
 from tracking.runs import lease_holder, list_runs
 from tracking.schema import filesystem_type, is_local
 
-__all__ = ["LEAST_FREE", "allows", "clock", "disk", "environment", "store", "versions"]
+__all__ = ["LEAST_FREE", "allows", "clock", "disk", "environment", "store", "threads", "versions"]
 
 LEAST_FREE = 500_000_000
 """Bytes: with less a checkpoint and the journal may not find room."""
@@ -158,17 +158,18 @@ def _torch() -> Iterator[Sign]:
         )
     else:
         yield fine("device", built)
-    yield _threads(probed["threads"])
+    yield threads(probed["threads"])
 
 
-def _threads(threads: int) -> Sign:
+def threads(found: int) -> Sign:
+    """Are there more threads of torch than cores that this process may use?"""
     cores: float = len(os.sched_getaffinity(0))
     limit = _cpu_limit()
-    text = f"{count(threads, 'thread')} of torch on {count(int(cores), 'core')}"
+    text = f"{count(found, 'thread')} of torch on {count(int(cores), 'core')}"
     if limit is not None and limit < cores:
         text += f", of which this container may use {limit:g}"
         cores = limit
-    if threads > max(1, cores):
+    if found > max(1, cores):
         return note(
             "threads",
             text,
