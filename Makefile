@@ -21,7 +21,7 @@ help:
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
 	@echo "make bench       how fast it is, beside others, in an environment of its own; WRITE=1 writes benchmarks/RESULTS.md and draws it"
-	@echo "make bench-exact the table of docs/exactness.md, in that environment; WRITE=1 writes it there"
+	@echo "make bench-exact the table of docs/exactness.md and the pairs of docs/migrating.md, in that environment; WRITE=1 writes the table there"
 
 install: $(STAMP)
 
@@ -62,6 +62,7 @@ bench: $(BENCH_STAMP)
 
 bench-exact: $(BENCH_STAMP)
 	$(BENCH)/bin/python benchmarks/exact/table.py $(if $(WRITE),--write)
+	$(BENCH)/bin/python tests/migrations.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -47,7 +47,7 @@ from tracking.shipper import start_shipper
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
 
-__all__ = ["Attempt", "opened_here"]
+__all__ = ["Attempt", "manifest_of", "opened_here"]
 
 _DEST = [arc.dest for arc in ARCS]
 _CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
@@ -202,35 +202,45 @@ class Attempt:
         if not _OF_A_BATCH[arc]:
             return record
         if ARCS[arc].trigger is Trigger.FETCH:
-            begin = line.beginner(arc, phase)
-
-            def write_first() -> None:
-                if work.note:
-                    record()
-                else:
-                    begin(work.place.epoch, work.place.batch)
-
-            return write_first
+            return line.beginner(arc, phase, work, record)
 
         recorder, read = self._recorder, time.perf_counter_ns
         words, losses, offset = recorder.words, recorder.losses, recorder.offset
-        step, carries, closes = PRESENT | phase << 16 | arc, arc in FORWARDS, _CLOSES_BATCH[arc]
+        step = PRESENT | phase << 16 | arc
 
         def write() -> None:
             at = line.at
-            if at == line.end or work.note or (carries and not line.free):
+            if at == line.end or work.note:
                 record()
                 return
-            if carries:
-                losses[line.first + TO_LOSS] = work.loss
-                line.free = False
+            words[at + TO_TIME] = read() + offset
+            words[at] = step
+            line.at = at + 1
+
+        def write_loss() -> None:
+            at = line.at
+            if at == line.end or work.note or not line.free:
+                record()
+                return
+            losses[line.first + TO_LOSS] = work.loss
+            line.free = False
+            words[at + TO_TIME] = read() + offset
+            words[at] = step
+            line.at = at + 1
+
+        def write_last() -> None:
+            at = line.at
+            if at == line.end or work.note:
+                record()
+                return
             now = words[at + TO_TIME] = read() + offset
             words[at] = step
             line.at = at + 1
-            if closes:
-                close(now)
+            close(now)
 
-        return write
+        if arc in FORWARDS:
+            return write_loss
+        return write_last if _CLOSES_BATCH[arc] else write
 
     def _close_batch(self, now: int) -> None:
         work = self._work
@@ -238,7 +248,8 @@ class Attempt:
         if work.metrics:
             place = work.place
             self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
-        self._look(now)
+        if now >= self._look_at:
+            self._look(now)
 
     def _look(self, now: int) -> None:
         if now >= self._look_at:
@@ -331,20 +342,9 @@ class Attempt:
         began = time.time_ns()
         name = checkpoint_name(self.seq, self.number, place.epoch, place.batch, state)
         seq, epoch, batch = self.seq, place.epoch, place.batch
-        manifest = {
-            "run": self.run.id,
-            "seq": seq,
-            "attempt": self.number,
-            "epoch": epoch,
-            "batch": batch,
-            "batches": place.batches,
-            "state": state.value,
-            "purpose": purpose,
-            "metrics": dict(metrics),
-            "binding": dict(self._settings.binding),
-            **data,
-            "created_ns": began,
-        }
+        manifest = manifest_of(
+            self.run, seq, self.number, place, state, purpose, metrics, self._settings, data, began
+        )
 
         def durable(path: Path) -> None:
             size = sum(file.stat().st_size for file in path.iterdir())
@@ -463,6 +463,35 @@ class Attempt:
                     RuntimeWarning,
                     stacklevel=4,
                 )
+
+
+def manifest_of(
+    run: RunFolder,
+    seq: int,
+    attempt: int,
+    place: Place,
+    state: State,
+    purpose: str,
+    metrics: Mapping[str, float],
+    settings: Settings,
+    data: Mapping[str, Any],
+    created_ns: int,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; `data` are the fingerprints of the data."""
+    return {
+        "run": run.id,
+        "seq": seq,
+        "attempt": attempt,
+        "epoch": place.epoch,
+        "batch": place.batch,
+        "batches": place.batches,
+        "state": state.value,
+        "purpose": purpose,
+        "metrics": dict(metrics),
+        "binding": dict(settings.binding),
+        **data,
+        "created_ns": created_ns,
+    }
 
 
 def _start(settings: Settings, plan: Plan, batches_per_epoch: int | None) -> AttemptStart:

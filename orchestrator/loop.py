@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
-from transitions import State as MachineState
-from transitions import Transition
-
-from orchestrator.policy import CHOICES, Situation, next_trigger
+from orchestrator.policy import AHEAD, Situation, Way, ahead, next_trigger
 from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
@@ -32,32 +29,32 @@ class Asked(Protocol):
 
 
 class _Position:
-    """The model of the machine: what `transitions` sets the state on."""
+    """The model of the machine: what `transitions` sets the state on, which is the situation's."""
 
-    state: State
+    def __init__(self, situation: Situation) -> None:
+        self._situation = situation
 
+    @property
+    def state(self) -> State:
+        return self._situation.state
 
-class _Link:
-    """A transition that has nothing but callbacks, as `run` takes it. The lists are those of the machine."""
-
-    __slots__ = ("after", "arc", "before", "choose", "dest", "enter", "looks", "next", "write")
-
-    before: list[Hook]
-    enter: list[Hook]
-    after: list[Hook]
-
-    def __init__(
-        self, transition: Transition, dest: MachineState, arc: int, next: _Links, write: Hook
-    ) -> None:
-        self.before, self.after = cast(list[Hook], transition.before), cast(list[Hook], transition.after)
-        self.enter = cast(list[Hook], dest.on_enter)
-        self.dest = ARCS[arc].dest
-        self.arc, self.next, self.write = arc, next, write
-        self.choose = CHOICES[self.dest]
-        self.looks = ARCS[arc].trigger not in _OF_A_BATCH
+    @state.setter
+    def state(self, state: State) -> None:
+        self._situation.state = state
 
 
-_Links = dict[Trigger, _Link]
+class _Link(NamedTuple):
+    """A transition of a batch that has nothing but callbacks, as `run` takes it."""
+
+    before: tuple[Hook, ...] | None
+    """None: no hooks, which `run` finds out sooner than that there are none in a tuple."""
+    work: Hook
+    dest: State
+    after: tuple[Hook, ...] | None
+    write: Hook
+
+
+_Road = tuple[_Link, ...]
 _OF_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
 
 
@@ -67,8 +64,9 @@ class Loop:
     In one transition: the before-hooks, the work, the change of state, the after-hooks, the journal.
     Illegal moves raise `transitions.MachineError` and change nothing.
 
-    `fire` leaves a transition to the machine. `run`, which goes through millions, takes those that have nothing but
-    callbacks itself, by the machine's own lists: states are linked to those that follow, and nothing is looked up.
+    `fire` leaves a transition to the machine. `run`, which goes through millions, takes those of batches that have
+    nothing but callbacks itself, as many as the policy says are ahead: what they call is looked up once, and again
+    after a hook was added.
     """
 
     def __init__(
@@ -82,8 +80,11 @@ class Loop:
         self.situation = situation
         self._last: int | None = None
         self._inside = False
+        self._roads: dict[State, dict[Way, _Road]] = {}
+        self._asked: Asked | None = None
         self._journal = journal
-        self._position = _Position()
+        situation.state = initial
+        self._position = _Position(situation)
         self._table = table
         self.machine = CompiledMachine(
             model=self._position,
@@ -102,7 +103,6 @@ class Loop:
                 for source in row.sources
             ],
         )
-        situation.state = initial
         self._triggers: dict[tuple[Trigger, State | None], Callable[[], bool]] = {}
         for row in table:
             dest = row.dest if row.trigger is Trigger.RESUME else None
@@ -112,7 +112,7 @@ class Loop:
     @property
     def state(self) -> State:
         """Where the machine stands."""
-        return self._position.state
+        return self.situation.state
 
     @property
     def inside(self) -> bool:
@@ -121,7 +121,7 @@ class Loop:
 
     @property
     def last(self) -> Arc | None:
-        """The last transition; None before the first."""
+        """The last transition that was fired by itself, not by `run` as part of a batch; None before the first."""
         return None if self._last is None else ARCS[self._last]
 
     def advance(self) -> bool:
@@ -141,7 +141,6 @@ class Loop:
             self._triggers[trigger, dest]()
             self._last = ARCS.index(Arc(trigger, source, position.state))
             self._journal(self._last)
-            self.situation.state = position.state
         finally:
             self._inside = False
 
@@ -154,63 +153,83 @@ class Loop:
         """Fire the next trigger until nothing is left.
 
         `look_up` is called between two transitions, but after those of batches only where `asked.open`. It may fire
-        triggers. `writer` gives, for an arc, a shorter way to do what the loop's own `journal` would.
+        triggers, and alone says that `situation.halt`. `writer` gives, for an arc of a batch, a shorter way to do what
+        the loop's own `journal` would.
         """
         self.check_outside()
-        situation, position = self.situation, self._position
-        moves = self._linked(writer)
-        links, choose = moves[position.state], CHOICES[position.state]
+        situation = self.situation
+        roads: dict[State, dict[Way, _Road]] = {state: {} for state in State}
+        self._roads, self._asked = roads, asked
         self._inside = True
         try:
             while True:
-                trigger = next_trigger(situation) if situation.halt else choose(situation)
-                if trigger is None:
-                    return
-                link = links.get(trigger)
-                if link is None:  # more than callbacks belongs to it
+                way = ahead(situation) if situation.halt else AHEAD[situation.state](situation)
+                road = roads[situation.state].get(way)
+                if road is None:
+                    road = roads[situation.state][way] = self._road(way, writer)
+                for before, work, dest, after, write in road:
+                    if before is not None:
+                        for call in before:
+                            call()
+                    work()
+                    situation.state = dest
+                    if after is not None:
+                        for call in after:
+                            call()
+                    write()
+                    if asked.open:
+                        break
+                else:
+                    if road:
+                        continue
+                    if not way:
+                        return
                     self._inside = False
-                    self.fire(trigger)
-                    look_up()
-                    self._inside = True
-                    moves = self._linked(writer)
-                    links, choose = moves[position.state], CHOICES[position.state]
-                    continue
-                for call in link.before:
-                    call()
-                position.state = link.dest
-                for call in link.enter:
-                    call()
-                for call in link.after:
-                    call()
-                self._last = link.arc
-                link.write()
-                situation.state = link.dest
-                links, choose = link.next, link.choose
-                if link.looks or asked.open:
-                    self._inside = False
-                    look_up()
-                    self._inside = True
-                    links, choose = moves[position.state], CHOICES[position.state]
+                    self.fire(way[0])
+                    if way[0] in _OF_A_BATCH:
+                        self._forget_roads()  # by now the machine may have nothing but callbacks
+                self._inside = False
+                look_up()
+                self._inside = True
         finally:
             self._inside = False
+            self._roads, self._asked = {}, None
 
-    def _linked(self, writer: Callable[[int], Hook] | None) -> dict[State, _Links]:
-        """The links that lead from each state, as the machine is now."""
-        writer = writer or (lambda arc: partial(self._journal, arc))
-        moves: dict[State, _Links] = {state: {} for state in State}
-        for row in self._table:
-            for source in row.sources:
-                transition = self.machine.plain(event_name(row.trigger, row.dest), source.name)
-                if transition is not None and row.trigger is not Trigger.RESUME:
-                    arc = ARCS.index(Arc(row.trigger, source, row.dest))
-                    dest = self.machine.states[row.dest.name]
-                    moves[source][row.trigger] = _Link(transition, dest, arc, moves[row.dest], writer(arc))
-        return moves
+    def _road(self, way: Way, writer: Callable[[int], Hook] | None) -> _Road:
+        """The transitions of `way` as they are now; empty where `fire` has to make them."""
+        road: list[_Link] = []
+        source = self.situation.state
+        for trigger in way:
+            row = next((row for row in self._table if row.trigger is trigger and source in row.sources), None)
+            if row is None or trigger not in _OF_A_BATCH:
+                return ()
+            event = event_name(trigger, row.dest)
+            transition = self.machine.plain(event, source.name)
+            if transition is None:
+                return ()
+            arc = ARCS.index(Arc(trigger, source, row.dest))
+            *before, work = cast(list[Hook], transition.before)
+            after = [*self.machine.states[row.dest.name].on_enter, *transition.after]
+            write = partial(self._journal, arc) if writer is None else writer(arc)
+            road.append(
+                _Link(tuple(before) or None, work, row.dest, tuple(cast(list[Hook], after)) or None, write)
+            )
+            source = row.dest
+        return tuple(road)
+
+    def _forget_roads(self) -> None:
+        for of_state in self._roads.values():
+            of_state.clear()
+
+    def _changed(self) -> None:
+        """Hooks were added or taken away: `run` finds out before its next transition."""
+        self._forget_roads()
+        if self._asked is not None:
+            self._asked.open = True
 
     def stand(self, state: State) -> None:
         """Put the machine where the journal says it stands; used after work or a hook has raised."""
         self.machine.set_state(state, self._position)
-        self.situation.state = state
 
     def check_outside(self) -> None:
         """Raise NestedTriggerError if a transition is under way."""
@@ -226,6 +245,7 @@ class Loop:
         def register(hook: HookT) -> HookT:
             for transition in self._transitions(trigger):
                 transition.before.insert(len(transition.before) - 1, hook)
+            self._changed()
             return hook
 
         return register
@@ -236,6 +256,7 @@ class Loop:
         def register(hook: HookT) -> HookT:
             for transition in self._transitions(trigger):
                 transition.after.append(hook)
+            self._changed()
             return hook
 
         return register
@@ -245,6 +266,7 @@ class Loop:
 
         def register(hook: HookT) -> HookT:
             self.machine.get_state(state).on_enter.append(cast(Callable[[], None], hook))
+            self._changed()
             return hook
 
         return register
@@ -262,6 +284,7 @@ class Loop:
         finally:
             for hooks, before in zip(lists, kept, strict=True):
                 hooks[:] = before
+            self._changed()
 
     def hooks_before(self, trigger: Trigger) -> list[object]:
         """What is called before the work of `trigger`."""

@@ -52,6 +52,8 @@ class Training:
     ) -> None:
         self.requests = Requests()
         self.attempt: Attempt | None = None
+        self.beside: Attempt | None = None
+        """The attempt that goes on after what is done now, of which it records nothing but warnings."""
         self.found: recovery.Found | None = None
         """The checkpoint that the next `resume` puts back."""
         self.expected: Expected | None = None
@@ -350,8 +352,8 @@ class Training:
 
     def report(self, message: str) -> None:
         """Keep a warning in the journal."""
-        if self.attempt is not None:
-            self.attempt.warn(message)
+        if (attempt := self.attempt or self.beside) is not None:
+            attempt.warn(message)
 
     def restore(self) -> None:
         """Put back the checkpoint that was found: the work of `resume`."""

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import migrations
 import orchestrator
 import states
 import trainings
@@ -177,6 +178,8 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "": classification,
     "text": text,
     "gan": gan,
+    "migrating": migrations.classification,
+    "hugging-face": migrations.text,
     "run": with_run,
     "backend": dict,
     "past": with_past,
@@ -246,7 +249,7 @@ def test_python(
     if block.fragment:
         compile(block.code, str(block.document), "exec")
         return
-    namespace = EVERYTHING | {"torch": torch, "nn": nn} | SETUPS[block.setup]()
+    namespace = EVERYTHING | {"torch": torch, "nn": nn, "DataLoader": DataLoader} | SETUPS[block.setup]()
     before = dict(namespace)
     try:
         block.run(namespace)

@@ -117,9 +117,35 @@ def test_a_writer_takes_the_place_of_the_journal() -> None:
     journey = Journey(TRAINING, [[(False, True, 1)] * 3])
     written: list[int] = []
     journey.loop.run(Asked(), lambda: None, lambda arc: lambda: written.append(arc))
-    assert [ARCS[arc].dest for arc in written[:3]] == [State.EPOCH_START, State.BATCH_START, State.FORWARD]
-    assert len(written) == 1 + 3 * 5 + 2
-    assert not any(call[0] == "journal" for call in journey.calls)
+    assert [ARCS[arc].dest for arc in written[:3]] == [State.BATCH_START, State.FORWARD, State.BACKWARD]
+    assert len(written) == 3 * 5
+    left = [call[1].trigger for call in journey.calls if call[0] == "journal"]
+    assert left == [Trigger.BEGIN_EPOCH, Trigger.END_EPOCH, Trigger.FINISH], (
+        "the journal has what is of no batch"
+    )
+
+
+def test_a_hook_that_a_hook_adds_is_called_from_the_next_transition_on() -> None:
+    journey = Journey(TRAINING, [[(False, True, 1)] * 2])
+    heard: list[int] = []
+    asked = Asked()
+
+    def add() -> None:
+        if journey.batch == 0:
+            journey.loop.after(Trigger.STEP)(lambda: heard.append(journey.batch))
+
+    journey.loop.after(Trigger.BACKWARD)(add)
+    journey.loop.run(asked, lambda: setattr(asked, "open", False))
+    assert heard == [0, 1]
+
+
+def test_hooks_that_are_taken_away_are_called_no_more() -> None:
+    journey = Journey(TRAINING, [[(False, True, 1)] * 3])
+    heard: list[int] = []
+    with journey.loop.hooks_kept():
+        journey.loop.after(Trigger.STEP)(lambda: heard.append(journey.batch))
+    journey.loop.run(Asked(), lambda: None)
+    assert heard == []
 
 
 def test_a_hook_that_fires_is_refused_and_what_it_raises_leaves_the_loop_outside() -> None:

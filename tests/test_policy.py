@@ -2,10 +2,11 @@
 
 from dataclasses import fields, replace
 
+import hypothesis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.policy import Situation, next_trigger
+from orchestrator.policy import Situation, ahead, next_trigger
 from states.table import EVALUATION, TERMINAL, TRAINING, State, Trigger, arcs
 
 FLAGS = [f.name for f in fields(Situation) if f.name not in ("state", "evaluating")]
@@ -34,6 +35,19 @@ def test_one_legal_trigger_in_every_situation_of_an_evaluation(situation: Situat
         assert trigger is None
     else:
         assert (situation.state, trigger) in EVALUATION_MOVES
+
+
+@given(situations, st.booleans())
+def test_what_is_ahead_is_what_comes_next_one_by_one(situation: Situation, evaluating: bool) -> None:
+    if evaluating:
+        hypothesis.assume(situation.state not in (State.BACKWARD, State.STEP))
+        situation = replace(situation, evaluating=True, pending=False)
+    moves = EVALUATION_MOVES if evaluating else TRAINING_MOVES
+    way = ahead(situation)
+    assert bool(way) == (situation.state not in TERMINAL)
+    for trigger in way:
+        assert next_trigger(situation) is trigger
+        situation.state = moves[situation.state, trigger]
 
 
 @given(situations)

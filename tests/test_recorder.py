@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -474,9 +475,12 @@ def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_pat
     recorder = make(tmp_path)
     line = recorder.line(0)
     line.lap(CYCLE[0], 0, 0, 0)
-    begin = line.beginner(CYCLE[0], 0)
+    place = SimpleNamespace(epoch=0, batch=0)
+    work = SimpleNamespace(place=place, note="")
+    begin = line.beginner(CYCLE[0], 0, work, lambda: line.lap(CYCLE[0], 0, 0, place.batch))
     for batch in range(1, 1000):
-        begin(0, batch)
+        place.batch = batch
+        begin()
         for at, arc in enumerate(CYCLE[1:5]):
             if arc in FORWARDS:
                 assert line.free

@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from states.errors import InterlockError
 from states.table import ARCS, Trigger
@@ -90,6 +91,24 @@ class Chunk:
         return int(struct.unpack_from("<q", self.data)[0]) + self.skip
 
 
+class Place(Protocol):
+    """Where a training stands; both count from 0."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+
+
+class Noted(Protocol):
+    """Work whose transitions are written down: where it stands, and what is to be noted of the one at hand."""
+
+    @property
+    def place(self) -> Place: ...
+    @property
+    def note(self) -> str: ...
+
+
 class Line:
     """The transitions of one scope, as they are made: what cannot continue the newest frame begins one.
 
@@ -134,16 +153,16 @@ class Line:
         self.record(arc, phase, epoch, batch, time_ns, time_ns - self.time_ns, loss, note)
         return time_ns
 
-    def beginner(self, arc: int, phase: int) -> Callable[[int, int], None]:
-        """What does for (epoch, batch) as `lap` does, where `arc`, without loss and note, begins a batch."""
+    def beginner(self, arc: int, phase: int, work: Noted, record: Callable[[], object]) -> Callable[[], None]:
+        """What does as `lap` where `arc`, without loss or note, begins a batch of `work`; else it calls `record`."""
         recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self._scope
         buffer, ring, mask, offset = recorder.map, recorder.ring, recorder.mask, recorder.offset
-        words, heads = recorder.words, recorder.heads
+        words, heads, place = recorder.words, recorder.heads, work.place
 
-        def begin(epoch: int, batch: int) -> None:
+        def begin() -> None:
             at, first, position = self.at, self.first, recorder.head
-            if recorder.newest is not self or at == first or position >= recorder.limit:
-                self.lap(arc, phase, epoch, batch)
+            if at == first or position >= recorder.limit or work.note:
+                record()
                 return
             now = _read() + offset
             seq = self._seq + at - first
@@ -152,8 +171,8 @@ class Line:
                 buffer,
                 ring + slot * SIZE,
                 seq,
-                epoch,
-                batch,
+                place.epoch,
+                place.batch,
                 scope,
                 step,
                 now,

@@ -19,8 +19,16 @@ from orchestrator import Trainer
 from states import Trigger
 
 
-def nothing(*_: Any) -> None:
-    """Work, a hook, a handler."""
+def nothing() -> None:
+    """Work, and a hook."""
+
+
+def nothing_processed(engine: Any, batch: Any) -> None:
+    """What an engine of Ignite does with a batch."""
+
+
+def nothing_handled(engine: Any) -> None:
+    """A handler of Ignite's."""
 
 
 def without_work(batches: int, root: Path, *, hooks: bool = True) -> Trainer:
@@ -69,9 +77,9 @@ def ignite(batches: int) -> Cost:
     """One epoch of an engine."""
     from ignite.engine import Engine, Events
 
-    engine = Engine(nothing)
-    engine.add_event_handler(Events.ITERATION_STARTED, nothing)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, nothing)
+    engine = Engine(nothing_processed)
+    engine.add_event_handler(Events.ITERATION_STARTED, nothing_handled)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, nothing_handled)
     data = [None] * batches
     with Cost.measured(batches) as cost:
         engine.run(data, max_epochs=1)

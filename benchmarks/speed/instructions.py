@@ -1,13 +1,15 @@
-"""Instructions a batch of orchestration alone, counted by valgrind: a figure that a busy machine hardly changes.
+"""Instructions a batch, counted by valgrind: a figure that a busy machine hardly changes.
 
-What dispatch.py times is run for so many batches and for twice as many, in a process that valgrind counts in; the
-difference is what the batches take. Counting is switched on when everything is imported and has run once. interlock's
-main thread is the loop; its other one writes the journal four times a second by the clock, and since a program in
-valgrind is fifty times as slow, more often per batch than it would: its count is too high.
+What dispatch.py times (--training: what training.py does, but for delivering and Lightning) is run for so many batches
+and for twice as many, in a process that valgrind counts in; the difference is what the batches take. Counting is
+switched on when everything is imported and has run once. interlock's main thread is the loop; its other one writes the
+journal four times a second by the clock, and since a program in valgrind is fifty times as slow, more often per batch
+than it would: its count is too high.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -15,13 +17,17 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from measuring import Row, arguments, beside, report
+from measuring import Row, arguments, beside, installed, report
 
-NAMES = ("Ignite", "interlock", "interlock, main thread", "interlock, the journal's thread")
+_JOURNAL = "interlock, the journal's thread"
+ALONE = ("Ignite", "interlock", "interlock, main thread", _JOURNAL)
+TRAINING = ("bare loop", "bare loop with torch's norm", "interlock", _JOURNAL, "Ignite")
 _PART = re.compile(
-    r"^thread: (?P<thread>\d+)$.*^desc: Trigger: dump (?P<label>\S+)$", re.MULTILINE | re.DOTALL
+    r"^thread: (?P<thread>\d+)$.*^desc: Trigger: dump (?P<label>[^\n]+)$", re.MULTILINE | re.DOTALL
 )
 _TOTAL = re.compile(r"^totals: (?P<total>\d+)$", re.MULTILINE)
 
@@ -31,26 +37,52 @@ def tell(*command: str) -> None:
     subprocess.run(["vgdb", f"--pid={os.getpid()}", *command], check=True, capture_output=True, timeout=120)
 
 
-def count(batches: int, rounds: int) -> None:
+def chosen(training: bool) -> dict[str, Callable[[int], object]]:
+    """The contenders, by name."""
+    if not training:
+        from dispatch import contenders
+
+        return {name.split(",")[0]: run for name, run in contenders().items()}
+    import torch
+    from training import CONTENDERS, Stamped
+
+    def train(name: str, batches: int) -> None:
+        data = [(torch.randn(32, 64), torch.randint(10, (32,))) for _ in range(batches)]
+        CONTENDERS[name](Stamped(32, batches, 1, convolutions=False), data)
+
+    names = {
+        "bare loop": "bare loop",
+        "bare loop with torch's norm": "bare loop, with torch's norm of the gradients",
+        "interlock": "interlock, not tracked",
+        "Ignite": "Ignite, two empty handlers, no logging",
+    }
+    return {
+        name: partial(train, names[name])
+        for name in names
+        if name != "Ignite" or installed("ignite", "Ignite")
+    }
+
+
+def count(options: argparse.Namespace) -> None:
     """In valgrind: run each contender, and have a part of the counts written after each run, and between them."""
     import torch
-    from dispatch import contenders
 
     torch.set_num_threads(1)
-    for run in contenders().values():
+    contenders = chosen(options.training)
+    for run in contenders.values():
         run(100)
     tell("instrumentation", "on")
-    for name, run in contenders().items():
+    for name, run in contenders.items():
         run(100)  # what valgrind translates anew, and Python specializes
-        for number in range(rounds):
-            for length in (batches, 2 * batches):
+        for number in range(options.rounds):
+            for length in (options.batches, 2 * options.batches):
                 tell("dump", "between")
                 run(length)
-                tell("dump", f"{name.split(',')[0]}/{number}/{length}")
+                tell("dump", f"{name}/{number}/{length}")
     tell("instrumentation", "off")
 
 
-def counted(folder: Path, batches: int) -> dict[str, list[float]]:
+def counted(folder: Path, batches: int, names: Sequence[str]) -> dict[str, list[float]]:
     """Instructions a batch, for each round, of each contender, and of interlock's by thread."""
     totals: dict[tuple[str, str], dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for file in sorted(folder.iterdir()):
@@ -65,33 +97,36 @@ def counted(folder: Path, batches: int) -> dict[str, list[float]]:
     values: dict[str, list[float]] = defaultdict(list)
     for (name, _), by_length in totals.items():
         values[name].append((by_length[2 * batches] - by_length[batches]) / batches)
-    return {name: values[name] for name in NAMES if name in values}
+    return {name: values[name] for name in names if name in values}
 
 
-def rows(batches: int, rounds: int) -> list[Row]:
+def rows(options: argparse.Namespace) -> list[Row]:
     """What valgrind counts."""
+    names = TRAINING if options.training else ALONE
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         command = [
             *("valgrind", "--quiet", "--tool=callgrind", "--separate-threads=yes", "--instr-atstart=no"),
             f"--callgrind-out-file={folder}/counts",
             *(sys.executable, __file__, "--inside"),
-            *("--batches", str(batches), "--rounds", str(rounds)),
+            *("--batches", str(options.batches), "--rounds", str(options.rounds)),
+            *(["--training"] if options.training else []),
         ]
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
-        values = counted(Path(folder), batches)
-    return beside(values, "Ignite", "instructions")
+        values = counted(Path(folder), options.batches, names)
+    return beside(values, names[0], "instructions")
 
 
 if __name__ == "__main__":
     parser = arguments(__doc__, batches=1000, rounds=3)
+    parser.add_argument("--training", action="store_true", help="a small network is trained")
     parser.add_argument("--inside", action="store_true", help="used by this script itself")
     options = parser.parse_args()
     if options.inside:
-        count(options.batches, options.rounds)
+        count(options)
     elif shutil.which("valgrind") is None:
         print(
             "valgrind is not installed here, so nothing is counted; `apt-get install valgrind`, or your system's own"
         )
     else:
-        report(rows(options.batches, options.rounds), options.json)
+        report(rows(options), options.json)

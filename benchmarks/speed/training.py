@@ -112,7 +112,7 @@ def interlock(model: Stamped, batches: Batches, *, tracked: bool) -> None:
             model, optimizer, nn.CrossEntropyLoss(), batches, epochs=1,
             log=None, track=track, checkpoint=None, root=root,
         ).fit()  # fmt: skip
-        while any(
+        while tracked and any(
             root in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
         ):
             time.sleep(0.2)  # its shipper

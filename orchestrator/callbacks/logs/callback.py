@@ -116,7 +116,7 @@ class Logging(Callback):
 
     def on_train_begin(self) -> None:
         """Open what is logged to, and say what begins."""
-        if not self._speaks or self.trainer.replaying:
+        if not self._speaks or self.trainer.replaying or self.trainer.rehearsing:
             return
         self.close()
         trainer = self.trainer
@@ -183,7 +183,7 @@ class Logging(Callback):
             self._draw()
 
     def _draw(self) -> None:
-        if self._live is None:
+        if self._live is None or self.trainer.rehearsing:
             return
         trainer = self.trainer
         self._pace.mark(time.monotonic(), trainer.batches)
@@ -237,8 +237,18 @@ class Logging(Callback):
         if self.level != "minimal":
             self._say("message", text)
 
+    def announce(self, text: str) -> None:
+        """The same before the training begins, when there is a console but no run to keep a file in."""
+        if self.level != "minimal" and self._speaks:
+            record = self._record("message", text, {})
+            for target in self.to:
+                if target == "console":
+                    PlainConsole(sys.stdout).write(record)
+                elif callable(target):
+                    target(record)
+
     def _say(self, kind: Kind, message: str, metrics: Mapping[str, float] | None = None) -> None:
-        if self._sinks:
+        if self._sinks and not self.trainer.rehearsing:
             record = self._record(kind, message, metrics or {})
             for sink in self._sinks:
                 sink.write(record)
