@@ -91,7 +91,9 @@ class Attempt:
         overridden = plan.checkpoint.overridden if plan.checkpoint is not None else ()
         phases = [*(phase.name for phase in settings.phases), ""]
         self._no_phase = len(phases) - 1
-        self._recorder, self._journal = open_attempt(run, lease, _start(settings, plan), list(scopes), phases)
+        self._recorder, self._journal = open_attempt(
+            run, lease, _start(settings, plan, work.stream.length), list(scopes), phases
+        )
         self._line = self._recorder.line(0)
         now = self._recorder.now()
         self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
@@ -507,10 +509,14 @@ def manifest_of(
     }
 
 
-def _start(settings: Settings, plan: Plan) -> AttemptStart:
+def _start(settings: Settings, plan: Plan, batches_per_epoch: int | None) -> AttemptStart:
     process = psutil.Process()
+    params = dict(settings.params)
+    if batches_per_epoch is not None:
+        params["batches_per_epoch"] = batches_per_epoch
+    if plan.checkpoint is not None and plan.checkpoint.overridden:
+        params["override"] = "; ".join(plan.checkpoint.overridden)
     checkpoint = plan.checkpoint
-    overridden = () if checkpoint is None else checkpoint.overridden
     return AttemptStart(
         position=None if checkpoint is None else checkpoint.info.seq,
         started_ns=time.time_ns(),
@@ -518,7 +524,7 @@ def _start(settings: Settings, plan: Plan) -> AttemptStart:
         host=socket.gethostname(),
         process_started=process.create_time(),
         command=_command(),
-        params={**settings.params, **({"override": "; ".join(overridden)} if overridden else {})},
+        params=params,
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
