@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_whole
+from orchestrator.callbacks.logs.notebook import NotebookConsole, in_notebook
 from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
 from orchestrator.callbacks.logs.record import Kind, LogRecord, clock, quantity, shown, span
 from orchestrator.callbacks.logs.sinks import (
@@ -81,7 +82,7 @@ class Logging(Callback):
         self.metrics = None if metrics is None else tuple(metrics)
         self.to = _targets(to)
         self._sinks: list[Sink] = []
-        self._live: LiveConsole | None = None
+        self._live: LiveConsole | NotebookConsole | None = None
         self._pace = Pace()
         self._seen: Mapping[str, float] = {}
         self._validating_since: tuple[str, float] | None = None
@@ -102,7 +103,9 @@ class Logging(Callback):
             return
         forget_in_children(self)
         self._wants_live = (
-            self.level != "minimal" and "console" in self.to and live_wanted(sys.stdout, os.environ)
+            self.level != "minimal"
+            and "console" in self.to
+            and (live_wanted(sys.stdout, os.environ) or in_notebook())
         )
         trainer.after(Trigger.RESUME)(self._after_resume)
         if self.level == "verbose":
@@ -335,6 +338,9 @@ class Logging(Callback):
 
     def _console(self) -> Sink:
         out, err = sys.stdout, sys.stderr
+        if self._wants_live and in_notebook():
+            self._live = NotebookConsole(self._progress)
+            return self._live
         if self._wants_live and live_wanted(out, os.environ):
             from orchestrator.callbacks.logs.live import LiveConsole  # rich is slow to import
 
