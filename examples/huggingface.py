@@ -9,6 +9,7 @@ import ast
 import re
 import sysconfig
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def functions_of(package):
         source = file.read_text("utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and "test" not in file.parts:
-                yield ast.get_source_segment(source, node)
+                yield "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
 
 
 def words_of(text):
@@ -55,7 +56,7 @@ def encode(words, label):
 
 texts, labels = [], []
 for label, package in enumerate(PACKAGES):
-    for text in list(functions_of(package))[: options.functions]:
+    for text in islice(functions_of(package), options.functions):
         texts.append(words_of(text))
         labels.append(label)
 parts = train_test_split(texts, labels, test_size=0.2, stratify=labels, random_state=7)
