@@ -6,16 +6,18 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXAMPLES_STAMP := $(VENV)/.examples
 BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed
 
 # Where it is set, each process of the tests and of the demo compiles everything it imports once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-stock lint bench bench-exact install clean help
+.PHONY: demo examples test test-long test-stock lint bench bench-exact install clean help
 
 help:
 	@echo "make demo        install, then train a new run on scikit-learn's digits"
+	@echo "make examples    all other examples, small, with what they need (transformers, optuna) installed as well"
 	@echo "make test        install, then run the tests (at most 6 minutes on 2 cores)"
 	@echo "make test-long   the longer tests as well"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
@@ -29,11 +31,19 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) pip setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[dev,examples]'
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits.py
+
+$(EXAMPLES_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[examples]'
+	touch $(EXAMPLES_STAMP)
+
+# Small, in a folder of their own, so that each is done from its beginning.
+examples: $(EXAMPLES_STAMP)
+	$(BIN)/python examples/run_all.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"

@@ -39,6 +39,7 @@ from tracking.frames import PRESENT, TO_LOSS, TO_TIME
 from tracking.journal import Journal, JournalError, open_attempt
 from tracking.masking import mask_text
 from tracking.outbox import read_outbox
+from tracking.own_artifacts import clean_drafts
 from tracking.recorder import FORWARDS, Line
 from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
@@ -107,6 +108,7 @@ class Attempt:
             for line in overridden:
                 self.say(f"overridden: {line}")
             clean_leftovers(run.checkpoints)
+            clean_drafts(run)
             self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
             self._saved: tuple[int, SaveHandle] | None = None
             self._durability: Durability | None = None

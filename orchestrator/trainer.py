@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import update_wrapper
 from pathlib import Path
@@ -46,6 +47,7 @@ from orchestrator.warm_start import WarmStart
 from orchestrator.work import Limits, Place
 from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
+from tracking.own_artifacts import writing
 from tracking.rows import Parent
 from tracking.runs import RESUME_VARIABLE, RunFolder
 
@@ -448,6 +450,28 @@ class Trainer:
             self._training.attempt.say(text)
         if self._settings.log is not None:
             self._settings.log.say(text)
+
+    def artifact(self, path: str) -> AbstractContextManager[Path]:
+        """Keep a file with the run, and show it among its artifacts: an image, a sample, a table.
+
+            with trainer.artifact(f"samples/epoch-{trainer.epoch}.png") as file:
+                figure.savefig(file)
+
+        From a hook, or anywhere in an attempt. The file lies in the run's folder, in `artifacts/`, whole or not at
+        all, and is delivered from there. Another one of the same path, as after a resume, takes its place. Where the
+        past is run again, by `seek` or `replay`, nothing is kept.
+
+        Raises ArtifactError for a path that cannot be one, and where no file was written.
+        """
+        training = self._training
+        if self.replaying or self._past is not None:
+            return writing(None, path)
+        if training.attempt is None or training.attempt.closed:
+            raise ConfigurationError(
+                f"artifact({path!r}) where no attempt is under way (the training stands in {self.state.value}): "
+                "call it from a hook, such as one of @trainer.on(State.DONE) at the end"
+            )
+        return writing(training.attempt.run, path)
 
     def save(self, at: State | str | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
