@@ -58,6 +58,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_user.py
 	$(BIN)/lint-imports
 
 $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/exact/requirements.txt Makefile

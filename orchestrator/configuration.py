@@ -67,6 +67,8 @@ class Settings:
         """The forward of evaluation: `forward=`, or the one phase's."""
         if self.forward is not None:
             return self.forward
+        if len(self.phases) == 1:
+            return self.phases[0].forward
         raise ConfigurationError(
             f"evaluating {name!r} with several phases needs to know how: pass "
             "forward=(model, batch) -> loss, or (loss, outputs, targets)"
