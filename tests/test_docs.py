@@ -295,6 +295,7 @@ def use(made: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", PAGES, ids=lambda document: document.name)
 def test_page_from_its_beginning_to_its_end(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -303,6 +304,7 @@ def test_page_from_its_beginning_to_its_end(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    threads, modules = torch.get_num_threads(), set(sys.modules)
     try:
         for block in page_of(document):
             if block.file:
@@ -313,6 +315,10 @@ def test_page_from_its_beginning_to_its_end(
             else:
                 block.run(namespace)
     finally:
+        torch.set_num_threads(threads)
+        for block in page_of(document):
+            if (module := Path(block.file).stem) not in modules:
+                sys.modules.pop(module, None)
         for value in namespace.values():
             if isinstance(value, orchestrator.Trainer):
                 value.close()
