@@ -39,6 +39,7 @@ from tracking.frames import PRESENT, TO_LOSS, TO_TIME
 from tracking.journal import Journal, JournalError, open_attempt
 from tracking.masking import mask_text
 from tracking.outbox import read_outbox
+from tracking.own_artifacts import clean_drafts
 from tracking.recorder import FORWARDS, Line
 from tracking.rows import AttemptStart, CheckpointRow, Outcome, Parent
 from tracking.runs import Lease, RunFolder, create_run
@@ -47,7 +48,7 @@ from tracking.shipper import start_shipper
 if TYPE_CHECKING:
     from orchestrator.recovery import Plan
 
-__all__ = ["Attempt", "opened_here"]
+__all__ = ["Attempt", "manifest_of", "opened_here"]
 
 _DEST = [arc.dest for arc in ARCS]
 _CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
@@ -91,7 +92,9 @@ class Attempt:
         overridden = plan.checkpoint.overridden if plan.checkpoint is not None else ()
         phases = [*(phase.name for phase in settings.phases), ""]
         self._no_phase = len(phases) - 1
-        self._recorder, self._journal = open_attempt(run, lease, _start(settings, plan), list(scopes), phases)
+        self._recorder, self._journal = open_attempt(
+            run, lease, _start(settings, plan, work.stream.length), list(scopes), phases
+        )
         self._line = self._recorder.line(0)
         now = self._recorder.now()
         self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
@@ -105,6 +108,7 @@ class Attempt:
             for line in overridden:
                 self.say(f"overridden: {line}")
             clean_leftovers(run.checkpoints)
+            clean_drafts(run)
             self._checkpoints = CheckpointWriter(run.checkpoints, before_rename=self._journal.sync)
             self._saved: tuple[int, SaveHandle] | None = None
             self._durability: Durability | None = None
@@ -164,6 +168,21 @@ class Attempt:
             self._deadline = None
             return HaltRequest(f"max_time of {self._settings.max_time:g} s is up", error=SystemExit(75))
         return None
+
+    def spent(self) -> dict[Trigger, int]:
+        """Nanoseconds of the newest batches of the training by trigger; from any thread."""
+        found: dict[Trigger, int] = {}
+        for arc, ns in self._recorder.spent(self._line.scope).items():
+            trigger = ARCS[arc].trigger
+            found[trigger] = found.get(trigger, 0) + ns
+        return found
+
+    def idle_s(self) -> float:
+        """Seconds since the last transition of the training was complete; from any thread."""
+        try:
+            return (self._recorder.now() - self._line.time_ns) / 1e9
+        except ValueError:  # it was closed
+            return 0.0
 
     # -- writing down ----------------------------------------------------------------------------
 
@@ -340,20 +359,9 @@ class Attempt:
         began = time.time_ns()
         name = checkpoint_name(self.seq, self.number, place.epoch, place.batch, state)
         seq, epoch, batch = self.seq, place.epoch, place.batch
-        manifest = {
-            "run": self.run.id,
-            "seq": seq,
-            "attempt": self.number,
-            "epoch": epoch,
-            "batch": batch,
-            "batches": place.batches,
-            "state": state.value,
-            "purpose": purpose,
-            "metrics": dict(metrics),
-            "binding": dict(self._settings.binding),
-            **data,
-            "created_ns": began,
-        }
+        manifest = manifest_of(
+            self.run, seq, self.number, place, state, purpose, metrics, self._settings, data, began
+        )
 
         def durable(path: Path) -> None:
             size = sum(file.stat().st_size for file in path.iterdir())
@@ -474,10 +482,43 @@ class Attempt:
                 )
 
 
-def _start(settings: Settings, plan: Plan) -> AttemptStart:
+def manifest_of(
+    run: RunFolder,
+    seq: int,
+    attempt: int,
+    place: Place,
+    state: State,
+    purpose: str,
+    metrics: Mapping[str, float],
+    settings: Settings,
+    data: Mapping[str, Any],
+    created_ns: int,
+) -> dict[str, Any]:
+    """What a checkpoint says of itself; `data` are the fingerprints of the data."""
+    return {
+        "run": run.id,
+        "seq": seq,
+        "attempt": attempt,
+        "epoch": place.epoch,
+        "batch": place.batch,
+        "batches": place.batches,
+        "state": state.value,
+        "purpose": purpose,
+        "metrics": dict(metrics),
+        "binding": dict(settings.binding),
+        **data,
+        "created_ns": created_ns,
+    }
+
+
+def _start(settings: Settings, plan: Plan, batches_per_epoch: int | None) -> AttemptStart:
     process = psutil.Process()
+    params = dict(settings.params)
+    if batches_per_epoch is not None:
+        params["batches_per_epoch"] = batches_per_epoch
+    if plan.checkpoint is not None and plan.checkpoint.overridden:
+        params["override"] = "; ".join(plan.checkpoint.overridden)
     checkpoint = plan.checkpoint
-    overridden = () if checkpoint is None else checkpoint.overridden
     return AttemptStart(
         position=None if checkpoint is None else checkpoint.info.seq,
         started_ns=time.time_ns(),
@@ -485,7 +526,7 @@ def _start(settings: Settings, plan: Plan) -> AttemptStart:
         host=socket.gethostname(),
         process_started=process.create_time(),
         command=_command(),
-        params={**settings.params, **({"override": "; ".join(overridden)} if overridden else {})},
+        params=params,
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -16,16 +16,19 @@ __all__ = ["main"]
 _COMMANDS = {
     "runs": "orchestrator.commands.runs",
     "show": "orchestrator.commands.show",
+    "watch": "orchestrator.commands.watch",
     "log": "orchestrator.commands.log",
     "check": "orchestrator.commands.check",
     "diff": "orchestrator.commands.diff",
     "diagram": "orchestrator.commands.diagram",
     "timeline": "orchestrator.commands.timeline",
+    "curves": "orchestrator.commands.curves",
     "resume": "orchestrator.commands.resume",
     "seek": "orchestrator.commands.seek",
     "replay": "orchestrator.commands.replay",
     "blame": "orchestrator.commands.blame",
     "sync": "orchestrator.commands.sync",
+    "doctor": "orchestrator.commands.doctor",
 }
 
 
@@ -95,7 +98,7 @@ def main() -> None:
     Example:
       interlock runs
       interlock show digits
-      interlock log digits --follow
+      interlock watch digits
     """
 
 

@@ -28,7 +28,7 @@ __all__ = ["Evaluation", "as_it_was"]
 
 Journal = Callable[[int, EvaluationWork], int | None]
 
-_NOBODY = Requests()
+_NOBODY, _ALWAYS = Requests(), Requests(open=True)
 
 
 @contextmanager
@@ -95,10 +95,12 @@ class Evaluation:
         asked: Asked = _NOBODY,
         halting: Callable[[], bool] = lambda: False,
         writer: Callable[[int], Hook] | None = None,
+        batches: int | None = None,
     ) -> dict[str, float]:
         """One pass of `model` over the loader; the metrics over all of it. `writer` is as for `Loop.run`.
 
-        Raises GiveWay as soon as `halting()`, which is looked at wherever `asked.open`.
+        With `batches` it ends after so many of them, and `halting` is looked at after each transition. Raises
+        GiveWay as soon as `halting()`, which is looked at wherever `asked.open`.
         """
         work, situation = self.work, self._situation
         self._loop.stand(State.IDLE)
@@ -108,9 +110,11 @@ class Evaluation:
 
         def look_up() -> None:
             situation.halt = situation.halt or halting()
+            if batches is not None:
+                situation.batches_left = work.place.batches < batches
 
         with as_it_was(model, self._device):
-            self._loop.run(asked, look_up, writer)
+            self._loop.run(asked if batches is None else _ALWAYS, look_up, writer)
         if self._loop.state is State.HALTED:
             raise GiveWay
         return dict(work.values)

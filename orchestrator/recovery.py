@@ -40,6 +40,7 @@ from tracking.rows import Attempt, Loss
 from tracking.runs import Lease, RunFolder, find_run, list_runs
 
 __all__ = [
+    "CLOCKS",
     "CheckpointMismatch",
     "Found",
     "NoCheckpoint",
@@ -50,6 +51,7 @@ __all__ = [
     "nearest",
     "newest_of_name",
     "plan",
+    "read",
     "restore",
     "result",
 ]
@@ -179,7 +181,7 @@ def _plan_for(
     if auto and settings.nonfinite == "halt" and attempts:
         _refuse_to_meet_again(run, attempts[-1])
     infos = not_superseded(readable(run.checkpoints), positions)
-    found = _read(checkpoint) if checkpoint is not None else _newest(infos)
+    found = read(checkpoint) if checkpoint is not None else _newest(infos)
     if found is None:
         if auto:
             warnings.warn(f"{run.id} has no checkpoint to continue from; a new run begins", stacklevel=5)
@@ -272,13 +274,14 @@ def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
     """The newest checkpoint that is whole; damaged ones are named and passed over."""
     for info in infos:
         try:
-            return _read(info.path)
+            return read(info.path)
         except CheckpointDamaged as error:
             warnings.warn(f"passing over checkpoint {info.name}: {error}", stacklevel=6)
     return None
 
 
-def _read(path: Path) -> Found:
+def read(path: Path) -> Found:
+    """The checkpoint at `path`; raises what `read_checkpoint` raises."""
     manifest, tree = read_checkpoint(path)
     return Found(info_of(path), manifest, tree)
 
@@ -310,7 +313,8 @@ _UNVERIFIED = {
 }
 """Parts of a tree that need not be the same after restoring, and why."""
 
-_CLOCKS = ("batch/elapsed", "epoch/elapsed")
+CLOCKS = ("batch/elapsed", "epoch/elapsed")
+"""Parts of a tree that are durations up to now."""
 
 
 def restore(found: Found, state: TrainingState) -> Divergence | None:
@@ -337,7 +341,7 @@ def restore(found: Found, state: TrainingState) -> Divergence | None:
     for name in sorted(lacking):
         warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
     other_data = any(line.startswith("data:") for line in found.overridden)
-    ignored = (*_CLOCKS, "batch/samples") if other_data else _CLOCKS
+    ignored = (*CLOCKS, "batch/samples") if other_data else CLOCKS
     different = capture.first_difference(
         *(
             capture.digests(tree, ignore=ignored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -119,6 +119,17 @@ class TrainingState:
             self._tell(
                 f"random generators cannot be kept in checkpoints: {unseen}; what they draw will differ"
             )
+
+    def as_begun(self, state: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """What `begin` has set; `state`, from an earlier call, makes it that again."""
+        if state is not None:
+            self._built, self._watch, self._generators = state
+        return self._built, self._watch, self._generators
+
+    def referred_to(self) -> Iterator[object]:
+        """The values that the user's code refers to beside what is captured."""
+        for owner in self._watch.owners if self._watch is not None else ():
+            yield from owner.read().values()
 
     def _as_built(self) -> dict[str, capture.Built]:
         return self._built or {name: capture.Built.of(module) for name, module in self._modules.items()}

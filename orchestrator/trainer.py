@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import update_wrapper
 from pathlib import Path
@@ -46,6 +47,7 @@ from orchestrator.warm_start import WarmStart
 from orchestrator.work import Limits, Place
 from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
+from tracking.own_artifacts import writing
 from tracking.rows import Parent
 from tracking.runs import RESUME_VARIABLE, RunFolder
 
@@ -54,6 +56,7 @@ if (
 ):  # imported by the methods that use them: a training that never looks back starts without them
     from orchestrator.blame import Blame
     from orchestrator.past import Past, Replay, Stretch
+    from orchestrator.rehearsal import Rehearsal
 
 __all__ = ["Trainer"]
 
@@ -157,6 +160,8 @@ class Trainer:
         """The run's folder, once it is open: `trainer.run.id`, `trainer.run.path`, `trainer.run.journal`."""
         self.replaying = False
         """Whether the past is being run again, by `seek` or `replay`: nothing is recorded meanwhile."""
+        self.rehearsing = False
+        """Whether what is done is a rehearsal, undone afterwards: nothing is recorded meanwhile."""
         self.warm_start: WarmStart | None = None
         """What a new run took of the weights that `init_from` names."""
         self._settings = settings
@@ -379,7 +384,8 @@ class Trainer:
     @property
     def attempt(self) -> int:
         """The number of this attempt at the run, counted from 1; 0 before `start`."""
-        return self._training.attempt.number if self._training.attempt is not None else 0
+        attempt = self._training.attempt or self._training.beside
+        return attempt.number if attempt is not None else 0
 
     @property
     def tainted(self) -> bool:
@@ -452,6 +458,28 @@ class Trainer:
         if self._settings.log is not None:
             self._settings.log.say(text)
 
+    def artifact(self, path: str) -> AbstractContextManager[Path]:
+        """Keep a file with the run, and show it among its artifacts: an image, a sample, a table.
+
+            with trainer.artifact(f"samples/epoch-{trainer.epoch}.png") as file:
+                figure.savefig(file)
+
+        From a hook, or anywhere in an attempt. The file lies in the run's folder, in `artifacts/`, whole or not at
+        all, and is delivered from there. Another one of the same path, as after a resume, takes its place. Where the
+        past is run again, by `seek` or `replay`, nothing is kept.
+
+        Raises ArtifactError for a path that cannot be one, and where no file was written.
+        """
+        training = self._training
+        if self.replaying or self._past is not None:
+            return writing(None, path)
+        if training.attempt is None or training.attempt.closed:
+            raise ConfigurationError(
+                f"artifact({path!r}) where no attempt is under way (the training stands in {self.state.value}): "
+                "call it from a hook, such as one of @trainer.on(State.DONE) at the end"
+            )
+        return writing(training.attempt.run, path)
+
     def save(self, at: State | str | None = None) -> Save:
         """Ask for a checkpoint of this boundary; `.wait()` on what is returned gives its path.
 
@@ -472,8 +500,9 @@ class Trainer:
                 "resume from the newest checkpoint instead"
             )
         save = Save()
-        if self.replaying:
-            save.abandoned("the past is being run again, of which nothing is kept")
+        if self.replaying or self.rehearsing:
+            what = "the past is being run again" if self.replaying else "this is a rehearsal"
+            save.abandoned(f"{what}, of which nothing is kept")
             return save
         if self._past is not None:
             self.start()  # going on from there, as a run of its own
@@ -515,7 +544,12 @@ class Trainer:
 
     # -- running ---------------------------------------------------------------------------------
 
-    def fit(self, resume: bool | str | os.PathLike[str] = False, override: Collection[str] = ()) -> Result:
+    def fit(
+        self,
+        resume: bool | str | os.PathLike[str] = False,
+        override: Collection[str] = (),
+        rehearse: bool = False,
+    ) -> Result:
         """Train until DONE or HALTED.
 
         Args:
@@ -527,6 +561,8 @@ class Trainer:
             override: names of what may differ from the checkpoint, and is then this trainer's: "model",
                 "optimizer", "scheduler", "metrics", "data", "accumulate", "accumulate_weighting",
                 "clip_grad_norm", "precision", "validate_every", and hyper-parameters such as "lr".
+            rehearse: `rehearse()` first, from where the training begins or is resumed. A new run whose rehearsal
+                fails is not even made; one that is resumed halts where it stood.
 
         Returns:
             The result. After SIGTERM and Ctrl-C, `fit` saves, halts and leaves by SystemExit(143) or
@@ -534,7 +570,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: a loss or gradient was not finite and `nonfinite="halt"`.
-            Exception: whatever a hook, the model or the data raised, unchanged.
+            Exception: whatever a hook, the model or the data raised, unchanged; in a rehearsal with a note.
         """
         training = self._training
         training.loop.check_outside()
@@ -542,19 +578,26 @@ class Trainer:
         with Signals(training.request_signal_halt, training.waits):
             if training.attempt is None or training.attempt.closed:
                 if self.state is not State.DONE:
-                    self.start(resume, override)
+                    self.start(resume, override, rehearse)
             elif resume or override:
                 raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
+            elif rehearse:
+                self._rehearse_or_close()
             try:
                 training.run()
             finally:
                 self.close()
         return self._leave()
 
-    def start(self, resume: bool | str | os.PathLike[str] = False, override: Collection[str] = ()) -> None:
+    def start(
+        self,
+        resume: bool | str | os.PathLike[str] = False,
+        override: Collection[str] = (),
+        rehearse: bool = False,
+    ) -> None:
         """Open the run and stand at its first state: IDLE, or the state of the checkpoint.
 
-        `fit` and `advance` do it themselves if need be; `resume` and `override` as for `fit`. Where `interlock seek`,
+        `fit` and `advance` do it themselves if need be; the arguments are as for `fit`. Where `interlock seek`,
         `replay` or `blame` has started the script, that is done instead, and left by SystemExit.
         """
         training = self._training
@@ -572,6 +615,8 @@ class Trainer:
                     "on as a new run; expected resume=False, or another Trainer"
                 )
             self._branch(self._past)
+            if rehearse:
+                self._rehearse_or_close()
             return
         if self._settings.init_from is not None and resume not in (False, "auto"):
             raise ConfigurationError(
@@ -585,6 +630,7 @@ class Trainer:
         configuration.set_determinism(self._settings)
         try:
             plan = recovery.plan(resume, self._settings, training.work.limits)
+            rehearsed = self._rehearse() if rehearse and plan.run is None else None
             self._open(plan, names)
         except BaseException:
             configuration.restore_determinism(self._settings)
@@ -603,6 +649,60 @@ class Trainer:
             self._begin(training.found)
         except BaseException as error:
             training.fail(error)
+            self.close()
+            raise
+        if rehearsed is not None:
+            self.say(str(rehearsed))
+        elif rehearse and plan.run is not None:
+            self._rehearse_or_close()
+
+    def rehearse(self) -> Rehearsal:
+        """Do what a training consists of once, and undo it: what would fail after hours fails now.
+
+        Two batches, or as many more as make an optimizer step (`accumulate`); two of each validation loader, with
+        the metrics over them; the end of an epoch with schedulers and callbacks. Then a checkpoint is written in a
+        scratch folder on the disk that the run is on, read, restored and compared, bit for bit, and its size is
+        compared with what is free there. `fit(rehearse=True)` does it before it trains.
+
+        Afterwards everything is as it was, bit for bit, whatever was raised: weights, optimizers, buffers, gradients,
+        random states, the order of the data, metrics, history, callbacks with what they keep in their attributes.
+        Nothing is recorded or tracked but a line that says so. Hooks are called as in the training. Before it has
+        started `on_train_begin` is too, with a run's folder that is thrown away; `on_train_end` never is.
+
+        What your code does outside of that cannot be undone: files elsewhere, what is printed, services that are
+        called, global variables that it sets anew (a warning names those that it reads). Hooks can ask
+        `trainer.rehearsing`.
+
+        Raises:
+            Exception: what would have been raised later, unchanged but for a note of what was being rehearsed.
+            ConfigurationError: the training is at its end, or cannot be put back.
+            DiskFullError: the checkpoints that are kept have no room.
+            RehearsalError: something could not be put back; the trainer is `tainted`.
+        """
+        errands.carry_out(self)
+        rehearsal = self._rehearse()
+        assert rehearsal is not None  # only the signals that `fit` takes break it off
+        if self._training.attempt is not None and not self._training.attempt.closed:
+            self.say(str(rehearsal))
+        elif self._settings.log is not None:
+            self._settings.log.announce(str(rehearsal))
+        return rehearsal
+
+    def _rehearse(self) -> Rehearsal | None:
+        from orchestrator import rehearsal
+
+        self._training.loop.check_outside()
+        return rehearsal.rehearse(self)
+
+    def _rehearse_or_close(self) -> None:
+        """Rehearse where the run stands; where that fails, end the attempt as it stands."""
+        training = self._training
+        try:
+            if (rehearsal := self._rehearse()) is not None:
+                self.say(str(rehearsal))
+        except BaseException as error:
+            reason = f"the rehearsal failed: {type(error).__name__}: {error}"
+            training.requests.add_halt(HaltRequest(reason, save=not training.tainted, error=error))
             self.close()
             raise
 

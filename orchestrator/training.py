@@ -17,7 +17,7 @@ from orchestrator.errors import NonFiniteError
 from orchestrator.evaluation import Evaluation
 from orchestrator.late_work import LateTrainingWork, LateWork
 from orchestrator.loop import Loop
-from orchestrator.policy import Situation
+from orchestrator.policy import Situation, next_trigger
 from orchestrator.requests import HaltRequest, Requests, Save
 from orchestrator.signals import GiveWay, leave
 from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
@@ -52,6 +52,8 @@ class Training:
     ) -> None:
         self.requests = Requests()
         self.attempt: Attempt | None = None
+        self.beside: Attempt | None = None
+        """The attempt that goes on after what is done now, of which it records nothing but warnings."""
         self.found: recovery.Found | None = None
         """The checkpoint that the next `resume` puts back."""
         self.expected: Expected | None = None
@@ -103,6 +105,19 @@ class Training:
     def state(self) -> State:
         """Where the machine stands."""
         return self.loop.state
+
+    def spent(self) -> Mapping[Trigger, int]:
+        """Nanoseconds of the newest batches by trigger, those of all phases together; from any thread."""
+        return {} if self.attempt is None else self.attempt.spent()
+
+    def under_way(self) -> tuple[str, float] | None:
+        """What is being done, a transition's work or its hooks, and for how many seconds already; from any thread."""
+        if self.attempt is None or not self.loop.inside:
+            return None
+        if self.attempt.state is not self.state:
+            return f"hooks in {self.state.value}", self.attempt.idle_s()
+        trigger = next_trigger(self.work.situation)
+        return None if trigger is None else (trigger.value, self.attempt.idle_s())
 
     def run(self) -> None:
         """Fire transitions, and carry out what was asked for, until nothing is left."""
@@ -350,8 +365,8 @@ class Training:
 
     def report(self, message: str) -> None:
         """Keep a warning in the journal."""
-        if self.attempt is not None:
-            self.attempt.warn(message)
+        if (attempt := self.attempt or self.beside) is not None:
+            attempt.warn(message)
 
     def restore(self) -> None:
         """Put back the checkpoint that was found: the work of `resume`."""

@@ -41,8 +41,11 @@ class Validation:
         asked: Asked,
         halting: Callable[[], bool],
         begin: Callable[[], Callable[[int], Hook] | None],
+        batches: int | None = None,
     ) -> dict[str, float]:
         """The metrics of all loaders, `NAME/KEY`; `begin` is called before each, and gives the writer of `Loop.run`.
+
+        With `batches`, those of so many of each loader's.
 
         Raises GiveWay as soon as `halting()` (see `Evaluation.run`); generators and the model are then as before.
         """
@@ -55,7 +58,7 @@ class Validation:
             self.under_way = evaluation
             writer = begin()
             try:
-                found = evaluation.run(model, epoch, asked, halting, writer)
+                found = evaluation.run(model, epoch, asked, halting, writer, batches)
             except GiveWay:
                 for begun, state in before.items():
                     self.evaluations[begun].stream.load_state_dict(state)

@@ -359,8 +359,8 @@ class TrainingWork(BatchWork):
         self._weigh = weigh
         self._clip_grad_norm = clip_grad_norm
         self._nonfinite = nonfinite
-        self._validate_every = validate_every
-        self._validate = validate
+        self.validate_every = validate_every
+        self.validate = validate
         self._request_halt = request_halt
         self._restore = restore
         self._report = report
@@ -494,8 +494,8 @@ class TrainingWork(BatchWork):
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started
-        if self._validate_every and batches % self._validate_every == 0:
-            self.validated = self._validate()
+        if self.validate_every and batches % self.validate_every == 0:
+            self.validated = self.validate()
             self.metrics.update(self.validated)
         self.place.batches = batches
         self.metrics["batch_time"] = elapsed
@@ -508,8 +508,8 @@ class TrainingWork(BatchWork):
         values.update(self._learning_rates())
         if self.skips:
             values["skipped"] = float(self.skips)
-        if self._validate_every is None:
-            self.validated = self._validate()
+        if self.validate_every is None:
+            self.validated = self.validate()
         values.update(self.validated)
         if self.window.count:
             self._add_note(f"{self.window.count} batches of an open accumulation window were not applied")

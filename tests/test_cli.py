@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,7 +29,10 @@ from walk import BATCH, Walk, begin
 
 HERE = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "tests")])}
-COMMANDS = ["runs", "show", "log", "check", "diff", "diagram", "resume", "seek", "replay", "blame", "sync"]
+COMMANDS = [
+    *("runs", "show", "watch", "log", "check", "diff", "diagram", "timeline", "curves"),
+    *("resume", "seek", "replay", "blame", "sync", "doctor"),
+]
 
 
 def interlock(*arguments: object, root: Path | None = None, code: int = 0, **options: Any) -> Result:
@@ -223,7 +226,7 @@ def test_needs_neither_torch_nor_mlflow(tmp_path: Path) -> None:
 import sys
 from orchestrator.cli import main
 root, run, other = sys.argv[1:]
-for command in (["runs"], ["show", run], ["log", run], ["diagram", run], ["diff", run, other]):
+for command in (["runs"], ["show", run], ["watch", run], ["log", run], ["diagram", run], ["diff", run, other]):
     main(["--root", root, *command], standalone_mode=False)
     assert not {"torch", "mlflow", "numpy"} & sys.modules.keys(), command
 """
@@ -242,6 +245,46 @@ def test_show_answers_at_once(tmp_path: Path) -> None:
         return time.perf_counter() - began
 
     assert min(seconds() for _ in range(3)) < 1.0  # 0.2 s on a quiet machine; importing torch takes longer
+
+
+def test_json_is_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = done(tmp_path), done(tmp_path, "other")
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        *(
+            ["runs"],
+            ["show", run.path],
+            ["watch", run.path],
+            ["check", run.path],
+            ["diff", run.path, other.path],
+        ),
+        *(
+            ["diagram"],
+            ["diagram", run.path],
+            ["timeline", run.path],
+            ["curves", run.path],
+            ["sync", "--all"],
+        ),
+    ):
+        json.loads(interlock(*words, "--json", root=tmp_path).stdout)
+    for line in interlock("log", run.path, "--json").stdout.splitlines():
+        json.loads(line)
+
+
+def test_what_check_and_diagram_have_for_programs(tmp_path: Path) -> None:
+    run = done(tmp_path)
+    found = json.loads(interlock("check", run.path, "--json").stdout)
+    assert (found["run"], found["wrong"]) == (run.id, 0)
+    assert all(finding["good"] for finding in found["findings"])
+    with closing(sqlite3.connect(run.journal)) as journal:
+        journal.execute("UPDATE packed_transitions SET epoch = 7 WHERE seq = 2")
+        journal.commit()
+        steps = journal.execute("SELECT count(*) FROM transitions WHERE trigger = 'step'").fetchone()[0]
+    found = json.loads(interlock("check", run.path, "--json", code=1).stdout)
+    assert found["wrong"] == sum(not finding["good"] for finding in found["findings"]) > 0
+    arcs = json.loads(interlock("diagram", run.path, "--json").stdout)
+    assert sum(arc["count"] for arc in arcs if arc["trigger"] == "step") == steps
+    assert {arc["mean_ns"] is None for arc in arcs if not arc["count"]} == {True}
 
 
 # -- runs and show -----------------------------------------------------------------------------------

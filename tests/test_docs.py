@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import migrations
 import orchestrator
 import states
 import trainings
@@ -194,6 +195,8 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "": classification,
     "text": text,
     "gan": gan,
+    "migrating": migrations.classification,
+    "hugging-face": migrations.text,
     "run": with_run,
     "backend": dict,
     "past": with_past,
@@ -265,7 +268,7 @@ def test_python(
     if block.fragment:
         compile(block.code, str(block.document), "exec")
         return
-    namespace = EVERYTHING | {"torch": torch, "nn": nn} | SETUPS[block.setup]()
+    namespace = EVERYTHING | {"torch": torch, "nn": nn, "DataLoader": DataLoader} | SETUPS[block.setup]()
     before = dict(namespace)
     try:
         block.run(namespace)
@@ -499,13 +502,12 @@ def test_public_names_are_documented() -> None:
     assert {*orchestrator.__all__, *states.__all__} - words == set()
 
 
+HELP = "<!-- What follows is printed by `interlock COMMAND --help`: python tests/test_docs.py --write -->"
+
+
 def command_line() -> str:
-    """docs/command-line.md, made from what the commands say of themselves."""
-    parts = [
-        "# Command line\n",
-        "What `interlock --help` and `interlock COMMAND --help` print. Made by "
-        "`python tests/test_docs.py --write`.\n",
-    ]
+    """docs/command-line.md: what is written there by hand, then what the commands say of themselves."""
+    parts = [COMMAND_LINE.read_text().partition(f"\n{HELP}\n")[0], HELP, ""]
     for name in ("", *main.list_commands(click.Context(main))):
         result = CliRunner().invoke(
             main, [name, "--help"] if name else ["--help"], prog_name="interlock", terminal_width=100
@@ -514,6 +516,11 @@ def command_line() -> str:
         help_text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
         parts.append(f"## {f'interlock {name}'.strip()}\n\n```text\n{help_text}\n```\n")
     return "\n".join(parts)
+
+
+def test_exit_statuses_of_every_command() -> None:
+    told = table_after(COMMAND_LINE.read_text(), "## Exit status")
+    assert told == main.list_commands(click.Context(main))
 
 
 def test_command_line() -> None:

@@ -43,7 +43,9 @@ def test_the_trainer_brings_in_little_besides_torch(tmp_path: Path) -> None:
     assert packages(new) == OURS
     assert not {name for name in new if name.startswith("torch.")}
     looking_back = {
+        "orchestrator.aside",
         "orchestrator.past",
+        "orchestrator.rehearsal",
         "orchestrator.blame",
         "orchestrator.anomaly",
         "orchestrator.retrieval",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -21,12 +22,13 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
 from orchestrator.callbacks.checkpointing import Checkpointing
-from orchestrator.callbacks.logs import Logging, LogRecord
+from orchestrator.callbacks.logs import Logging, LogRecord, callback
 from orchestrator.callbacks.logs.callback import headline
 from orchestrator.callbacks.logs.live import LiveConsole, paint
 from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
 from orchestrator.callbacks.logs.record import clock, quantity, shown, span
 from orchestrator.callbacks.logs.sinks import FileLog, PlainConsole, live_wanted
+from orchestrator.callbacks.logs.table import EpochTable
 from orchestrator.callbacks.logs.terminal import Terminal
 from orchestrator.errors import ConfigurationError
 from orchestrator.trainer import Trainer
@@ -173,6 +175,32 @@ def test_file_line_is_one_line_with_the_time() -> None:
     )
 
 
+# -- the table of epochs ------------------------------------------------------------------------------
+
+
+def _row(number: int, **metrics: float) -> LogRecord:
+    return LogRecord(0.0, "epoch", f"epoch {number}/99", number - 1, 0, metrics)
+
+
+def test_epochs_are_a_table_with_a_new_head_where_columns_change_or_scroll_away() -> None:
+    table = EpochTable()
+    told = [text.plain for number in (1, 2) for text in table.rows(_row(number, loss=0.25, duration=1.5), 80)]
+    assert told == ["epoch    loss    time", " 1/99  0.2500  1.50 s", " 2/99  0.2500  1.50 s"]
+    told = [text.plain for text in table.rows(_row(3, loss=12345.0, duration=1.5), 80)]
+    assert told == ["epoch     loss    time", " 3/99  12345.0  1.50 s"]
+    told = [text.plain for text in table.rows(_row(4, loss=0.5, skipped=2.0, duration=1.5), 80)]
+    assert told == ["epoch     loss  skipped    time", " 4/99   0.5000        2  1.50 s"]
+    heads = [len(table.rows(_row(5, loss=0.5, duration=1.0), 80)) for _ in range(62)]
+    assert [number for number, lines in enumerate(heads) if lines == 2] == [0, 30, 60]
+
+
+def test_a_table_that_does_not_fit_leaves_out_what_is_interlocks_own_and_then_gives_up() -> None:
+    row = _row(1, loss=0.25, duration=1.5, grad_norm=1.0)
+    assert [len(EpochTable().rows(row, width)) for width in (40, 30, 20, 13, 12)] == [2, 2, 2, 2, 0]
+    assert EpochTable().rows(row, 21)[0].plain == "epoch    loss    time"
+    assert EpochTable().rows(row, 20)[0].plain == "epoch    loss"
+
+
 # -- the line of progress -----------------------------------------------------------------------------
 
 
@@ -206,6 +234,14 @@ def test_line_fits_and_drops_the_least_important_first() -> None:
 def test_line_of_unknown_lengths_and_of_what_is_done() -> None:
     line = paint(Progress(2, None, 7, None, doing="validating val 0:03", rate=3.0), 100).plain
     assert line == "epoch 2  batch 7  validating val 0:03  3 batches/s"
+
+
+def test_line_shows_state_and_where_the_time_goes_while_there_is_room() -> None:
+    shares = {"fetch": 0.6, "forward": 0.21, "backward": 0.15, "step": 0.04}
+    progress = Progress(2, None, 7, None, rate=3.0, state="FORWARD", shares=shares)
+    line = paint(progress, 100).plain
+    assert line == "epoch 2  batch 7  3 batches/s  fetch 60%  forward 21%  backward 15%  FORWARD"
+    assert paint(progress, 50).plain == "epoch 2  batch 7  3 batches/s  fetch 60%"
 
 
 def test_line_in_ascii() -> None:
@@ -415,8 +451,9 @@ def test_terminal_shows_progress_and_ends_with_rows_only(
     assert any("eta 0:00" in line and "loss " in line for line in drawn)
     assert [line.split()[:2] for line in pty.screen] == [
         ["run", f"{trainer.run.path},"],  # type: ignore[union-attr]
-        ["epoch", "1/2"],
-        ["epoch", "2/2"],
+        ["epoch", "loss"],
+        ["1/2", ANY],
+        ["2/2", ANY],
         ["done", "after"],
         ["val/loss:", "best"],
         ["run", str(trainer.run.path)],  # type: ignore[union-attr]
@@ -446,9 +483,10 @@ def test_narrow_terminal_gets_rows_without_what_can_be_missed(
     with _on_terminal(monkeypatch, columns=44) as pty:
         trainer = _trainer(tmp_path, Logging())
         trainer.fit()
-    rows = [line for line in pty.screen if line.startswith("epoch")]
-    assert len(rows) == 2
-    assert all("val/loss" in row and len(row) < 44 and "grad_norm" not in row for row in rows)
+    head, *rows = pty.screen[1:4]
+    assert head.split() == ["epoch", "loss", "val/loss", "time", "lr"]
+    assert [row.split()[0] for row in rows] == ["1/2", "2/2"]
+    assert all(len(row) == len(head) < 44 for row in rows)
     assert any("grad_norm" in line for line in _console_log(trainer))
 
 
@@ -470,6 +508,20 @@ def test_prints_warnings_and_loggers_do_not_tear_the_line(
     for batch in range(BATCHES):
         for line in (f"print {batch}", f"two parts {batch}", f"logger {batch}"):
             assert line in pty.screen
+
+
+def test_what_a_training_hangs_in_shows_on_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LiveConsole, "IDLE", 0.05)
+    monkeypatch.setattr(callback, "_LONG", 0.3)
+    with _on_terminal(monkeypatch) as pty:
+        trainer = _trainer(tmp_path, Logging(), epochs=1)
+        trainer.before("forward")(lambda: time.sleep(1.0 if trainer.batch == 1 else 0))
+        trainer.after("backward")(lambda: time.sleep(1.0 if trainer.batch == 2 else 0))
+        trainer.fit()
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", pty.raw).split(ERASE)
+    assert any("batch 1/4" in line and "forward 0:0" in line for line in drawn)
+    assert any("batch 2/4" in line and "hooks in BACKWARD 0:0" in line for line in drawn)
+    assert any("  forward " in line and "%" in line for line in drawn), "where the time goes"
 
 
 @pytest.mark.filterwarnings("default")

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import trainings
 from deliveries import Training
 from orchestrator import Checkpointing
+from orchestrator.cli import main
 from states.table import State, Trigger
 from tracking import tally as tallying
 from tracking import timeline
 from tracking.artifacts import REPORTS, make_reports
-from tracking.curves import curves, write_curves
+from tracking.curves import curves, resumes, write_curves
 from tracking.mlflow_delivery import MLflow
 from tracking.outbox import read_outbox
 from tracking.runs import RunFolder, create_run, find_run
@@ -281,8 +283,39 @@ def test_curves_are_the_journal_s_metrics(run: RunFolder, tmp_path: Path) -> Non
             run, "SELECT value FROM metrics WHERE scope = 'validation/val' AND key = 'loss'"
         )
     ]
+    assert found["loss"]["batch"].odd == [3]
     write_curves(run, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 20_000
+
+
+def test_resumes_are_marked_where_they_went_on(run: RunFolder, tmp_path: Path) -> None:
+    """At the batches that were done at the transition that an attempt went back to."""
+    went_on = rows_of(
+        run,
+        """SELECT attempt, (SELECT max(step) FROM all_metrics AS m WHERE m.attempt < a.attempt AND batch >= 0
+                AND NOT superseded AND scope = 'train') FROM attempts AS a WHERE position > 0""",
+    )
+    assert [(mark.attempt, mark.batches) for mark in resumes(run)] == went_on != []
+    assert {mark.after for mark in resumes(run)} <= {"failed", "stopped", "died"}
+    result = CliRunner().invoke(main, ["curves", str(run.path), "-o", str(tmp_path / "curves.svg")])
+    assert result.exit_code == 0, result.output
+    drawn = (tmp_path / "curves.svg").read_text()
+    panels = len(re.findall(r'id="axes_\d+"', drawn))
+    assert drawn.count("stroke: #6a51a3") == panels * len(went_on) > 0
+    assert "not finite" in drawn
+
+
+def test_curves_for_programs_and_of_a_run_without_values(run: RunFolder, tmp_path: Path) -> None:
+    found = json.loads(CliRunner().invoke(main, ["curves", str(run.path), "--json"]).stdout)
+    assert found["curves"]["loss"]["val"]["x"] == curves(run)["loss"]["val"].x
+    empty = create_run(tmp_path, "empty")
+    assert curves(empty) == {}
+    assert resumes(empty) == []
+    write_curves(empty, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    said = CliRunner().invoke(main, ["curves", str(run.path), "-o", str(tmp_path / "curves.xyz")])
+    assert said.exit_code == 1
+    assert "expected a name that ends in .png" in said.output
 
 
 def test_curves_of_a_long_run_are_means_of_stretches(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tracking.rows import TRAIN
 from tracking.runs import RunFolder
 from tracking.schema import Connection, connect_to_read
 
-__all__ = ["Curve", "curves", "write_curves"]
+__all__ = ["Curve", "Resume", "curves", "resumes", "write_curves"]
 
 _MOST_POINTS = 600  # a curve
 _CHUNK = 20_000  # packed rows a read
@@ -27,14 +27,17 @@ _STYLES = {  # colours that stay apart for colour-blind readers: Okabe and Ito (
     "batch": {"color": "#56b4e9", "linewidth": 1.0},
     "train": {"color": "#0072b2", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
 }
+_MARK, _ODD = "#6a51a3", "#c0392b"
+_BEFORE = {"died": "died", "stopped": "been stopped", "failed": "failed", "done": "been done"}
 _VALIDATION = (("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"))
 
 _FINITE = "typeof({0}) = 'real' AND {0} - {0} = 0"
-_FROM = """
+_STANDS = "AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"
+_FROM = f"""
     FROM packed_metrics AS packed
         CROSS JOIN attempts ON attempts.attempt = packed.attempt
         CROSS JOIN scopes ON scopes.scope = packed.scope
-    WHERE packed.id >= ?1 AND packed.id < ?2 AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)
+    WHERE packed.id >= ?1 AND packed.id < ?2 {_STANDS}
 """
 _EPOCHS = f"""
     SELECT scopes.name, keyset, packed.seq, {", ".join(f"v{pos}" for pos in range(ROW_LENGTH))}
@@ -43,12 +46,18 @@ _EPOCHS = f"""
 
 
 def _batches(width: int) -> str:
-    """Sum, number, least and most of each of the first `width` values, by scope, keyset and stretch of steps."""
+    """Of each of the first `width` values sum, number, least, most, and how many are not finite.
+
+    By scope, keyset and stretch of steps.
+    """
     values = [
-        f"{function} FILTER (WHERE {_FINITE.format(f'v{pos}')})"
+        f"{function} FILTER (WHERE {finite})"
         for pos in range(width)
+        for finite in (_FINITE.format(f"v{pos}"),)
         for function in (f"sum(v{pos})", "count(*)", f"min(v{pos})", f"max(v{pos})")
     ]
+    for pos in range(width):
+        values.insert(5 * pos + 4, f"count(v{pos}) FILTER (WHERE NOT ({_FINITE.format(f'v{pos}')}))")
     return (
         f"SELECT scopes.name, keyset, step / ?3, {', '.join(values)} {_FROM} AND batch >= 0 GROUP BY 1, 2, 3"
     )
@@ -62,6 +71,8 @@ class Curve:
     mean: list[float] = field(default_factory=list)
     least: list[float] = field(default_factory=list)
     most: list[float] = field(default_factory=list)
+    odd: list[float] = field(default_factory=list)
+    """Where there are values that are not finite."""
 
     def add(self, x: float, mean: float, least: float, most: float) -> None:
         """A point to the right of the others."""
@@ -70,9 +81,19 @@ class Curve:
 
 
 @dataclass
+class Resume:
+    """Where an attempt went on: after so many `batches` since the beginning; how the one before had ended."""
+
+    attempt: int
+    batches: int
+    after: str
+
+
+@dataclass
 class _Mean:
     sum: float = 0.0
     count: int = 0
+    odd: int = 0
     least: float = math.inf
     most: float = -math.inf
 
@@ -81,7 +102,8 @@ def curves(run: RunFolder) -> dict[str, dict[str, Curve]]:
     """The run's curves by metric and, within, by `batch`, `train` or the validation's name.
 
     At most about 600 points each: of more batches they are means over consecutive ones. Values that are not finite
-    are left out. Values of an epoch stand where the epoch ended. Reads the journal in short pieces.
+    are left out of them; `odd` says where they are. Values of an epoch stand where the epoch ended. Reads the
+    journal in short pieces.
     """
     with closing(connect_to_read(run.journal)) as connection:
         return _Reading(connection).all()
@@ -121,16 +143,21 @@ class _Reading:
             for place in sorted(points):
                 mean = points[place]
                 x = min((place + 0.5) * self._per_point, max(1, (place + 1) * self._per_point - 1))
-                curve.add(x, mean.sum / mean.count, mean.least, mean.most)
+                if mean.count:
+                    curve.add(x, mean.sum / mean.count, mean.least, mean.most)
+                if mean.odd:
+                    curve.odd.append(x)
         return {key: dict(lines) for key, lines in self._found.items()}
 
     def _add_batches(self, scope: str, keyset: int, place: int, values: Sequence[Any]) -> None:
         for pos, key in enumerate(self._keys[keyset]):
-            total, count, least, most = values[4 * pos : 4 * pos + 4]
-            if count and key not in _LEFT_OUT:
+            total, count, least, most, odd = values[5 * pos : 5 * pos + 5]
+            if (count or odd) and key not in _LEFT_OUT:
                 mean = self._means[scope, key][place]
-                mean.sum, mean.count = mean.sum + total, mean.count + count
-                mean.least, mean.most = min(mean.least, least), max(mean.most, most)
+                mean.odd += odd
+                if count:
+                    mean.sum, mean.count = mean.sum + total, mean.count + count
+                    mean.least, mean.most = min(mean.least, least), max(mean.most, most)
 
     def _add_epoch(self, scope: str, keyset: int, seq: int, values: Sequence[Any], step_at: int) -> int:
         """`step_at` is where the epoch before ended; where this one did."""
@@ -151,12 +178,54 @@ def _name(scope: str) -> str:
     return scope.removeprefix("validation/")
 
 
+def resumes(run: RunFolder) -> list[Resume]:
+    """Where attempts went on with the run, of what stands; the oldest first."""
+    found = []
+    with closing(connect_to_read(run.journal)) as connection:
+        attempts = connection.execute(
+            "SELECT attempt, position, first_seq, kept_until, outcome FROM attempts ORDER BY attempt"
+        ).fetchall()
+        after = {attempt: outcome or "died" for attempt, *_, outcome in attempts}
+        for attempt, position, first_seq, kept_until, _ in attempts:
+            if not position or (kept_until is not None and kept_until < first_seq):
+                continue
+            first = connection.execute(
+                f"""SELECT step FROM packed_metrics AS packed JOIN attempts USING (attempt)
+                    WHERE packed.id >= ? AND batch >= 0 AND attempt = ? {_STANDS} ORDER BY packed.id LIMIT 1""",
+                (_first_of(connection, attempt), attempt),
+            ).fetchone()
+            if first is not None:
+                found.append(Resume(attempt, first[0] - 1, after.get(attempt - 1, "")))
+    return found
+
+
+def _first_of(connection: Connection, attempt: int) -> int:
+    """The first id of the attempt's values, by bisection: attempts go up with ids."""
+    low, high = connection.execute(
+        "SELECT coalesce(min(id), 0), coalesce(max(id), 0) + 1 FROM packed_metrics"
+    ).fetchone()
+    while low < high:
+        middle = (low + high) // 2
+        row = connection.execute(
+            "SELECT attempt FROM packed_metrics WHERE id >= ? ORDER BY id LIMIT 1", (middle,)
+        ).fetchone()
+        if row is not None and row[0] < attempt:
+            low = middle + 1
+        else:
+            high = middle
+    return int(low)
+
+
 def write_curves(run: RunFolder, file: Path) -> None:
-    """Draw the run's curves, a panel for each metric. Raises JournalError, OSError; ImportError without matplotlib."""
+    """Draw the run's curves, a panel for each metric, as PNG, or what else `file` ends in (.svg, .pdf).
+
+    Broken lines mark resumes, crosses at the lower edge values that are not finite. Raises JournalError, OSError;
+    ImportError without matplotlib, ValueError for an ending that it does not know.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = curves(run)
+    found, marks = curves(run), resumes(run)
     order = sorted(found, key=lambda key: (_FIRST.index(key) if key in _FIRST else len(_FIRST), key))
     shown, rest = order[:_MOST_PANELS], order[_MOST_PANELS:]
     columns = min(2, max(1, len(shown)))  # a viewer of artifacts is not wide
@@ -173,17 +242,31 @@ def write_curves(run: RunFolder, file: Path) -> None:
         hspace=0.42,
     )
     figure.text(0.7 / width, 1 - 0.28 / height, run.id, fontsize=11)
+    if marks:
+        figure.text(1 - 0.2 / width, 1 - 0.28 / height, _said(marks), fontsize=9, color=_MARK, ha="right")
     if not shown:
         figure.text(0.5, 0.5, "no values yet", ha="center", color="#59626e")
+    most = max((x for key in shown for c in found[key].values() for x in (*c.x, *c.odd)), default=1)
     for number, key in enumerate(shown):
-        _draw(figure.add_subplot(rows, columns, number + 1), key, found[key])
+        axes = figure.add_subplot(rows, columns, number + 1)
+        _draw(axes, key, found[key], marks)
+        axes.set_xlim(-0.02 * most, 1.02 * most)  # alike, so that one looks from panel to panel
     if rest:
         names = f"not shown: {', '.join(rest[:20])}{'…' if len(rest) > 20 else ''}"
         figure.text(0.7 / width, 0.12 / height, names, fontsize=8.5, color="#59626e")
-    figure.savefig(file, format="png", metadata={"Software": None})
+    form = file.suffix.lstrip(".") or "png"
+    figure.savefig(file, format=form, metadata={"Software": None} if form == "png" else None)
 
 
-def _draw(axes: Any, key: str, lines: dict[str, Curve]) -> None:
+def _said(marks: Sequence[Resume]) -> str:
+    """'┆ 3 resumes: it had died', as the legend of the lines."""
+    before = dict.fromkeys(_BEFORE[mark.after] for mark in marks if mark.after in _BEFORE)
+    return f"┆ {len(marks)} resume{'s' if len(marks) > 1 else ''}: it had {', or '.join(before)}"
+
+
+def _draw(axes: Any, key: str, lines: dict[str, Curve], marks: Sequence[Resume]) -> None:
+    for mark in marks:
+        axes.axvline(mark.batches, color=_MARK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=0)
     validations = sorted(lines.keys() - {"batch", "train"})
     for name in [*(n for n in ("batch", "train") if n in lines), *validations]:
         curve = lines[name]
@@ -199,6 +282,18 @@ def _draw(axes: Any, key: str, lines: dict[str, Curve]) -> None:
         axes.plot(curve.x, curve.mean, label=name, **style)
         if curve.least != curve.most and curve.least != curve.mean:
             axes.fill_between(curve.x, curve.least, curve.most, color=style["color"], alpha=0.22, linewidth=0)
+        if curve.odd:
+            # Along the lower edge, whatever the scale is.
+            across = axes.get_xaxis_transform()
+            axes.plot(
+                curve.odd,
+                [0.03] * len(curve.odd),
+                "x",
+                transform=across,
+                color=_ODD,
+                markersize=5,
+                label="not finite",
+            )
     axes.set_title(f"{key} (s)" if key in _SECONDS else key, fontsize=10.5, loc="left", fontweight="bold")
     axes.set_xlabel("batches", fontsize=9)
     axes.tick_params(labelsize=8.5)
@@ -207,6 +302,9 @@ def _draw(axes: Any, key: str, lines: dict[str, Curve]) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: _short(x))
     if _by_magnitude(lines):
         axes.set_yscale("log")
+        # A range may reach down to almost nothing; what the means do is what is looked at.
+        least = min(value for curve in lines.values() for value in curve.mean)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], least / 10))
     if len(lines) > 1:
         axes.legend(fontsize=8.5, frameon=False)
 
@@ -222,4 +320,4 @@ def _short(number: float) -> str:
 def _by_magnitude(lines: dict[str, Curve]) -> bool:
     """Do the means stretch over so many magnitudes that a logarithmic scale shows more?"""
     values = [value for curve in lines.values() for value in curve.mean]
-    return min(values) > 0 and max(values) / min(values) > 50
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 50

@@ -54,6 +54,7 @@ CREATE TABLE IF NOT EXISTS tags (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITH
 CREATE TABLE IF NOT EXISTS artifacts (
     path TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, sent_ns INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS versions (path TEXT PRIMARY KEY, version TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -136,7 +137,7 @@ class OutboxView:
 
     `points` were delivered; `cursor` is the newest metric row that was dealt with; `windows` are those points that
     are not complete; `reports_sent` the newest attempt whose end is in the uploaded reports; `trouble` why delivery
-    does not go on, or was given up.
+    does not go on, or was given up; `versions` which of the user's own artifacts are there, by their paths.
     """
 
     place: str = ""
@@ -151,6 +152,7 @@ class OutboxView:
     trouble: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     artifacts: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 NOTHING_SENT = OutboxView()
@@ -169,6 +171,7 @@ class Outbox:
         }
         self.sent_tags: dict[str, str] = dict(self._all("SELECT key, value FROM tags"))
         self.artifacts: dict[str, int] = dict(self._all("SELECT path, size_bytes FROM artifacts"))
+        self.versions: dict[str, str] = dict(self._all("SELECT path, version FROM versions"))
         self.windows = _windows(self._get("windows", "{}"))
 
     @classmethod
@@ -250,9 +253,9 @@ class Outbox:
         """
         with self._transaction():
             if (place, remote.run_id) != (self.place, self.remote_run_id):
-                for table in ("state", "marks", "flight", "tags", "artifacts"):
+                for table in ("state", "marks", "flight", "tags", "artifacts", "versions"):
                     self._connection.execute(f"DELETE FROM {table}")
-                self.marks, self.sent_tags, self.artifacts, self.windows = {}, {}, {}, {}
+                self.marks, self.sent_tags, self.artifacts, self.versions, self.windows = {}, {}, {}, {}, {}
                 self._keep_marks(
                     {key: Mark(newest_attempt, step, step) for key, step in remote.steps.items()}
                 )
@@ -297,13 +300,20 @@ class Outbox:
             self._connection.executemany("INSERT OR REPLACE INTO tags VALUES (?, ?)", values.items())
         self.sent_tags.update(values)
 
-    def artifact_sent(self, path: str, size_bytes: int) -> None:
-        """Remember that the server has all of `path` (a file, or a folder with all that is in it)."""
+    def artifact_sent(self, path: str, size_bytes: int, version: str = "") -> None:
+        """Remember that the server has all of `path` (a file, or a folder with all that is in it).
+
+        `version` is that of an artifact of the user's own.
+        """
         with self._transaction():
             self._connection.execute(
                 "INSERT OR REPLACE INTO artifacts VALUES (?, ?, ?)", (path, size_bytes, time.time_ns())
             )
+            if version:
+                self._connection.execute("INSERT OR REPLACE INTO versions VALUES (?, ?)", (path, version))
         self.artifacts[path] = size_bytes
+        if version:
+            self.versions[path] = version
 
     def artifact_removed(self, path: str) -> None:
         """Forget an artifact that the server does not have any more."""
@@ -374,10 +384,11 @@ def _read(path: Path, mode: str) -> OutboxView:
     try:
         connection.file = path.resolve()
         forget_in_children(connection)
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'artifacts'").fetchall():
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "artifacts" not in tables:
             return NOTHING_SENT
         connection.execute("BEGIN")
-        return _view(connection)
+        return _view(connection, versions="versions" in tables)
     finally:
         connection.close()
 
@@ -390,7 +401,8 @@ def _windows(text: str) -> dict[str, Window]:
     return {key: Window(*values) for key, values in json.loads(text).items()}
 
 
-def _view(connection: sqlite3.Connection) -> OutboxView:
+def _view(connection: sqlite3.Connection, *, versions: bool = True) -> OutboxView:
+    """`versions`: whether there is that table, which an older interlock did not make."""
     state = dict(connection.execute("SELECT key, value FROM state"))
     return OutboxView(
         place=state.get("place", ""),
@@ -405,6 +417,7 @@ def _view(connection: sqlite3.Connection) -> OutboxView:
         trouble=state.get("trouble", ""),
         tags=dict(connection.execute("SELECT key, value FROM tags")),
         artifacts=dict(connection.execute("SELECT path, size_bytes FROM artifacts")),
+        versions=dict(connection.execute("SELECT path, version FROM versions")) if versions else {},
     )
 
 

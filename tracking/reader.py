@@ -7,7 +7,7 @@ from typing import Any
 
 from states.language import Chain
 from states.table import State, Trigger
-from tracking.frames import Record, is_pending
+from tracking.frames import STEPS_IN_A_FRAME, Record, is_pending
 from tracking.packing import ROW_LENGTH, to_number
 from tracking.places import Stretch, find_row, losses_of, of_epoch, stretches
 from tracking.recorder import RecorderError
@@ -31,6 +31,7 @@ __all__ = ["Journal"]
 
 _PAGE = 4096  # rows a read transaction: short ones let the writer's WAL be emptied
 _LAST = 2**63 - 1
+_LATEST = 512  # frames of the recorder: more than are usually not in the journal yet
 
 _PACKED = """
     SELECT packed.seq, packed.attempt, scopes.name, packed.epoch, packed.batch, packed.word, attempts.kept_until
@@ -181,7 +182,9 @@ class Journal:
     def last_transition(self, scope: str = TRAIN, *, live: bool = True) -> Transition | None:
         """The newest transition of `scope` that is not superseded; None if there is none. Takes no scan."""
         # The recorder first, then how far the journal goes: what is drained meanwhile is in the rows.
-        view, drained = (self._recorder() if live else None), self.newest_seq()
+        view, drained = (self._recorder(_LATEST) if live else None), self.newest_seq()
+        if view is not None and view.records and view.records[0].seq > drained + 1:
+            view, drained = self._recorder(), self.newest_seq()  # a writer that is far behind
         rows = self._all(
             f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
                     WHERE scopes.name = ?
@@ -193,6 +196,22 @@ class Journal:
         newest = [_transition(row) for row in rows]
         newest += [found for found in self._recorded(view, drained) if found.scope == scope]
         return max(newest, key=lambda found: found.seq, default=None)
+
+    def newest(self, amount: int) -> list[Transition]:
+        """The newest transitions of all scopes, at most `amount`, less those that are superseded, in the order of seq.
+
+        Those in the flight recorder included. Takes as long for any run.
+        """
+        # The recorder first: what is drained meanwhile is in the journal.
+        view = self._recorder(max(_LATEST, amount // STEPS_IN_A_FRAME))
+        drained = self.newest_seq()
+        found = list(self._journaled(max(0, drained - amount)))
+        after = found[-1].seq if found else drained
+        if view is not None and self._is_open(view.attempt):
+            later = [_from_record(record, view) for record in view.records if record.seq > after]
+            gap = bool(later) and later[0].seq != after + 1
+            found = later if gap else [*found, *later]
+        return [row for row in found if not row.superseded][-amount:]
 
     def standing(self) -> list[Stretch]:
         """What of each attempt stands now, oldest first."""
@@ -301,13 +320,16 @@ class Journal:
                 return
             after = rows[-1][0]
 
-    def _recorder(self) -> RecorderView | None:
+    def _recorder(self, newest: int | None = None) -> RecorderView | None:
         if not self._all("SELECT 1 FROM attempts WHERE outcome IS NULL LIMIT 1"):
             return None  # all that it holds was taken into the journal when its attempt ended
         try:
-            return read_recorder(self.run.recorder)
+            return read_recorder(self.run.recorder, newest)
         except (OSError, RecorderError):
             return None  # none yet, or none that can be read: then the journal is what there is
+
+    def _is_open(self, attempt: int) -> bool:
+        return bool(self._all("SELECT 1 FROM attempts WHERE attempt = ? AND outcome IS NULL", attempt))
 
     def _recorded(self, view: RecorderView | None, after: int) -> Iterator[Transition]:
         """What follows `after` in the recorder, if the recorder is that of the newest attempt, still open."""

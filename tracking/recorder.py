@@ -64,6 +64,7 @@ FORWARDS = frozenset(code for code, arc in enumerate(ARCS) if arc.trigger is Tri
 """The arcs that carry a loss."""
 
 _NONE = float("nan")
+_LOW = 0xFFFF
 
 
 class RecorderError(InterlockError):
@@ -117,10 +118,10 @@ class Line:
     `free` says that the frame has none.
     """
 
-    __slots__ = ("_arc", "_mark", "_recorder", "_scope", "_seq", "at", "end", "first", "free")
+    __slots__ = ("_arc", "_mark", "_recorder", "_seq", "at", "end", "first", "free", "scope")
 
     def __init__(self, recorder: "Recorder", scope: int) -> None:
-        self._recorder, self._scope = recorder, scope
+        self._recorder, self.scope = recorder, scope
         self.at = self.end = self.first = 0
         self.free = False
         self._seq = recorder.next_seq  # of the transition at `first`
@@ -155,7 +156,7 @@ class Line:
 
     def beginner(self, arc: int, phase: int, work: Noted, record: Callable[[], object]) -> Callable[[], None]:
         """What does as `lap` where `arc`, without loss or note, begins a batch of `work`; else it calls `record`."""
-        recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self._scope
+        recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self.scope
         buffer, ring, mask, offset = recorder.map, recorder.ring, recorder.mask, recorder.offset
         words, heads, place = recorder.words, recorder.heads, work.place
 
@@ -219,7 +220,7 @@ class Line:
             self.at = at + 1
         else:
             text = note.encode()[:MAX_NOTE_BYTES]
-            slot, seq = recorder.begin(self._scope, epoch, batch, step, time_ns, loss, duration_ns, text)
+            slot, seq = recorder.begin(self.scope, epoch, batch, step, time_ns, loss, duration_ns, text)
             if recorder.newest is not None and recorder.newest is not self:
                 recorder.newest.leave()
             recorder.newest = self
@@ -328,6 +329,26 @@ class Recorder:
     def now(self) -> int:
         """Nanoseconds since 1970, by a clock that never runs backwards."""
         return _read() + self.offset
+
+    def spent(self, scope: int, frames: int = 64) -> dict[int, int]:
+        """Nanoseconds by arc, of a scope in the newest frames but one, which may be going on; from any thread."""
+        found: dict[int, int] = {}
+        try:
+            words, head = self.words, self.heads[0]
+            for position in range(max(0, head - frames, head - self.capacity + 1), head - 1):
+                at = (position & self.mask) * WORDS
+                if words[at + TAGS] & _LOW != scope:
+                    continue
+                before = words[at + TIMES] - words[at + LOSS + 1]
+                for step in range(at + STEPS, at + TIMES):
+                    if not words[step] & PRESENT:
+                        break
+                    arc, time_ns = words[step] & _LOW, words[step + TO_TIME]
+                    found[arc] = found.get(arc, 0) + time_ns - before
+                    before = time_ns
+        except ValueError:  # it was closed meanwhile
+            pass
+        return found
 
     def line(self, scope: int) -> Line:
         """The transitions of one of the scopes."""

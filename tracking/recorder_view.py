@@ -48,9 +48,10 @@ def _forwards(arcs: tuple[tuple[str, str, str], ...]) -> frozenset[int]:
     return frozenset(code for code, arc in enumerate(arcs) if arc[0] == Trigger.FORWARD.value)
 
 
-def read_recorder(path: Path | str) -> RecorderView:
+def read_recorder(path: Path | str, newest: int | None = None) -> RecorderView:
     """Read a flight recorder from outside: at any time, also after its process was killed.
 
+    Of `newest` only so many frames are read (most hold a batch): a full ring takes a third of a second.
     Raises FileNotFoundError if there is none, RecorderDamagedError if the file is not a whole recorder.
     """
     path = Path(path)
@@ -75,15 +76,14 @@ def read_recorder(path: Path | str) -> RecorderView:
             raise _damaged(path, "the checksum of its lists of scopes and phases is wrong")
         lists = json.loads(text)
         head, _ = _ends(file.fileno(), path, capacity)
-        data = os.pread(file.fileno(), capacity * SIZE, ring)
-        if len(data) != capacity * SIZE:
-            raise _damaged(path, "it was cut short while being read")
+        start = max(0, head - (capacity if newest is None else min(newest, capacity)))
+        data = _unrolled(file.fileno(), path, ring, start, head, capacity)
         after, tail = _ends(file.fileno(), path, capacity)
     # While we read, the loop may have overwritten drained frames up to those of the transition it is at.
-    first = max(0, head - capacity, min(tail, after + MOST_FRAMES - capacity))
+    first = min(head, max(start, min(tail, after + MOST_FRAMES - capacity)))
     arcs = tuple((arc[0], arc[1], arc[2]) for arc in lists["arcs"])
     records, late, bad = _sensible(
-        _unrolled(data, first, head, capacity),
+        data[(first - start) * SIZE :],
         range(first_seq, first_seq + head * STEPS_IN_A_FRAME),
         arcs,
         (len(lists["scopes"]), len(lists["phases"])),
@@ -118,12 +118,16 @@ def _ends(file: int, path: Path, capacity: int) -> tuple[int, int]:
     return head, tail
 
 
-def _unrolled(data: bytes, first: int, head: int, capacity: int) -> bytes:
+def _unrolled(file: int, path: Path, ring: int, first: int, head: int, capacity: int) -> bytes:
     """The frames from position `first` to `head`, in order."""
-    if first >= head:
+    if first == head:
         return b""
     start, stop = first % capacity * SIZE, head % capacity * SIZE
-    return data[start:stop] if start < stop else data[start:] + data[:stop]
+    pieces = [(start, stop)] if start < stop else [(start, capacity * SIZE), (0, stop)]
+    data = b"".join(os.pread(file, end - begin, ring + begin) for begin, end in pieces)
+    if len(data) != (head - first) * SIZE:
+        raise _damaged(path, "it was cut short while being read")
+    return data
 
 
 def _sensible(

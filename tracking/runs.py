@@ -110,6 +110,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def artifacts(self) -> Path:
+        """The folder of artifacts of the user's own."""
+        return self.path / "artifacts"
+
+    @property
     def console_log(self) -> Path:
         """What the run printed."""
         return self.path / "console.log"

@@ -1,4 +1,4 @@
-"""What of a run is uploaded as files: checkpoints, reports, a copy of the journal, the final model; one at a time."""
+"""What of a run is uploaded as files, one at a time: checkpoints, the user's own, reports, journal, final model."""
 
 import json
 import os
@@ -18,6 +18,7 @@ from tracking.journal_copy import JOURNAL, write_journal_copy
 from tracking.masking import mask_text
 from tracking.one_off import OneOff
 from tracking.outbox import Outbox, OutboxView
+from tracking.own_artifacts import version, waiting_own
 from tracking.runs import RunFolder
 from tracking.schema import JournalError
 
@@ -28,9 +29,11 @@ MODEL = "model"
 
 _STAGE = "uploading"
 _REPORTS = "reports"
+_OWN = "own"
 _FAILURES = "failures.json"
 _EXPORTED = "exported.json"
 _ROUND_EVERY_S = 15.0
+_OWN_EVERY_S = 5.0
 _REPORTS_EVERY_S = 60.0
 _LONGEST_EXPORT_S = 1800.0
 _GLANCE_S = 0.2  # how long to wait at a time for a process that makes something
@@ -60,6 +63,7 @@ def waiting_artifacts(run: RunFolder, journal: Journal, sent: OutboxView, upload
     attempts = journal.attempts()
     if attempts and attempts[-1].outcome and sent.reports_sent < attempts[-1].attempt:
         yield from REPORTS
+    yield from waiting_own(run, sent.versions)
     if run.final_model.exists():
         yield MODEL
 
@@ -68,8 +72,8 @@ def waiting_artifacts(run: RunFolder, journal: Journal, sent: OutboxView, upload
 class _Job:
     """Files on their way, those that are left, each with its folder at the server.
 
-    `path` is what they are together. For reports, `attempt` is the one whose end is in them (0: none), and `maker`
-    the process that makes them, None when it is done.
+    `path` is what they are together; of reports and of the user's own each is one by itself. For reports, `attempt` is
+    the one whose end is in them (0: none), and `maker` the process that makes them, None when it is done.
     """
 
     path: str
@@ -78,6 +82,15 @@ class _Job:
     attempt: int
     began: float
     maker: OneOff | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Is each of the files an artifact by itself?"""
+        return self.path in (_REPORTS, _OWN)
+
+    def name(self, file: Path, folder: str) -> str:
+        """What `file` is called at the server."""
+        return f"{folder}/{file.name}" if folder else file.name
 
 
 class Uploads:
@@ -112,6 +125,7 @@ class Uploads:
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
         # The next machine is to know of the attempts of one that a run was brought to, however short they are.
         self._next_reports = time.monotonic() + wait * _REPORTS_EVERY_S * (fetched(run) is None)
+        self._next_own = 0.0
         self._journal_upto = -1
         self._drop()
 
@@ -135,11 +149,12 @@ class Uploads:
             server.artifact(file, folder)
         except Refused as error:
             server.check()
-            self._refuse(job, file, error)
+            self._refuse(job, job.name(file, folder) if job.apart else job.path, error)
             return True
         job.files.pop(0)
-        if job.path == _REPORTS:
-            self._outbox.artifact_sent(file.name, file.stat().st_size)
+        if job.apart:
+            sent = version(file) if job.path == _OWN else ""
+            self._outbox.artifact_sent(job.name(file, folder), file.stat().st_size, sent)
         return True
 
     def checkpoint_tags(self) -> dict[str, str]:
@@ -150,18 +165,22 @@ class Uploads:
         named = {"last": here[-1:], "best": best[-1:]}
         return {f"interlock.checkpoint.{which}": row[0].name for which, row in named.items() if row}
 
-    def _refuse(self, job: _Job, file: Path, error: Refused) -> None:
+    def _refuse(self, job: _Job, name: str, error: Refused) -> None:
         """A report is refused alone, of a checkpoint all."""
-        name = file.name if job.path == _REPORTS else job.path
         self._notice(f"artifact {name}: {error}")
         self.skipped.add(name)
-        if job.path == _REPORTS:
+        if job.apart:
             job.files.pop(0)
         else:
             self._drop()
 
     def _next_job(self, attempt: Attempt) -> _Job | None:
         over, now = attempt.outcome is not None, time.monotonic()
+        if over or now >= self._next_own:
+            own = self._own_job()
+            if own is not None:
+                return own
+            self._next_own = now + _OWN_EVERY_S
         if self._outbox.reports_sent < attempt.attempt and (over or now >= self._next_reports):
             return self._reports_job(attempt.attempt if over else 0)
         if over or now >= self._next_round:
@@ -181,6 +200,8 @@ class Uploads:
             if job.attempt:
                 self._outbox.note(reports_sent=job.attempt)
             self._next_reports = now + max(_REPORTS_EVERY_S, pause)
+        elif job.path == _OWN:
+            self._next_own = now + max(_OWN_EVERY_S, pause)
         else:
             self._next_round = now + pause
             self._outbox.artifact_sent(job.path, job.size_bytes)
@@ -243,6 +264,22 @@ class Uploads:
         server.remove_artifacts(surplus[0])
         self._outbox.artifact_removed(surplus[0])
         return True
+
+    # -- the user's own -------------------------------------------------------------------------------------
+
+    def _own_job(self) -> _Job | None:
+        began, files = time.monotonic(), []
+        for path in waiting_own(self._run, self._outbox.versions):
+            if path in self.skipped:
+                continue
+            file = self._stage() / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _link(str(self._run.artifacts / path), str(file))
+            except FileNotFoundError:  # a person has removed it
+                continue
+            files.append((file, path.rpartition("/")[0]))
+        return _Job(_OWN, files, 0, 0, began) if files else None
 
     # -- reports --------------------------------------------------------------------------------------------
 

@@ -134,13 +134,15 @@ class Checkpointing(Callback):
             self._rhythm.begin()
 
     def _save(self, at: State | None = None) -> None:
+        if self.trainer.rehearsing:
+            return
         self._last_save = time.monotonic()
         save = self.trainer.save(at)
         if self._rhythm is not None:
             self._rhythm.saved(save)
 
     def _computed(self) -> None:
-        if self._rhythm is not None and not self.trainer.replaying:
+        if self._rhythm is not None and not (self.trainer.replaying or self.trainer.rehearsing):
             self._rhythm.computed()
 
     def _after_batch(self) -> None:
@@ -148,7 +150,7 @@ class Checkpointing(Callback):
         elsewhere = self.at & _OF_A_BATCH and State.BATCH_END not in self.at
         if self.trainer.ending or (not elsewhere and self._batch_is_due(self.trainer.batches)):
             self._save()
-        if self._rhythm is not None:
+        if self._rhythm is not None and not self.trainer.rehearsing:
             self._rhythm.goes_on()
             if (news := self._rhythm.news()) is not None:
                 self.trainer.say(news)
@@ -174,7 +176,7 @@ class Checkpointing(Callback):
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Save where the epoch is due, is the best, or is the last."""
-        if self._rhythm is not None:
+        if self._rhythm is not None and not self.trainer.rehearsing:
             self._rhythm.rests()
         better = self._improves(metrics)
         elsewhere = self.at & _OF_AN_EPOCH and State.EPOCH_END not in self.at

@@ -1,15 +1,20 @@
 """What commands take from the command line alike: RUN, --root, --json."""
 
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tracking.runs import RunFolder, find_run
+from tracking.runs import RootError, RunFolder, find_run, list_runs
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = [
+    "complete_run",
     "json_option",
     "output_option",
     "reference",
@@ -54,12 +59,37 @@ def _find(ctx: click.Context, _: click.Parameter, value: str | None) -> RunFolde
     return None if value is None else find_run(value, root_of(ctx))
 
 
+def complete_run(ctx: click.Context, _: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+    """What a shell offers for RUN: names first, then ids, the newest first; folders after a slash."""
+    from click.shell_completion import CompletionItem  # needed at a prompt only
+
+    if "/" in incomplete:
+        return [CompletionItem(incomplete, type="dir")]
+    try:
+        runs = list_runs(root_of(ctx))
+    except RootError:
+        return []
+    names = Counter(run.name for run in runs)
+    items = [
+        CompletionItem(name, help="a run" if amount == 1 else f"the newest of {amount}")
+        for name, amount in names.items()
+    ]
+    items += [CompletionItem(run.id) for run in runs]
+    return [item for item in items if str(item.value).startswith(incomplete)]
+
+
 def run_argument(name: str = "run", *, required: bool = True) -> Callable[[Decorated], Decorated]:
     """RUN, handed over as `run: RunFolder` or by another `name` (None where it is not required and not given).
 
     Raises RunNotFound, which lists what comes nearest.
     """
-    return click.argument(name, metavar="RUN" if required else "[RUN]", callback=_find, required=required)
+    return click.argument(
+        name,
+        metavar="RUN" if required else "[RUN]",
+        callback=_find,
+        required=required,
+        shell_complete=complete_run,
+    )
 
 
 def json_option(command: Decorated) -> Decorated:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from orchestrator.commands.arguments import root_option, run_argument
-from orchestrator.commands.layout import count, heading, padded, size
+from orchestrator.commands.arguments import json_option, root_option, run_argument
+from orchestrator.commands.layout import count, heading, padded, size, to_json
 from orchestrator.commands.proof import Finding, ask, questions
 from orchestrator.commands.standing import Life, Place, origin_of, places_of, read_life
 from states.table import State
@@ -17,15 +17,16 @@ from tracking.journal import Checkpoint, Journal, JournalError, Settled, settle
 from tracking.runs import RootError, RunFolder
 from tracking.schema import connect_to_read
 
-__all__ = ["check"]
+__all__ = ["check", "examine"]
 
 _TRIES = 5
 
 
 @click.command()
 @run_argument()
+@json_option
 @root_option
-def check(run: RunFolder) -> None:
+def check(run: RunFolder, as_json: bool) -> None:
     """Prove that RUN's journal and checkpoints are sound.
 
     The journal must be a legal word, the checkpoints whole: every transition and every byte of every
@@ -37,6 +38,11 @@ def check(run: RunFolder) -> None:
     Example:
       interlock check digits && echo sound
     """
+    if as_json:
+        findings = list(_findings(run))
+        wrong = sum(not finding.good for finding in findings)
+        click.echo(to_json({"run": run.id, "wrong": wrong, "findings": findings}, indent=1))
+        sys.exit(1 if wrong else 0)
     click.echo(heading(run.id))
     wrong = 0
     for finding in _findings(run):
@@ -52,6 +58,14 @@ def check(run: RunFolder) -> None:
 def _findings(run: RunFolder) -> Iterator[Finding]:
     try:
         yield from _settled(run)
+    except (sqlite3.DatabaseError, JournalError):
+        pass  # which is said next
+    yield from examine(run)
+
+
+def examine(run: RunFolder) -> Iterator[Finding]:
+    """What is found out about the journal and the checkpoints of a run, without changing anything."""
+    try:
         yield from _file(run)
         with Journal.open(run) as journal:
             yield from _journal(run, journal)

@@ -1,12 +1,14 @@
 """`interlock diagram`: the machine drawn, with how often and how long of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from orchestrator.commands.arguments import output_option, root_option, run_argument
+from orchestrator.commands.arguments import json_option, output_option, root_option, run_argument
+from orchestrator.commands.layout import to_json
 from states.diagram import mermaid, svg
-from states.table import TRAINING
+from states.table import TRAINING, Arc, arcs
 from tracking.runs import RunFolder
 from tracking.tally import tally
 
@@ -25,12 +27,13 @@ _ENDINGS = {".mmd": "mermaid", ".mermaid": "mermaid", ".md": "mermaid"}
     help="Default: mermaid for a FILE that ends in .mmd, .mermaid or .md, else svg.",
 )
 @output_option("Where to, instead of standard output.")
+@json_option
 @root_option
-def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> None:
+def diagram(run: RunFolder | None, form: str | None, output: Path | None, as_json: bool) -> None:
     """Draw the states of a training and its transitions.
 
     With a RUN, each transition shows how often it was made and how long it took on average; what was
-    superseded by a resume does not count.
+    superseded by a resume does not count. --json has the same numbers: `count`, and `mean_ns` in nanoseconds.
 
     \b
     Example:
@@ -39,8 +42,12 @@ def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> Non
     """
     if form is None:
         form = _ENDINGS.get(output.suffix, "svg") if output else "svg"
-    draw = _DRAWN[form]
-    text = draw(TRAINING) if run is None else draw(TRAINING, *tally(run).of_training())
+    numbers = None if run is None else tally(run).of_training()
+    if as_json:
+        text = to_json([_values(arc, numbers) for arc in arcs(TRAINING)], indent=1) + "\n"
+    else:
+        draw = _DRAWN[form]
+        text = draw(TRAINING) if numbers is None else draw(TRAINING, *numbers)
     if output is None:
         click.echo(text, nl=False)
         return
@@ -49,3 +56,11 @@ def diagram(run: RunFolder | None, form: str | None, output: Path | None) -> Non
     except OSError as error:
         raise click.ClickException(f"{output}: cannot be written ({error.strerror})") from error
     click.echo(f"drawn: {output}", err=True)
+
+
+def _values(arc: Arc, numbers: tuple[dict[Arc, int], dict[Arc, float]] | None) -> dict[str, Any]:
+    made = {"trigger": arc.trigger, "source": arc.source, "dest": arc.dest}
+    if numbers is None:
+        return made
+    counts, means = numbers
+    return {**made, "count": counts.get(arc, 0), "mean_ns": means.get(arc)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from orchestrator.commands.arguments import root_of, root_option, timeout_option
+from orchestrator.commands.arguments import complete_run, root_of, root_option, timeout_option
 from orchestrator.commands.standing import standing_of
 from states.errors import InterlockError
 from states.table import State
@@ -88,7 +88,7 @@ def _find(ctx: click.Context, _: click.Parameter, value: str) -> RunFolder | str
 
 
 @click.command()
-@click.argument("run", metavar="RUN", callback=_find)
+@click.argument("run", metavar="RUN", callback=_find, shell_complete=complete_run)
 @click.option(
     "--tracking-uri",
     metavar="URI",
@@ -105,7 +105,7 @@ def resume(ctx: click.Context, run: RunFolder | str, tracking_uri: str | None, t
 
     mlflow:RUN_ID is a run that MLflow has, made on any machine: its journal and its newest checkpoint are
     downloaded (mlflow:RUN_ID@best, @epoch=2 or @epoch=2,batch=113: another checkpoint), and its command is
-    started in this folder if the one it was started in is not here.
+    started in this folder if the one it was started in is not here. The exit status is the command's.
 
     \b
     Example:

@@ -41,7 +41,7 @@ from tracking.masking import mask_text
 from tracking.runs import RunFolder
 from tracking.shipper import DeliveryStatus, status
 
-__all__ = ["show"]
+__all__ = ["delivery_of", "show"]
 
 _REMOVED_SHOWN = 3
 
@@ -82,7 +82,7 @@ class _Page:
         self.checkpoints: list[Checkpoint] = journal.checkpoints(
             include_removed=True, include_superseded=True
         )
-        self.delivery = _delivery(run)
+        self.delivery = delivery_of(run)
         self.now_ns = time.time_ns()
 
     def values(self) -> dict[str, Any]:
@@ -257,6 +257,7 @@ class _Page:
         """What can be typed next, and what it is for."""
         state = self.standing
         if state.kind == "running":
+            yield f"interlock watch {self.reference}", "watch it train"
             yield f"interlock log {self.reference} --follow", "read along"
         else:
             yield f"interlock log {self.reference}", "read its transitions"
@@ -264,6 +265,8 @@ class _Page:
             yield f"interlock blame {self.reference}", "name the module that the NaN or infinity came from"
         if state.kind in ("died", "ended") and state.state is not State.DONE and _can_resume(self.run):
             yield f"interlock resume {self.reference}", "go on from its newest checkpoint"
+        if state.kind == "died" or (state.kind == "ended" and state.state is not State.DONE):
+            yield f"interlock doctor {self.reference}", "see what is wrong with it, and what to do"
         yield f"interlock check {self.reference}", "prove that journal and checkpoints are sound"
         yield f"interlock diagram {self.reference} -o machine.svg", "draw its machine, with counts and times"
         yield f"interlock timeline {self.reference}", "see where its time went"
@@ -275,7 +278,7 @@ class _Page:
             yield self.delivery.command, "browse it in MLflow"
 
 
-def _delivery(run: RunFolder) -> DeliveryStatus | str:
+def delivery_of(run: RunFolder) -> DeliveryStatus | str:
     """What is delivered, passwords masked; or why that cannot be told."""
     try:
         found = status(run)

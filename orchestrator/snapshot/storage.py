@@ -34,6 +34,7 @@ from orchestrator.snapshot.verified_file import VerifiedFile
 from states.errors import InterlockError
 
 __all__ = [
+    "LEFTOVER",
     "CheckpointDamaged",
     "CheckpointExists",
     "CheckpointFormatError",
@@ -51,7 +52,8 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_LEFTOVER = ".tmp-"
+LEFTOVER = ".tmp-"
+"""How the names begin of what interrupted saves and removals leave."""
 
 
 class CheckpointWriteError(InterlockError, OSError):
@@ -97,7 +99,7 @@ def write_checkpoint(
         raise CheckpointExists(
             f"checkpoint {path} exists, and a checkpoint is never replaced: save after the next transition"
         )
-    draft = parent / f"{_LEFTOVER}{name}"
+    draft = parent / f"{LEFTOVER}{name}"
     try:
         with _explained(path, "nothing of it was kept"):
             _make_draft(draft, files)
@@ -224,7 +226,7 @@ def remove_checkpoint(path: Path, *, files: FileSystem = DISK) -> None:
 
     Raises CheckpointWriteError where the disk fails; then it is whole, or gone from the list.
     """
-    doomed = path.parent / f"{_LEFTOVER}removed-{path.name}"
+    doomed = path.parent / f"{LEFTOVER}removed-{path.name}"
     try:
         if doomed.exists():
             discard(files, doomed)
@@ -245,7 +247,7 @@ def clean_leftovers(parent: Path, *, files: FileSystem = DISK) -> list[str]:
     Only for whoever holds the run's lease: a save in progress looks the same. Raises CheckpointWriteError.
     """
     try:
-        names = sorted(name for name in os.listdir(parent) if name.startswith(_LEFTOVER))
+        names = sorted(name for name in os.listdir(parent) if name.startswith(LEFTOVER))
         for name in names:
             discard(files, parent / name)
     except FileNotFoundError:
@@ -254,6 +256,6 @@ def clean_leftovers(parent: Path, *, files: FileSystem = DISK) -> list[str]:
         raise CheckpointWriteError(
             error.errno,
             f"what interrupted saves left in {parent} could not be removed ({error.strerror or error}). See to the "
-            f"disk; everything there whose name begins with {_LEFTOVER} can be deleted",
+            f"disk; everything there whose name begins with {LEFTOVER} can be deleted",
         ) from error
     return names

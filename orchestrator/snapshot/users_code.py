@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 __all__ = [
     "SCALARS",
@@ -88,17 +89,30 @@ def is_users_module(item: object) -> bool:
     return isinstance(item, types.ModuleType) and _is_users_module(item.__name__)
 
 
-def variables(item: object) -> dict[str, Any]:
+def variables(item: Any) -> dict[str, Any]:
     """The attributes of an object, those in slots too."""
     found = dict(getattr(item, "__dict__", {}))
-    for cls in type(item).__mro__:
-        for name, value in vars(cls).items():
-            if isinstance(value, types.MemberDescriptorType) and cls.__module__ != "builtins":
-                try:
-                    found[name] = value.__get__(item)
-                except AttributeError:
-                    continue
+    for name, slot in _slots(type(item)):
+        try:
+            found[name] = slot.__get__(item)
+        except AttributeError:
+            continue
     return found
+
+
+def _slots(cls: type) -> list[tuple[str, types.MemberDescriptorType]]:
+    if cls not in _known_slots:  # torch's classes have hundreds of attributes to look through
+        _known_slots[cls] = [
+            (name, value)
+            for kind in cls.__mro__
+            if kind.__module__ != "builtins"
+            for name, value in vars(kind).items()
+            if isinstance(value, types.MemberDescriptorType)
+        ]
+    return _known_slots[cls]
+
+
+_known_slots: WeakKeyDictionary[type, list[tuple[str, types.MemberDescriptorType]]] = WeakKeyDictionary()
 
 
 def functions_of(cls: type) -> Iterator[types.FunctionType]:

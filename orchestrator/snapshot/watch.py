@@ -99,7 +99,8 @@ class Watch:
         for scheduler in self._schedulers:
             reach.add_scheduler(scheduler)
         for item in self._data:
-            reach.add_data(item, _counts(item))
+            if type(item) not in _PLAIN_DATA:
+                reach.add_data(item, _counts(item))
         for item in _outermost(self._data):
             reach.add_values(item)
         self._readers = None
@@ -201,6 +202,8 @@ def _outermost(data: Iterable[object]) -> Iterator[object]:
                 inside.update(map(id, item.values() if isinstance(item, dict) else item))
 
 
+_PLAIN_DATA = (list, tuple, Tensor, np.ndarray)
+"""What has no attributes of its own; the values in it are looked at."""
 _INSIDE = ("dataset", "datasets", "sampler", "batch_sampler", "collate_fn", "_schedulers")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checks import check_whole
+from orchestrator.callbacks.logs.notebook import NotebookConsole, in_notebook
 from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
 from orchestrator.callbacks.logs.record import Kind, LogRecord, clock, quantity, shown, span
 from orchestrator.callbacks.logs.sinks import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from orchestrator.trainer import Trainer
 
 __all__ = ["Logging", "headline"]
+
+_LONG = 2.0  # seconds of one transition
 
 Level = Literal["minimal", "standard", "verbose"]
 Target = Literal["console", "file"] | Callable[[LogRecord], object]
@@ -79,12 +82,14 @@ class Logging(Callback):
         self.metrics = None if metrics is None else tuple(metrics)
         self.to = _targets(to)
         self._sinks: list[Sink] = []
-        self._live: LiveConsole | None = None
+        self._live: LiveConsole | NotebookConsole | None = None
         self._pace = Pace()
         self._seen: Mapping[str, float] = {}
         self._validating_since: tuple[str, float] | None = None
         self._began = 0.0
         self._state = State.IDLE
+        self._shares_at = 0.0
+        self._last_shares: Mapping[str, float] = {}
         self._missing_told = False
         self._show_next: Callable[..., Any] | None = None
 
@@ -98,7 +103,9 @@ class Logging(Callback):
             return
         forget_in_children(self)
         self._wants_live = (
-            self.level != "minimal" and "console" in self.to and live_wanted(sys.stdout, os.environ)
+            self.level != "minimal"
+            and "console" in self.to
+            and (live_wanted(sys.stdout, os.environ) or in_notebook())
         )
         trainer.after(Trigger.RESUME)(self._after_resume)
         if self.level == "verbose":
@@ -116,7 +123,7 @@ class Logging(Callback):
 
     def on_train_begin(self) -> None:
         """Open what is logged to, and say what begins."""
-        if not self._speaks or self.trainer.replaying:
+        if not self._speaks or self.trainer.replaying or self.trainer.rehearsing:
             return
         self.close()
         trainer = self.trainer
@@ -183,7 +190,7 @@ class Logging(Callback):
             self._draw()
 
     def _draw(self) -> None:
-        if self._live is None:
+        if self._live is None or self.trainer.rehearsing:
             return
         trainer = self.trainer
         self._pace.mark(time.monotonic(), trainer.batches)
@@ -214,21 +221,42 @@ class Logging(Callback):
             batches_per_epoch=trainer.batches_per_epoch,
             doing=self._doing(),
             seconds_left=left / rate if left is not None and rate else None,
+            state=trainer.state.value,
             rate=rate,
+            shares=self._shares(),
             metrics=self._seen,
         )
+
+    def _shares(self) -> Mapping[str, float]:
+        """Where the time of the newest batches went; looked up once a second."""
+        now = time.monotonic()
+        if now - self._shares_at >= 1.0:
+            self._shares_at = now
+            spent = self.trainer._training.spent()
+            whole = sum(spent.values())
+            self._last_shares = {t.value: ns / whole for t, ns in spent.items()} if whole else {}
+        return self._last_shares
 
     def _doing(self) -> str:
         trainer = self.trainer
         validating = trainer.validating
         if validating is None:
             self._validating_since = None
+            if (waits := self._waits()) is not None:
+                return waits
             between = trainer.state in (State.BATCH_END, State.EPOCH_START, State.EPOCH_END)
             return "" if between else trainer.phase
         now, since = time.monotonic(), self._validating_since
         if since is None or since[0] != validating:
             since = self._validating_since = (validating, now)
         return f"validating {validating} {clock(now - since[1])}"
+
+    def _waits(self) -> str | None:
+        """What has been going on for some seconds, so that it shows what a training hangs in."""
+        under_way = self.trainer._training.under_way()
+        if under_way is None or under_way[1] < _LONG:
+            return None
+        return f"{under_way[0]} {clock(under_way[1])}"
 
     # -- what is said --------------------------------------------------------------------------------
 
@@ -237,8 +265,18 @@ class Logging(Callback):
         if self.level != "minimal":
             self._say("message", text)
 
+    def announce(self, text: str) -> None:
+        """The same before the training begins, when there is a console but no run to keep a file in."""
+        if self.level != "minimal" and self._speaks:
+            record = self._record("message", text, {})
+            for target in self.to:
+                if target == "console":
+                    PlainConsole(sys.stdout).write(record)
+                elif callable(target):
+                    target(record)
+
     def _say(self, kind: Kind, message: str, metrics: Mapping[str, float] | None = None) -> None:
-        if self._sinks:
+        if self._sinks and not self.trainer.rehearsing:
             record = self._record(kind, message, metrics or {})
             for sink in self._sinks:
                 sink.write(record)
@@ -300,6 +338,9 @@ class Logging(Callback):
 
     def _console(self) -> Sink:
         out, err = sys.stdout, sys.stderr
+        if self._wants_live and in_notebook():
+            self._live = NotebookConsole(self._progress)
+            return self._live
         if self._wants_live and live_wanted(out, os.environ):
             from orchestrator.callbacks.logs.live import LiveConsole  # rich is slow to import
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from orchestrator.callbacks.logs.progress import Progress
 from orchestrator.callbacks.logs.record import Kind, LogRecord, clock, is_own, label, quantity
+from orchestrator.callbacks.logs.table import EpochTable
 from orchestrator.callbacks.logs.terminal import Terminal
 
 __all__ = ["LiveConsole", "paint"]
@@ -35,6 +36,7 @@ _NARROWEST_BAR, _WIDEST_BAR = 6, 24
 _SHARE_OF_BAR = 6
 """The bar takes a sixth of the line, whatever stands beside it: a bar that changes its width flickers."""
 _AT_MOST_METRICS = 5
+_AT_MOST_SHARES, _WORTH_SHOWING = 3, 0.05
 
 
 class LiveConsole:
@@ -57,6 +59,7 @@ class LiveConsole:
         self._next = 0.0
         self._drawn = 0.0
         self._last = ""
+        self._table = EpochTable()
         self._closing = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="interlock-progress", daemon=True)
         self._ticker.start()
@@ -96,10 +99,12 @@ class LiveConsole:
                 self.draw()
 
     def write(self, record: LogRecord) -> None:
-        """Print the record above the line."""
+        """Print the record above the line; that of an epoch as a row of a table, where it fits."""
         shown = self.terminal.shown
         try:
-            self.terminal.print(self._rendered(styled(record, self._width)))
+            rows = self._table.rows(record, self._width) if record.kind == "epoch" else []
+            for text in rows or [styled(record, self._width)]:
+                self.terminal.print(self._rendered(text))
             if shown and record.kind not in ("done", "halt"):
                 self.terminal.show(self._last)
         except (OSError, ValueError):
@@ -179,6 +184,11 @@ def _optional(progress: Progress) -> dict[str, Text]:
         found[f"metric {name}"] = Text.assemble((f"{name} ", "dim"), quantity(name, value))
     if progress.rate is not None:
         found["rate"] = Text(f"{progress.rate:.3g} batches/s", style="dim")
+    for name, share in sorted(progress.shares.items(), key=lambda item: -item[1])[:_AT_MOST_SHARES]:
+        if share >= _WORTH_SHOWING:
+            found[f"share {name}"] = Text.assemble((f"{name} ", "dim"), f"{share:.0%}")
+    if progress.state and not progress.doing:
+        found["state"] = Text(progress.state, style="dim")
     return found
 
 

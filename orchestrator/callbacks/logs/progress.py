@@ -23,8 +23,12 @@ class Progress:
     """What goes on where it is not the ordinary batch, such as "validating val 0:03"."""
     seconds_left: float | None = None
     """Of the whole training where its length is known, otherwise of the epoch; None: not known."""
+    state: str = ""
+    """That the machine stands in."""
     rate: float | None = None
     """Batches a second."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the time of the newest batches, by what it was spent on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
