@@ -22,10 +22,10 @@ import states
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "migrating.md"
 PAIRS = {
-    "a loop of your own": "torch",
-    "Lightning": "lightning",
-    "Ignite": "ignite",
-    "the Hugging Face Trainer": "transformers",
+    "a loop of your own": ("torch",),
+    "Lightning": ("lightning",),
+    "Ignite": ("ignite",),
+    "the Hugging Face Trainer": ("transformers", "accelerate"),
 }
 """The sections, and what has to be installed for them."""
 ORDERED_OTHERWISE = ("the Hugging Face Trainer",)
@@ -116,7 +116,7 @@ def compare(section: str) -> SimpleNamespace:
 
 def installed(section: str) -> bool:
     """Whether the other program can be run here."""
-    return importlib.util.find_spec(PAIRS[section]) is not None
+    return all(importlib.util.find_spec(module) is not None for module in PAIRS[section])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from orchestrator import attempt
 @pytest.mark.filterwarnings("ignore")  # the others'
 def test_ours_trains_what_theirs_does(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not installed(section):
-        pytest.skip(f"{PAIRS[section]} is not installed; `make bench-exact` has it, and runs this")
+        pytest.skip(f"without {' and '.join(PAIRS[section])}; `make bench-exact` has them, and runs this")
     monkeypatch.setattr(attempt, "start_shipper", lambda run, tracker: None)
     found = compare(section)
     if section in ORDERED_OTHERWISE:

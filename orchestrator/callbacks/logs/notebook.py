@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from html import escape
+from importlib import import_module
 from typing import Any
 
 from orchestrator.callbacks.logs.progress import Progress
@@ -32,8 +33,7 @@ class NotebookConsole:
     IDLE = 0.5
 
     def __init__(self, progress: Callable[[], Progress]) -> None:
-        from IPython.display import display
-
+        display = import_module("IPython.display").display
         self._progress = progress
         self._above: list[str] = []
         self._below: list[str] = []
