@@ -6,6 +6,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 EXAMPLES_STAMP := $(VENV)/.examples
 BENCH := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed
@@ -13,7 +14,7 @@ BENCH_STAMP := $(BENCH)/.installed
 # Where it is set, each process of the tests and of the demo compiles everything it imports once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo examples test test-long test-stock lint bench bench-exact install clean help
+.PHONY: demo examples test test-long test-stock lint bench bench-exact docs docs-serve install clean help
 
 help:
 	@echo "make demo        install, then train a new run on scikit-learn's digits"
@@ -22,6 +23,7 @@ help:
 	@echo "make test-long   the longer tests as well"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
+	@echo "make docs        the documentation as a site in site/, built strictly; make docs-serve shows it while it is written"
 	@echo "make bench       how fast it is, beside others, in an environment of its own; WRITE=1 writes benchmarks/RESULTS.md and draws it"
 	@echo "make bench-exact the table of docs/exactness.md and the pairs of docs/migrating.md, in that environment; WRITE=1 writes the table there"
 
@@ -61,6 +63,17 @@ lint: $(STAMP)
 	$(BIN)/mypy tests/typed_user.py
 	$(BIN)/lint-imports
 
+# Installed by those who build the site only: it takes half a minute.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[docs]'
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+docs-serve: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/exact/requirements.txt Makefile
 	$(PYTHON) -m venv --clear $(BENCH)
 	$(BENCH)/bin/python -m pip install -q -c constraints.txt $(PIP_ARGS) pip setuptools
@@ -76,4 +89,4 @@ bench-exact: $(BENCH_STAMP)
 	$(BENCH)/bin/python tests/migrations.py
 
 clean:
-	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BENCH) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build site *.egg-info

@@ -35,7 +35,7 @@ class BlameError(InterlockError):
 
 @dataclass(frozen=True)
 class Blame:
-    """What made a loss or a gradient not finite, and where."""
+    """What made a loss or a gradient not finite, and where: in which `epoch`, `batch` and `phase`."""
 
     epoch: int
     batch: int

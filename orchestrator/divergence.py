@@ -26,14 +26,16 @@ class DivergenceError(InterlockError):
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first loss that was not what it was before."""
+    """The first loss that was not what it was before: its `epoch`, `batch`, `phase` and `state`, and both values."""
 
     epoch: int
     batch: int
     phase: str
     state: State
     recorded: float
+    """The loss of the first time."""
     found: float
+    """That of now."""
     reasons: tuple[str, ...] = ()
     """What is known to be different now, such as another version of torch."""
 

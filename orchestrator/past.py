@@ -55,8 +55,11 @@ class Moment:
 
     seq: int
     epoch: int
+    """Counted from 0; -1 before the first."""
     batch: int
+    """The same, within the epoch."""
     phase: str
+    """Empty where a batch has one only."""
     state: State
 
     def __str__(self) -> str:
@@ -75,7 +78,9 @@ class Past:
     """Where a trainer has gone back to. Nothing is recorded there; going on makes a run of its own."""
 
     run: RunFolder
+    """The run that it is a moment of."""
     moment: Moment
+    """Where it stands."""
     checkpoint: str
     """The checkpoint that it was reached from."""
     replayed: int
@@ -87,10 +92,13 @@ class Replay:
     """What a stretch of the past was when it was run again."""
 
     run: Path
+    """The run's folder."""
     checkpoint: str
     """The checkpoint that was started from."""
     first: Moment
+    """Where the stretch began."""
     last: Moment
+    """Where it ended."""
     batches: int
     """Batches of the stretch."""
     divergence: Divergence | None

@@ -19,11 +19,13 @@ Forward = Callable[[nn.Module, Any], Any]
 class Phase:
     """One pass through FORWARD, BACKWARD and STEP within a batch.
 
-    `forward(model, batch)` returns a scalar loss, or `(loss, outputs, targets)` where metrics are
-    computed from outputs and targets. `optimizer` zeroes and updates its own parameters only.
     The journal names the phase of each transition.
     """
 
     name: str
+    """How the journal and `seek(phase=...)` call it."""
     optimizer: Optimizer
+    """Zeroes and updates its own parameters only."""
     forward: Forward
+    """`forward(model, batch)` returns a scalar loss, or `(loss, outputs, targets)` where metrics are computed from
+    outputs and targets."""

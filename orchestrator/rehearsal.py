@@ -58,6 +58,7 @@ class Rehearsal:
     seconds: float
     """Of all of it."""
     batches: int
+    """Trained, and undone."""
     batch_s: float | None
     """A batch, after the first; None where none was left to train."""
     validation: Mapping[str, float]
@@ -73,6 +74,7 @@ class Rehearsal:
     disk_needed: int
     """The most that checkpoints will take beside those that are there."""
     disk_free: int
+    """Where the run is."""
 
     def __str__(self) -> str:
         """All of it in one line."""

@@ -20,6 +20,7 @@ class Result:
     """How a training ended and where to find what it left."""
 
     state: State
+    """DONE or HALTED."""
     reason: str
     """Why it ended: "finished", or the reason given to stop or halt."""
     history: list[dict[str, float]] = field(repr=False)
@@ -27,9 +28,11 @@ class Result:
     run: Path
     """The run's folder."""
     best_checkpoint: Path | None
+    """The checkpoint of the best epoch; None without `Checkpointing(best=...)`."""
     last_checkpoint: Path | None
+    """The newest checkpoint; None where none was made."""
     mlflow_run_id: str | None
-    """None where nothing has been delivered yet, or tracking is off."""
+    """The id that MLflow gave the run; None where nothing has been delivered yet, or tracking is off."""
 
     def load_best(self, model: nn.Module) -> None:
         """Put the weights of the best checkpoint into `model`, in place.

@@ -19,10 +19,13 @@ _LIMIT = 2**32
 def seed_everything(seed: SupportsIndex) -> None:
     """Seed the global generators of Python, NumPy and torch, on the CPU and on every device.
 
-    `seed` is a whole number from 0 to 2**32 - 1, as NumPy takes no other. Call it before the model is built:
-    a trainer cannot seed what exists already.
+    Call it before the model is built: a trainer cannot seed what exists already.
 
-    Raises ConfigurationError for anything else; then nothing was seeded.
+    Args:
+        seed: a whole number from 0 to 2**32 - 1, as NumPy takes no other.
+
+    Raises:
+        ConfigurationError: `seed` is anything else; then nothing was seeded.
     """
     number = _whole(seed)
     random.seed(number)

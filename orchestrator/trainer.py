@@ -79,7 +79,9 @@ class Trainer:
             phases compute it.
         train_loader: a `DataLoader`, or a sequence of batches.
         val_loader: the same, or `{name: loader}`; evaluated at each epoch's end.
-        epochs, max_batches: where the training ends, whichever comes first; at least one is given.
+        epochs: how many epochs the training has. It ends there or at `max_batches`, whichever comes first; at least
+            one of them is given.
+        max_batches: how many batches it has.
         max_time: seconds of this attempt; then it halts and exits with status 75.
         forward: `(model, batch) -> loss` or `(loss, outputs, targets)`; by default a batch is a pair
             `(inputs, targets)` and the loss is `loss_fn(model(inputs), targets)`.
@@ -145,12 +147,17 @@ class Trainer:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         settings = configuration.check(given)
         self.model = model
+        """The model that is trained."""
         self.device = settings.device
+        """Where it is trained."""
         self.epochs = epochs
         self.max_batches = max_batches
         self.phases = settings.phases
+        """The phases of a batch; one without a name where `optimizer` is an optimizer."""
         self.validation_model: nn.Module = model
+        """What validation evaluates and what is handed over at the end; `EMA(validate=True)` puts its average here."""
         self.run: RunFolder | None = None
+        """The run's folder, once it is open: `trainer.run.id`, `trainer.run.path`, `trainer.run.journal`."""
         self.replaying = False
         """Whether the past is being run again, by `seek` or `replay`: nothing is recorded meanwhile."""
         self.rehearsing = False
@@ -846,7 +853,8 @@ class Trainer:
         An attempt under way is closed first.
 
         Args:
-            epoch, batch: counted from 0; `batch` within the epoch.
+            epoch: counted from 0.
+            batch: counted from 0 within the epoch.
             state: by default BATCH_START, or EPOCH_START where no batch is given. IDLE is the very beginning.
             phase: the phase whose FORWARD, BACKWARD or STEP is meant; by default the first.
             run: a run's name or folder, or "mlflow:RUN_ID" as for `fit`; by default the run at hand, or the newest of
@@ -875,10 +883,15 @@ class Trainer:
     ) -> Replay:
         """Run a stretch of the past again with more callbacks: an answer to a question asked afterwards.
 
-        `first` and `last` are epochs, or `(epoch, batch)`, both included. The stretch is reached as by `seek`; the
-        callbacks are attached where it begins, and taken away where it ends. Neither the run nor this trainer
-        is changed: the trainer stands afterwards where it stood. `run` and errors as for `seek`.
+        The stretch is reached as by `seek`; the callbacks are attached where it begins, and taken away where it ends.
+        Neither the run nor this trainer is changed: the trainer stands afterwards where it stood.
         (Hindsight logging: Garcia et al., arXiv 2006.07357.)
+
+        Args:
+            first: an epoch, or `(epoch, batch)`; included.
+            last: the same, included.
+            callbacks: what looks at the stretch.
+            run: as for `seek`, and so are the errors.
         """
         from orchestrator import past
 

@@ -23,15 +23,25 @@ class State(Enum):
     __hash__ = object.__hash__  # Enum's own is a call of a Python function; members are compared by identity
 
     IDLE = "IDLE"
+    """Before the first epoch."""
     EPOCH_START = "EPOCH_START"
+    """The epoch's order of data is fixed, its metrics are reset."""
     BATCH_START = "BATCH_START"
+    """The batch is there, on the device."""
     FORWARD = "FORWARD"
+    """Outputs and loss are computed."""
     BACKWARD = "BACKWARD"
+    """Gradients are computed."""
     STEP = "STEP"
+    """The update is applied, or left out because something was not finite."""
     BATCH_END = "BATCH_END"
+    """The batch is counted, its values are part of the epoch's."""
     EPOCH_END = "EPOCH_END"
+    """The epoch's metrics are there, validation included."""
     DONE = "DONE"
+    """The training is over."""
     HALTED = "HALTED"
+    """The training was interrupted; `resume` leads on."""
 
 
 class Trigger(Enum):
@@ -40,15 +50,25 @@ class Trigger(Enum):
     __hash__ = object.__hash__
 
     BEGIN_EPOCH = "begin_epoch"
+    """Fixes the epoch's order of data and resets its metrics."""
     FETCH = "fetch"
+    """Takes the batch and moves it to the device."""
     FORWARD = "forward"
+    """Computes outputs, loss and the batch's metrics."""
     BACKWARD = "backward"
+    """Zeroes gradients where an accumulation window begins; computes those of the batch."""
     STEP = "step"
+    """Looks whether all is finite, clips, and lets the optimizer update."""
     END_BATCH = "end_batch"
+    """Counts the batch; validates where that is due."""
     END_EPOCH = "end_epoch"
+    """Averages the epoch's metrics; validates."""
     FINISH = "finish"
+    """Ends the training."""
     HALT = "halt"
+    """Interrupts the training, in any state but DONE."""
     RESUME = "resume"
+    """Restores the state that the training was halted in."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Arc:
-    """One legal move, a row of the table with one of its sources."""
+    """One legal move, a row of the table with one of its sources: `trigger` leads from `source` to `dest`."""
 
     trigger: Trigger
     source: State

@@ -1,11 +1,13 @@
 """The documentation, run: its code, its tables against what is on disk, its links, the command line's help.
 
-`python tests/test_docs.py --write` writes docs/command-line.md anew.
+`python tests/test_docs.py --write` writes docs/command-line.md and docs/machine.svg anew.
 """
 
 import json
+import os
 import re
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -29,13 +31,15 @@ from orchestrator import attempt
 from orchestrator.cli import main
 from orchestrator.snapshot.encoding import decode, encode
 from orchestrator.snapshot.storage import list_checkpoints
+from states.diagram import svg
 from tracking.outbox import Outbox
 from tracking.runs import RunFolder
 from tracking.shipper import sync
 
 HERE = Path(__file__).parent.parent
-DOCUMENTS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+DOCUMENTS = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
 COMMAND_LINE = HERE / "docs" / "command-line.md"
+MACHINE = HERE / "docs" / "machine.svg"
 FORMATS = (HERE / "docs" / "formats.md").read_text()
 TRACKING = (HERE / "docs" / "tracking.md").read_text()
 
@@ -47,7 +51,9 @@ class Block:
     """A fenced block of a document.
 
     An HTML comment on the line before it says what it needs: `<!-- setup: NAME -->`, one of SETUPS; or
-    `<!-- fragment: WHY -->`, that it is compiled only.
+    `<!-- fragment: WHY -->`, that it is compiled only. `<!-- file: NAME -->`: it is saved under that name, and begins a
+    page that is gone through as a reader does: `<!-- setup: continue -->` is what comes next there, Python with the
+    names of the block before, or commands of a shell.
     """
 
     document: Path
@@ -56,6 +62,7 @@ class Block:
     code: str
     setup: str
     fragment: bool
+    file: str = ""
 
     def __str__(self) -> str:
         return f"{self.document.name}:{self.line}"
@@ -67,7 +74,7 @@ class Block:
 
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>setup|fragment): (?P<text>[^\n]+) -->\n)?"
+    r"(?:^<!-- (?P<mark>setup|fragment|file): (?P<text>[^\n]+) -->\n)?"
     r"^```(?P<language>[\w-]*)\n(?P<code>.*?)^```$",
     re.S | re.M,
 )
@@ -82,8 +89,18 @@ def blocks(*languages: str) -> list[Block]:
                 line = text.count("\n", 0, match.start("code"))
                 setup = match["text"] if match["mark"] == "setup" else ""
                 fragment = match["mark"] == "fragment"
-                found.append(Block(document, line, match["language"], match["code"], setup, fragment))
+                file = match["text"] if match["mark"] == "file" else ""
+                found.append(Block(document, line, match["language"], match["code"], setup, fragment, file))
     return found
+
+
+def page_of(document: Path) -> list[Block]:
+    """The blocks of a page that is gone through as a reader does, in order."""
+    every = blocks("python", "sh")
+    return [b for b in every if b.document == document and (b.file or b.setup == "continue")]
+
+
+PAGES = sorted({block.document for block in blocks("python", "sh") if block.file})
 
 
 # -- what blocks take for granted ------------------------------------------------------------------
@@ -240,7 +257,9 @@ def test_every_block_is_found() -> None:
 # -- code runs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=str)
+@pytest.mark.parametrize(
+    "block", [b for b in blocks("python") if not b.file and b.setup != "continue"], ids=str
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of schedulers that are made and not used
 def test_python(
     block: Block, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untracked: None
@@ -276,6 +295,36 @@ def use(made: dict[str, Any], before: dict[str, Any]) -> None:
     if trainer.state is states.State.IDLE:
         trainer.fit()
     assert trainer.state in (states.State.DONE, states.State.HALTED)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("document", PAGES, ids=lambda document: document.name)
+def test_page_from_its_beginning_to_its_end(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    threads, modules = torch.get_num_threads(), set(sys.modules)
+    try:
+        for block in page_of(document):
+            if block.file:
+                Path(block.file).write_text(block.code)
+            elif block.language == "sh":
+                done = subprocess.run(["bash", "-e"], input=block.code, capture_output=True, text=True)
+                assert done.returncode == 0, f"{block}: {done.stdout}{done.stderr}"
+            else:
+                block.run(namespace)
+    finally:
+        torch.set_num_threads(threads)
+        for block in page_of(document):
+            if (module := Path(block.file).stem) not in modules:
+                sys.modules.pop(module, None)
+        for value in namespace.values():
+            if isinstance(value, orchestrator.Trainer):
+                value.close()
 
 
 def statements(code: str) -> Iterator[str]:
@@ -478,8 +527,13 @@ def test_command_line() -> None:
     assert COMMAND_LINE.read_text() == command_line(), "run: python tests/test_docs.py --write"
 
 
+def test_drawing_of_the_machine() -> None:
+    assert MACHINE.read_text() == svg(), "run: python tests/test_docs.py --write"
+
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit("usage: python tests/test_docs.py --write")
     COMMAND_LINE.write_text(command_line())
-    print(f"written: {COMMAND_LINE}")
+    MACHINE.write_text(svg())
+    print(f"written: {COMMAND_LINE}, {MACHINE}")

@@ -17,12 +17,15 @@ __all__ = ["EarlyStopping"]
 class EarlyStopping(Callback):
     """Asks the trainer to stop after `patience` epochs in a row without an improvement.
 
-    `monitor` is a metric of the epoch. An epoch improves on the best value so far if it is better by more
-    than `min_delta`; NaN never is. `mode` is "min" or "max"; left out, the name of the metric decides
-    ("val/loss": smaller is better, "val/accuracy": greater), and one that does not say it is an error.
-    The training goes by its last epoch to DONE; the best weights are Checkpointing's business.
+    The training goes by its last epoch to DONE; the best weights are Checkpointing's business. `best`,
+    `best_epoch` (-1 while there is none) and `waited` (epochs since) are kept in checkpoints.
 
-    `best`, `best_epoch` (-1 while there is none) and `waited` (epochs since) are kept in checkpoints.
+    Args:
+        monitor: a metric of the epoch.
+        patience: epochs.
+        min_delta: an epoch improves on the best value so far if it is better by more than this; NaN never is.
+        mode: "min" or "max"; left out, the name of the metric decides ("val/loss": smaller is better,
+            "val/accuracy": greater), and one that does not say it is an error.
 
     Raises ConfigurationError for arguments that make no sense, MissingMetricError at the end of an epoch
     that has no such metric.

@@ -27,14 +27,18 @@ class EMA(Callback):
 
     The average lives in a `torch.optim.swa_utils.AveragedModel`; `.model` is the averaged module, in the
     types and on the device of the trained one. It begins as a copy of the weights after the first update
-    past `start`, and is then updated after every `every`-th one. Skipped updates do not count; with several
-    phases those of the last phase count, or of the one named by `phase`.
+    past `start`. Skipped updates do not count. Checkpoints keep the averaged weights.
 
-    `use_buffers=True` averages floating-point buffers (BatchNorm's statistics) likewise, others are copied;
-    with False all buffers are copies of the trained model's. With `validate=True` validation evaluates the
-    average, from its first update on.
+    Args:
+        decay: from 0 to 1.
+        every: the average is updated after every so many updates.
+        start: updates before the average begins.
+        validate: whether validation evaluates the average, from its first update on.
+        use_buffers: whether floating-point buffers (BatchNorm's statistics) are averaged likewise, others copied;
+            with False all buffers are copies of the trained model's.
+        phase: with several phases, the one whose updates count; by default the last.
 
-    Checkpoints keep the averaged weights. Raises ConfigurationError for arguments that make no sense.
+    Raises ConfigurationError for arguments that make no sense.
     """
 
     def __init__(

@@ -35,15 +35,19 @@ class TensorStatistics:
 
 
 class GradientStatistics(Callback):
-    """Logs statistics of the gradients after `backward`, on every `every`-th batch from the first on.
+    """Logs statistics of the gradients after `backward`.
 
     Keys: "grad/norm", "grad/mean", "grad/max" (greatest magnitude) and "grad/nonfinite" (share of elements
-    that are NaN or infinite) over all parameters, and with `per_parameter` "grad/NAME/norm" and so on for
-    each. With several phases, those of the phase's own optimizer, as "grad/PHASE/...".
+    that are NaN or infinite) over all parameters. With several phases, those of the phase's own optimizer, as
+    "grad/PHASE/...".
 
     They are the gradients as they stand: before clipping, within an accumulation window the sum so far,
     and with precision="fp16" multiplied by the scale of the loss. On an accelerator they are read late, like the
     loss; several devices are waited for, on the batches asked for.
+
+    Args:
+        every: on every so many batches, from the first on.
+        per_parameter: whether there are "grad/NAME/norm" and so on of each parameter too.
     """
 
     def __init__(self, every: int = 100, per_parameter: bool = True) -> None:

@@ -25,10 +25,12 @@ __all__ = ["LRScheduling"]
 class LRScheduling(Callback):
     """Steps any scheduler of `torch.optim.lr_scheduler` after each epoch or after each update.
 
-    `every="epoch"` steps at the end of each epoch, after validation. `every="batch"` steps after each
-    update of the scheduler's own optimizer: once for each accumulation window, not after a skipped one,
-    and with several phases only after a step of the phase that has this optimizer.
-    `monitor` names the metric that ReduceLROnPlateau decides by (of the epoch, or of the batch).
+    Args:
+        scheduler: made for an optimizer of the trainer.
+        every: "epoch" steps at the end of each epoch, after validation. "batch" steps after each update of the
+            scheduler's own optimizer: once for each accumulation window, not after a skipped one, and with several
+            phases only after a step of the phase that has this optimizer.
+        monitor: the metric that ReduceLROnPlateau decides by (of the epoch, or of the batch).
 
     Raises ConfigurationError for a ReduceLROnPlateau without `monitor`, a `monitor` that the scheduler has
     no use for, and a scheduler of an optimizer that the trainer does not have.

@@ -20,11 +20,14 @@ _MB = 1e6
 
 
 class MemoryMonitor(Callback):
-    """Logs memory in megabytes (10^6 bytes) on every `every`-th batch, from the first on.
+    """Logs memory in megabytes (10^6 bytes).
 
     "memory/rss_mb": resident memory of this process, data workers not included. On a CUDA device also
     "memory/device_mb", allocated by torch at the end of the batch, and "memory/device_max_mb", the most
     since the process began; neither waits for the device.
+
+    Args:
+        every: on every so many batches, from the first on.
     """
 
     def __init__(self, every: int = 100) -> None:

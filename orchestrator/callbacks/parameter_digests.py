@@ -24,10 +24,13 @@ _DIGEST = 8  # bytes
 class ParameterDigests(Callback):
     """Notes a digest of all parameters and buffers in the journal, for `interlock diff` and for you.
 
-    It is the note of `end_batch` on every `every`-th batch from the first on, and of every `end_epoch`:
+    It is the note of `end_batch` on the batches that are due, and of every `end_epoch`:
     `parameters xor64:1f2e3d4c5b6a7988`. Equal weights have equal digests, on any device; others differ, but
     for an accident of one in 2^64 or so. Batches that are not due cost a comparison of two numbers; the others
     a pass over the weights and, on a device, one wait for it.
+
+    Args:
+        every: due is every so many batches, from the first on.
     """
 
     def __init__(self, every: int = 100) -> None:

@@ -23,6 +23,7 @@ class LogRecord:
     time: float
     """Seconds since 1970."""
     kind: Kind
+    """What it tells of."""
     message: str
     """Without the metrics. Further lines, where there are any, begin after a newline."""
     epoch: int
