@@ -206,6 +206,7 @@ def test_an_outbox_that_an_older_interlock_left(run: RunFolder, store: Database)
     assert (store.run(run.id).artifacts / "notes.txt").read_text() == "one"
 
 
+@pytest.mark.long  # requests whose answers are lost are tried again after minutes
 def test_through_lost_answers_an_outage_and_a_killed_shipper(
     run: RunFolder, shared_server: MLflowServer
 ) -> None:

@@ -14,6 +14,7 @@ _STEADY_A_SECOND = 50.0
 _FIRST = 10_000
 _FEWEST_A_SECOND = 10.0
 _LARGEST = 2**20
+_NEARLY = 0.99  # a rate is measured in whole values
 _TELLING = 200  # points: sendings of fewer say more about the way to the server than about the server
 
 
@@ -92,9 +93,11 @@ class Pace:
         now = self._clock()
         if not self._seen or now - self._seen[-1][0] >= 1.0:
             self._seen.append((now, values))
-        while now - self._seen[0][0] > _HORIZON_S:
+        # One that is older stays: where a sending takes longer than that, there is no other.
+        while len(self._seen) > 1 and now - self._seen[1][0] >= _HORIZON_S:
             self._seen.popleft()
         self._newest = values
+        self._span_s = max(_HORIZON_S, now - self._seen[0][0])
 
     def took(self, points: int, seconds: float) -> None:
         """The server has taken so many points in so many seconds, all that belongs to it included."""
@@ -108,11 +111,11 @@ class Pace:
         supply = _MOST_A_SECOND
         if self._taken_a_second is not None:
             supply = max(_FEWEST_A_SECOND, min(supply, self._taken_a_second / 2))
-        rate = (self._newest - self._seen[0][1]) / _HORIZON_S
+        rate = (self._newest - self._seen[0][1]) / self._span_s
         least = (rate + waiting / _CATCH_UP_S) / supply
         if self._newest > _FIRST:
             least = max(least, rate / _STEADY_A_SECOND)
         every = 1
-        while every < least and every < _LARGEST:
+        while every < _NEARLY * least and every < _LARGEST:
             every *= 2
         return every
