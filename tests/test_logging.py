@@ -558,6 +558,7 @@ def test_terminal_is_restored_after_an_exception(tmp_path: Path, monkeypatch: py
     assert pty.screen[-3:] == [f"  run {trainer.run.path}", "after", ""]  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # Python 3.12
 def test_data_workers_say_nothing_and_write_past_the_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
