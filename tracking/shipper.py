@@ -163,7 +163,10 @@ def sync(
         _write_target(run, tracker)
     target = _read_target(run)
     if target is None:
-        raise NotTrackedError(f"{run.id}: found a run made with track=None; name a tracker to deliver it")
+        raise NotTrackedError(
+            f"{run.id}: found a run made with track=None; expected one with a tracker. To deliver it all the "
+            "same: tracking.shipper.sync(run, tracker=MLflow())"
+        )
     before = _sent(run)
     folder = target.folder if os.path.isdir(target.folder) else str(run.path)
     with (run.path / "shipper.log").open("ab") as log:
