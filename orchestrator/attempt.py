@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from orchestrator.snapshot.storage import (
     remove_checkpoint,
 )
 from orchestrator.snapshot.writer import CheckpointWriter, SaveHandle
+from orchestrator.warning import warn
 from orchestrator.work import BatchWork, Place, TrainingWork
 from states.errors import InterlockError
 from states.table import ARCS, State, Trigger
@@ -104,7 +104,7 @@ class Attempt:
             with Journal.open(run) as journal:
                 self._positions = {attempt.attempt: attempt.position for attempt in journal.attempts()}
             if self._journal.notice:
-                warnings.warn(self._journal.notice, stacklevel=4)
+                warn(self._journal.notice)
             for line in overridden:
                 self.say(f"overridden: {line}")
             clean_leftovers(run.checkpoints)
@@ -401,7 +401,7 @@ class Attempt:
     def _tell(self, message: str) -> None:
         """Say it at once, and keep it in the journal; also from the thread that writes checkpoints."""
         self.warn(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The run's checkpoints on disk that are not superseded, newest first."""
@@ -457,12 +457,12 @@ class Attempt:
             try:
                 self._checkpoints.close()
             except Exception as failure:
-                warnings.warn(f"the last checkpoint could not be written: {failure}", stacklevel=3)
+                warn(f"the last checkpoint could not be written: {failure}")
             exception = "" if error is None or outcome != "failed" else f"{type(error).__name__}: {error}"
             try:
                 self._journal.end(outcome, reason, exception)
             except JournalError as failure:  # settled later, from the flight recorder
-                warnings.warn(f"the end of this attempt could not be journaled: {failure}", stacklevel=3)
+                warn(f"the end of this attempt could not be journaled: {failure}")
             finally:
                 self._journal.close()
         finally:
@@ -474,11 +474,10 @@ class Attempt:
         """Say once if, at the attempt's end, the run cannot be delivered."""
         with contextlib.suppress(InterlockError):
             if trouble := read_outbox(self.run.outbox).trouble:
-                warnings.warn(
+                warn(
                     f"{self.run.id}: training is not affected, but tracking has trouble: {mask_text(trouble)}. "
                     f"`interlock show {self.run.id}` says what is left to deliver",
                     RuntimeWarning,
-                    stacklevel=4,
                 )
 
 

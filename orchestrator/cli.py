@@ -4,6 +4,7 @@ import io
 import os
 import sqlite3
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -44,6 +45,16 @@ class _Commands(click.Group):
         command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; one that there is not is said with those that there are."""
+        if args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = get_close_matches(args[0], _COMMANDS, 1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}.{meant} Expected one of {', '.join(_COMMANDS)}.")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         if os.environ.get("NO_COLOR"):

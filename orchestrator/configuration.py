@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.checkpointing import Checkpointing
@@ -20,7 +21,7 @@ from orchestrator.callbacks.checks import check_positive, check_whole
 from orchestrator.callbacks.early_stopping import EarlyStopping
 from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
-from orchestrator.errors import ConfigurationError
+from orchestrator.errors import ConfigurationError, an, kind_of
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
@@ -79,7 +80,7 @@ def check(given: Mapping[str, Any]) -> Settings:
     """The settings for the arguments `given` to Trainer; raises ConfigurationError."""
     model, device = given["model"], _device(given["device"])
     if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        raise ConfigurationError(f"model is {kind_of(model)}; expected a torch.nn.Module")
     _check_numbers(given)
     _check_choices(given)
     loaders = _validation_loaders(given["val_loader"])
@@ -101,7 +102,9 @@ def check(given: Mapping[str, Any]) -> Settings:
     track = MLflow() if given["track"] is UNSET else given["track"]
     for name, value, kind in (("checkpoint", checkpoint, Checkpointing), ("log", log, Logging)):
         if value is not None and not isinstance(value, kind):
-            raise ConfigurationError(f"{name} is {value!r}; expected a {kind.__name__}, or None for none")
+            raise ConfigurationError(
+                f"{name} is {value!r}; expected {an(kind.__name__)}, such as {kind.__name__}(), or None for none"
+            )
     # A class has the attributes of its objects, so the protocol alone would take it.
     if track is not None and (isinstance(track, type) or not isinstance(track, Tracker)):
         raise ConfigurationError(f"track is {track!r}; expected a tracker such as MLflow(), or None for none")
@@ -179,8 +182,8 @@ def _check_numbers(given: Mapping[str, Any]) -> None:
     check_whole("accumulate", given["accumulate"])
     for name in ("epochs", "max_batches", "validate_every"):
         check_whole(name, given[name], optional=True)
-    for name in ("max_time", "clip_grad_norm"):
-        check_positive(name, given[name], optional=True)
+    check_positive("max_time", given["max_time"], unit="seconds", optional=True)
+    check_positive("clip_grad_norm", given["clip_grad_norm"], optional=True)
 
 
 def _check_choices(given: Mapping[str, Any]) -> None:
@@ -212,12 +215,13 @@ def _check_callbacks(callbacks: Any) -> None:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigurationError(
-                f"callbacks has {callback!r} in it; expected objects of classes derived from orchestrator.Callback"
+                f"callbacks has {kind_of(callback) if isinstance(callback, type) else repr(callback)} in it; expected "
+                "objects of classes derived from orchestrator.Callback"
             )
         for kind, argument in ((Checkpointing, "checkpoint"), (Logging, "log")):
             if isinstance(callback, kind):
                 raise ConfigurationError(
-                    f"callbacks has a {kind.__name__} in it; expected it on its own: pass it as {argument}="
+                    f"callbacks has {an(kind.__name__)} in it; expected it on its own: pass it as {argument}="
                 )
         if id(callback) in seen:
             raise ConfigurationError(
@@ -261,6 +265,7 @@ def _forward(given: Mapping[str, Any]) -> Forward | None:
     if forward is not None:
         if not callable(forward):
             raise ConfigurationError(f"forward is {forward!r}; expected (model, batch) -> loss")
+        _check_function("forward", forward)
         if loss_fn is not None:
             raise ConfigurationError(
                 "both loss_fn and forward are given; forward computes the loss: pass loss_fn=None"
@@ -274,6 +279,7 @@ def _forward(given: Mapping[str, Any]) -> Forward | None:
         return None
     if not callable(loss_fn):
         raise ConfigurationError(f"loss_fn is {loss_fn!r}; expected (outputs, targets) -> loss")
+    _check_function("loss_fn", loss_fn)
     return supervised(loss_fn)
 
 
@@ -287,7 +293,8 @@ def _phases(optimizer: Any, forward: Forward | None) -> tuple[Phase, ...]:
         or not all(isinstance(p, Phase) for p in optimizer)
     ):
         raise ConfigurationError(
-            f"optimizer is {optimizer!r}; expected a torch.optim optimizer, or a list of Phase"
+            f"optimizer is {_listed(optimizer)}; expected a torch.optim optimizer of this model's parameters, such as "
+            "torch.optim.AdamW(model.parameters()), or for several a list of Phase(name, optimizer, forward)"
         )
     names = [phase.name for phase in optimizer]
     if len(set(names)) < len(names) or "" in names:
@@ -295,6 +302,21 @@ def _phases(optimizer: Any, forward: Forward | None) -> tuple[Phase, ...]:
             f"the phases are named {names}; expected names that differ and are not empty"
         )
     return tuple(optimizer)
+
+
+def _check_function(argument: str, given: Any) -> None:
+    """Refuse a class, which is callable too, but makes an object where a loss or a value is expected."""
+    if isinstance(given, type):
+        raise ConfigurationError(
+            f"{argument} is {kind_of(given)}; expected a function or an object: {given.__name__}(...) makes one"
+        )
+
+
+def _listed(given: Any) -> str:
+    """What was given for an optimizer, in a line: the repr of one has many."""
+    if isinstance(given, list | tuple) and given:
+        return f"a {type(given).__name__} of {', '.join(kind_of(item) for item in given)}"
+    return kind_of(given) if isinstance(given, type | nn.Module) else repr(given)
 
 
 def _check_optimizers(model: nn.Module, phases: tuple[Phase, ...]) -> None:
@@ -319,7 +341,9 @@ def _metrics(metrics: Any) -> dict[str, Any]:
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
-        raise ConfigurationError(f"metrics is {metrics!r}; expected a dict from name to metric")
+        raise ConfigurationError(
+            f'metrics is {metrics!r}; expected a dict from name to metric, such as {{"accuracy": metric}}'
+        )
     for name, metric in metrics.items():
         if not isinstance(name, str) or not name or name in RESERVED or "/" in name:
             raise ConfigurationError(
@@ -330,12 +354,18 @@ def _metrics(metrics: Any) -> dict[str, Any]:
             raise ConfigurationError(
                 f"metric {name!r} is {metric!r}; expected a torchmetrics object, or (outputs, targets) -> scalar"
             )
+        _check_function(f"metric {name!r}", metric)
     return dict(metrics)
 
 
 def _validation_loaders(loaders: Any) -> dict[str, Any]:
     if loaders is None:
         return {}
+    if isinstance(loaders, list | tuple) and any(isinstance(loader, DataLoader) for loader in loaders):
+        raise ConfigurationError(
+            f"val_loader is a {type(loaders).__name__} with DataLoaders in it; expected one loader, or a dict that "
+            'names them: {"val": loader, "test": another}'
+        )
     if not isinstance(loaders, Mapping):
         return {"val": loaders}
     for name in loaders:

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from states.errors import InterlockError
 
-__all__ = ["ConfigurationError", "LossError", "NonFiniteAgainError", "NonFiniteError", "TaintedError"]
+__all__ = [
+    "ConfigurationError",
+    "LossError",
+    "NonFiniteAgainError",
+    "NonFiniteError",
+    "TaintedError",
+    "an",
+    "kind_of",
+]
+
+
+def an(noun: str) -> str:
+    """`noun` with its article, as it is spoken: an int, an SGD, an ndarray, a UNet."""
+    letters = noun[:2].isupper() and len(noun) > 1
+    vowel = noun[0] in "AEFHILMNORSX" if letters else noun[0] in "aeioAEIO" or noun.startswith("nd")
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
+def kind_of(value: Any) -> str:
+    """What `value` is, for a message: None, the class Adam, an int."""
+    if value is None:
+        return "None"
+    return f"the class {value.__name__}" if isinstance(value, type) else an(type(value).__name__)
 
 
 class ConfigurationError(InterlockError, ValueError):

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from orchestrator.errors import ConfigurationError
+from orchestrator.errors import ConfigurationError, kind_of
 from orchestrator.snapshot.capture import capture_metric, restore_metric
 
 __all__ = ["RESERVED", "AccumulatingMetric", "Average", "EpochMetrics", "Metric", "as_float", "check_scalar"]
@@ -48,7 +48,7 @@ def as_float(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"metric {name!r} is a {type(value).__name__}; expected a number or a tensor of one element"
+            f"metric {name!r} is {kind_of(value)}; expected a number or a tensor of one element"
         ) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,6 +29,7 @@ from orchestrator.snapshot.info import (
 from orchestrator.snapshot.manifest import versions
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.state import TrainingState
+from orchestrator.warning import warn
 from orchestrator.work import Limits, Place
 from states.errors import InterlockError
 from states.table import State
@@ -136,7 +136,9 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     checkpoint: Path | None = None
     if auto:
         if not settings.named:
-            raise ConfigurationError('resume="auto" continues the run of this name, but no name= was given')
+            raise ConfigurationError(
+                'resume="auto" continues the run of this name, but no name= was given: Trainer(..., name=...)'
+            )
         run = newest_of_name(settings)
         if run is None:
             return Plan()
@@ -147,6 +149,11 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
         checkpoint = Path(resume).resolve()
         run = find_run(checkpoint.parent.parent, settings.root)
     else:
+        if Path(resume).is_file():
+            raise ConfigurationError(
+                f"resume is {os.fspath(resume)!r}, a file; expected a run's name or folder, or a checkpoint's folder. "
+                "A file of weights is where a new run may begin: Trainer(..., init_from=...)"
+            )
         run = find_run(os.fspath(resume), settings.root)
     lease = Lease.acquire(run)
     try:
@@ -184,7 +191,7 @@ def _plan_for(
     found = read(checkpoint) if checkpoint is not None else _newest(infos)
     if found is None:
         if auto:
-            warnings.warn(f"{run.id} has no checkpoint to continue from; a new run begins", stacklevel=5)
+            warn(f"{run.id} has no checkpoint to continue from; a new run begins")
             lease.release()
             return Plan()
         raise NoCheckpoint(
@@ -276,7 +283,7 @@ def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
         try:
             return read(info.path)
         except CheckpointDamaged as error:
-            warnings.warn(f"passing over checkpoint {info.name}: {error}", stacklevel=6)
+            warn(f"passing over checkpoint {info.name}: {error}")
     return None
 
 
@@ -301,7 +308,7 @@ def check(
     """
     agreed = agree(found.info.path, found.manifest, found.tree, state, stream, settings.binding, override)
     for text in (*(f"overridden: {text}" for text in agreed.overridden), *agreed.warnings):
-        warnings.warn(text, stacklevel=4)
+        warn(text)
     return replace(found, tree=agreed.tree, overridden=agreed.overridden)
 
 
@@ -339,7 +346,7 @@ def restore(found: Found, state: TrainingState) -> Divergence | None:
     again = state.capture(found.state)
     lacking = found.tree["callbacks"].keys() ^ again["callbacks"].keys()
     for name in sorted(lacking):
-        warnings.warn(f"the checkpoint has state of a callback {name} that this trainer lacks", stacklevel=4)
+        warn(f"the checkpoint has state of a callback {name} that this trainer lacks")
     other_data = any(line.startswith("data:") for line in found.overridden)
     ignored = (*CLOCKS, "batch/samples") if other_data else CLOCKS
     different = capture.first_difference(

@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import getpid
@@ -18,6 +17,7 @@ from orchestrator.snapshot.storage import (
     parse_checkpoint_name,
     verify_checkpoint,
 )
+from orchestrator.warning import warn
 from states.table import State
 from tracking.delivery import CHECKPOINTS, Tracker
 from tracking.fetching import (
@@ -53,7 +53,7 @@ def retrieve(
     tracker: Tracker | None,
     root: Path,
     *,
-    say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=5),
+    say: Callable[[str], None] = warn,
     wait_s: float | None = None,
 ) -> Retrieved:
     """The run that `reference` names, in `root`: the folder that is there, or one made of what was uploaded.
@@ -194,5 +194,5 @@ def _in_place(wanted: Reference, seen: Seen, here: RunFolder, remote: RemoteFile
     local = {row.name: row.size_bytes for row in rows if (here.checkpoints / row.name).is_dir()}
     row = choose(wanted, rows, {**seen.checkpoints, **local})[0]
     if row.name not in local:
-        _first_whole([row], wanted, seen, remote, here.checkpoints, warnings.warn)
+        _first_whole([row], wanted, seen, remote, here.checkpoints, warn)
     return here.checkpoints / row.name

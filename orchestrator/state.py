@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +22,7 @@ from orchestrator.snapshot.owned_generators import OwnedGenerators
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.users_code import is_users, owner_of
 from orchestrator.snapshot.watch import Watch
+from orchestrator.warning import warn
 from orchestrator.work import EvaluationWork, TrainingWork
 from states.table import State, Trigger
 
@@ -148,7 +148,7 @@ class TrainingState:
 
     def _tell(self, message: str) -> None:
         self._report(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
 
     def capture(self, state: State | None = None) -> dict[str, Any]:
         """The state as a tree of plain values and references to live tensors; nothing is copied.
@@ -347,9 +347,7 @@ class TrainingState:
                 if name in saved:
                     validation.stream.load_state_dict(saved[name])
             except DataError as error:
-                warnings.warn(
-                    f"the order of validation loader {name!r} is not restored: {error}", stacklevel=2
-                )
+                warn(f"the order of validation loader {name!r} is not restored: {error}")
 
     def _stand_in_epoch(self, tree: dict[str, Any]) -> None:
         """Stand at the saved position of the data, with the batch at hand where there was one."""

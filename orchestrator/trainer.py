@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -44,6 +43,7 @@ from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import TrainingState, callback_names
 from orchestrator.training import Training
 from orchestrator.warm_start import WarmStart
+from orchestrator.warning import warn
 from orchestrator.work import Limits, Place
 from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
@@ -422,6 +422,10 @@ class Trainer:
         if evaluating is not None:
             evaluating.work.log(name, value)
             return
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(
+                f'log({name!r}, ...): expected a name, a string such as "perplexity", then the value'
+            )
         if name.split("/")[0] in {"lr", *training.validation.evaluations}:
             raise ConfigurationError(
                 f"log({name!r}, ...): names that begin so are interlock's own; log it by another"
@@ -580,7 +584,10 @@ class Trainer:
                 if self.state is not State.DONE:
                     self.start(resume, override, rehearse)
             elif resume or override:
-                raise ConfigurationError("fit(resume=...) on a training that has started; resume in start()")
+                raise ConfigurationError(
+                    "fit(resume=...) on a training that has started; expected fit(), which goes on with it, or "
+                    "resume= in start()"
+                )
             elif rehearse:
                 self._rehearse_or_close()
             try:
@@ -603,7 +610,9 @@ class Trainer:
         training = self._training
         errands.carry_out(self)
         if training.attempt is not None and not training.attempt.closed:
-            raise ConfigurationError("this training has started already")
+            raise ConfigurationError(
+                f"start() in {self.state.value}: this training has started already; go on with advance() or fit()"
+            )
         if self.state is State.DONE:
             raise ConfigurationError(
                 "this training is done; to extend it, build a Trainer that asks for more"
@@ -721,10 +730,9 @@ class Trainer:
         if plan.finished:
             assert plan.run is not None
             if plan.run.path.resolve() in opened_here():
-                warnings.warn(
+                warn(
                     f"{plan.run.id} was trained by another Trainer of this process and is done: nothing is trained "
-                    "and the model gets its weights. If this is another training, give it a name= of its own",
-                    stacklevel=5,
+                    "and the model gets its weights. If this is another training, give it a name= of its own"
                 )
             training.snapshots.begin(self._make_watch())
             training.restore()
@@ -761,7 +769,7 @@ class Trainer:
         assert training.attempt is not None
         for risk in risks(self.model, self.device):
             training.report(risk)
-            warnings.warn(risk, stacklevel=4)
+            warn(risk)
         self._beginning = True
         for hook in self._on_train_begin:
             hook()

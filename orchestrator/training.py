@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from orchestrator.signals import GiveWay, leave
 from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
 from orchestrator.state import SAVEABLE, TrainingState
 from orchestrator.validation import Validation
+from orchestrator.warning import warn
 from orchestrator.work import EvaluationWork, Place, TrainingWork
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.rows import Outcome, Parent
@@ -290,7 +290,7 @@ class Training:
             self.work.situation.halt = True
             self.loop.advance()
         except Exception as second:
-            warnings.warn(f"a hook on HALTED raised {type(second).__name__}: {second}", stacklevel=2)
+            warn(f"a hook on HALTED raised {type(second).__name__}: {second}")
             self.work.note = note
             attempt.record(ARCS.index(Arc(Trigger.HALT, source, State.HALTED)))
             self.loop.stand(State.HALTED)
@@ -303,7 +303,7 @@ class Training:
             self.requests.add_halt(HaltRequest(str(error), save=False, error=error))
         else:
             self.report(str(divergence))
-            warnings.warn(str(divergence), stacklevel=2)
+            warn(str(divergence))
 
     def halting(self) -> bool:
         """Whether a halt is asked for, by anybody or by trouble with the files or the time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import ConfigurationError
+from orchestrator.errors import ConfigurationError, kind_of
 from orchestrator.snapshot.differences import describe
 from orchestrator.snapshot.info import not_superseded, readable
 from orchestrator.snapshot.manifest import MANIFEST
@@ -19,6 +18,7 @@ from orchestrator.snapshot.names import Slot, aliases, buffer_slots, parameter_s
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.snapshot.tensor_file import HeaderError, read_tensors
 from orchestrator.snapshot.tensors import is_uninitialized
+from orchestrator.warning import warn
 from tracking.journal import Journal, Parent
 from tracking.runs import RunFolder, RunNotFound, find_run
 
@@ -160,7 +160,7 @@ def _read(reference: str, root: Path) -> tuple[Source, dict[str, Tensor]]:
         try:
             return _of_checkpoint(info.path)
         except CheckpointDamaged as error:
-            warnings.warn(f"passing over checkpoint {info.name}: {error}", stacklevel=7)
+            warn(f"passing over checkpoint {info.name}: {error}")
     raise ConfigurationError(
         f"init_from={reference!r}: {run.id} has no checkpoint that can be read; expected a run with one, or a file of "
         "weights"
@@ -196,7 +196,7 @@ def _of_file(path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
         found = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not found:
-        held = f"a {type(loaded).__name__}"
+        held = kind_of(loaded)
         if isinstance(loaded, Mapping):
             held = f"the keys {_listed(tuple(map(str, loaded)))}"
         raise ConfigurationError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,11 @@ from torch.optim import Optimizer
 
 from orchestrator import numerics
 from orchestrator.data import BatchStream, Looks, carrying, count_samples, first_samples, to_device
-from orchestrator.errors import ConfigurationError, LossError, NonFiniteError
+from orchestrator.errors import ConfigurationError, LossError, NonFiniteError, kind_of
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
 from orchestrator.policy import Situation
+from orchestrator.warning import warn
 from states.table import State, Trigger
 
 __all__ = ["BatchWork", "EvaluationWork", "Limits", "Place", "TrainingWork", "Window", "supervised"]
@@ -74,7 +74,7 @@ def supervised(loss_fn: Callable[[Any, Any], Any]) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> tuple[Any, Any, Any]:
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-            found = f"a {type(batch).__name__}"
+            found = kind_of(batch)
             if isinstance(batch, Mapping):
                 found += f" with keys {', '.join(map(repr, batch))}"
             elif isinstance(batch, list | tuple):
@@ -90,30 +90,57 @@ def supervised(loss_fn: Callable[[Any, Any], Any]) -> Forward:
     return forward
 
 
-def _read_loss(result: Any, training: bool, where: Callable[[str], str] = str) -> tuple[Tensor, Any, Any]:
-    """(loss, outputs, targets) of what a forward has returned; `where` names it in messages."""
+def _read_loss(
+    result: Any, training: bool, forward: Forward, where: Callable[[str], str] = str
+) -> tuple[Tensor, Any, Any]:
+    """(loss, outputs, targets) of what `forward` has returned; `where` names it in messages."""
     outputs = targets = None
     if isinstance(result, tuple):
         if len(result) != 3:
             raise LossError(
-                f"{where('forward')} returned a tuple of {len(result)}; expected a loss, or (loss, outputs, targets)"
+                f"{_giver(forward, where)} returned a tuple of {len(result)}; expected a loss, or (loss, outputs, "
+                "targets)"
             )
         result, outputs, targets = result
     if not isinstance(result, Tensor):
         raise LossError(
-            f"{where('forward')} returned a {type(result).__name__} as the loss; expected a scalar tensor"
+            f"{_giver(forward, where)} returned {kind_of(result)} as the loss; expected a scalar tensor that the "
+            f"model's outputs lead to{_advice(result)}"
         )
     if result.numel() != 1 or not result.is_floating_point():
         raise LossError(
-            f"{where('forward')} returned a loss of shape {tuple(result.shape)} and type {result.dtype}; expected a "
-            "scalar floating-point tensor: reduce it, for instance with .mean()"
+            f"{_giver(forward, where)} returned a loss of shape {tuple(result.shape)} and type {result.dtype}; "
+            f"expected a scalar floating-point tensor{_advice(result)}"
         )
     if training and not result.requires_grad:
         raise LossError(
-            f"{where('forward')} returned a loss that does not depend on any parameter that requires a gradient; "
-            "expected one: was it detached, computed under torch.no_grad(), or is the whole model frozen?"
+            f"{_giver(forward, where)} returned a loss that does not depend on any parameter that requires a "
+            "gradient; expected one: was it detached, computed under torch.no_grad(), or is the whole model frozen?"
         )
     return result, outputs, targets
+
+
+def _giver(forward: Forward, where: Callable[[str], str]) -> str:
+    """What the user gave that the loss came from: a forward of this file only calls their loss_fn."""
+    return where("loss_fn" if getattr(forward, "__module__", "") == __name__ else "forward")
+
+
+def _advice(loss: Any) -> str:
+    """What to do about a loss that is none."""
+    if loss is None:
+        return ": does it end with a return?"
+    if isinstance(loss, float):
+        return ": leave out .item() or float()"
+    if isinstance(loss, Mapping):
+        return ": return the loss itself, and trainer.log(name, value) the rest"
+    if not isinstance(loss, Tensor):
+        return ""
+    if loss.numel() == 1:
+        return ": compute it from the model's outputs as they are, not from an argmax or a comparison of them"
+    return ": reduce it, for instance with .mean()"
+
+
+_HOW_EMPTY = "is its data set empty, or smaller than one batch with drop_last=True, or used up?"
 
 
 class BatchWork:
@@ -205,7 +232,7 @@ class BatchWork:
                 )
 
     def _tell(self, message: str) -> None:
-        warnings.warn(message, stacklevel=3)
+        warn(message)
 
     def _keep_example(self, batch: Any) -> None:
         self.wants_example = False
@@ -231,8 +258,8 @@ class BatchWork:
         if self.epoch_metrics.wants_outputs:
             if outputs is None:
                 raise ConfigurationError(
-                    f"metrics {', '.join(sorted(self.epoch_metrics.names))} are asked for, but forward returns a loss "
-                    "alone; expected (loss, outputs, targets), from which they are computed"
+                    f"metrics= asks for {', '.join(sorted(self.epoch_metrics.names))}, but forward returns a loss "
+                    "alone; expected (loss, outputs, targets), from which metrics are computed"
                 )
             with torch.no_grad():
                 observed = self.epoch_metrics.observe(
@@ -290,7 +317,7 @@ class EvaluationWork(BatchWork):
         """Model and loss, without gradients."""
         with self._no_grad, self.precision.autocast():
             result = self._forward(self.model, self.data)
-        self._count_loss(*_read_loss(result, training=False), "")
+        self._count_loss(*_read_loss(result, training=False, forward=self._forward), "")
 
     def end_batch(self) -> None:
         """Fold the batch into the pass."""
@@ -300,6 +327,8 @@ class EvaluationWork(BatchWork):
     def end_epoch(self) -> None:
         """The values over the whole loader."""
         self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
+        if not self.place.batches and not self.situation.has_batch:
+            self._tell(f"the {self.stream.role} loader has no batch, so nothing comes of it: {_HOW_EMPTY}")
         self.values = self.epoch_metrics.values()
 
     def finish(self) -> None:
@@ -353,6 +382,7 @@ class TrainingWork(BatchWork):
         self.skipped = False
         self.skips = 0
         """Windows of this epoch that were skipped."""
+        self._tells_of_empty = True
         self.history: list[dict[str, float]] = []
         self.epoch_started = 0.0
         self.validated: dict[str, float] = {}
@@ -429,7 +459,7 @@ class TrainingWork(BatchWork):
                 result = phase.forward(self.model, self.data)
         finally:
             self.computing = False
-        loss, outputs, targets = _read_loss(result, training=True, where=self._named)
+        loss, outputs, targets = _read_loss(result, True, phase.forward, self._named)
         self._count_loss(loss, outputs, targets, phase.name if len(self.phases) > 1 else "")
         self._result = loss
 
@@ -519,6 +549,11 @@ class TrainingWork(BatchWork):
             raise ConfigurationError(
                 "the training loader has no batch, and only max_batches says where to end, which it will never "
                 "reach; expected a loader with batches, or epochs="
+            )
+        if self._tells_of_empty and self.place.batch < 0 and not self.situation.has_batch:
+            self._tells_of_empty = False
+            self._tell(
+                f"the training loader has no batch in epoch {self.place.epoch}, so nothing is trained: {_HOW_EMPTY}"
             )
 
     def finish(self) -> None:

@@ -1,19 +1,25 @@
 """Arguments that cannot be honoured are refused in words, before anything is written."""
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import lr_scheduler
 
 import trainings
 from orchestrator import EMA, Callback, Checkpointing, EarlyStopping, Logging, LRScheduling, MLflow
 from orchestrator.callbacks.gradient_statistics import GradientStatistics
 from orchestrator.callbacks.memory_monitor import MemoryMonitor
-from orchestrator.errors import ConfigurationError
+from orchestrator.data.errors import DataError
+from orchestrator.errors import ConfigurationError, LossError, an
+from tracking.journal import Journal
+from tracking.runs import find_run
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
 CUDA = torch.cuda.device_count()
@@ -31,10 +37,21 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def refused(root: Path, match: str, **options: Any) -> None:
-    with pytest.raises(ConfigurationError, match=match) as found:
+    with pytest.raises((ConfigurationError, DataError), match=match) as found:
         trainings.make(root, **options)
     assert "expected" in str(found.value)
     assert list(root.iterdir()) == []
+
+
+class Accuracy:
+    """A metric as torchmetrics has them."""
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return accuracy(outputs, targets)
+
+
+def sgd() -> torch.optim.SGD:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
 
 
 WRONG: list[tuple[str, Any, str]] = [
@@ -44,7 +61,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("callbacks", "", "callbacks is ''"),
     ("callbacks", EMA(), "callbacks is <.*EMA.*expected a list"),
     ("callbacks", (c for c in [EMA()]), "callbacks is <generator"),
-    ("callbacks", [EMA], "callbacks has <class .*EMA'> in it; expected objects"),
+    ("callbacks", [EMA], "callbacks has the class EMA in it; expected objects"),
     ("callbacks", [EMA()] * 2, "the same EMA twice, so its hooks would run twice"),
     ("callbacks", [Checkpointing()], "has a Checkpointing in it.*pass it as checkpoint="),
     ("callbacks", [Logging()], "has a Logging in it.*pass it as log="),
@@ -54,9 +71,37 @@ WRONG: list[tuple[str, Any, str]] = [
     ("device", torch.device("cuda", CUDA), 'cannot be used here.*"auto", "cpu"'),
     ("track", 3, r"track is 3; expected a tracker such as MLflow\(\), or None"),
     ("track", MLflow, "track is <class"),
+    (
+        "loss_fn",
+        nn.CrossEntropyLoss,
+        r"loss_fn is the class CrossEntropyLoss; .*CrossEntropyLoss\(...\) makes one",
+    ),
+    ("forward", nn.Linear, "forward is the class Linear; expected a function or an object"),
+    (
+        "optimizer",
+        lambda model: torch.optim.SGD,
+        r"optimizer is the class SGD; expected .*AdamW\(model.parameters\(\)\)",
+    ),
+    ("optimizer", "adam", "optimizer is 'adam'; expected a torch.optim optimizer"),
+    ("optimizer", [sgd()], r"optimizer is a list of an SGD; .*a list of Phase\(name, optimizer, forward\)"),
+    (
+        "train_loader",
+        trainings.data(),
+        r"training data is a TensorDataset; .*: DataLoader\(dataset, batch_size=32\)",
+    ),
+    ("train_loader", 3, "the training data is an int; expected a torch DataLoader"),
+    ("train_loader", iter([]), "a list_iterator, an iterator, which can be gone through but once"),
+    (
+        "val_loader",
+        [trainings.loader()],
+        "val_loader is a list with DataLoaders in it; .* a dict that names them",
+    ),
+    ("log", "console", r"log is 'console'; expected a Logging, such as Logging\(\), or None"),
+    ("metrics", [accuracy], 'expected a dict from name to metric, such as {"accuracy": metric}'),
+    ("metrics", {"acc": Accuracy}, "metric 'acc' is the class Accuracy; expected a function or an object"),
     ("metrics", {1: accuracy}, "a metric is named 1; expected a string"),
     ("metrics", {"": accuracy}, "a metric is named ''; expected a string"),
-    ("scheduler", 3, "scheduler=, was given a int"),
+    ("scheduler", 3, "scheduler=, was given an int"),
     ("scheduler", lr_scheduler.StepLR, "was given the class StepLR; expected a scheduler object"),
     ("deterministic", "no", "deterministic is 'no'; expected True or False"),
     ("deterministic", 1, "deterministic is 1"),
@@ -207,3 +252,129 @@ def test_a_callback_of_the_users_may_log_what_is_watched(tmp_path: Path) -> None
 def test_logging_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="expected"):
         Logging(**options)
+
+
+cross_entropy = nn.functional.cross_entropy
+
+LOSSES: list[tuple[str, Callable[..., Any], str]] = [
+    # what gives it, what it gives, what the message says
+    (
+        "loss_fn",
+        lambda outputs, targets: None,
+        "loss_fn returned None as the loss; .*: does it end with a return",
+    ),
+    ("loss_fn", lambda outputs, targets: 0.5, r"loss_fn returned a float as the loss; .*leave out .item\(\)"),
+    (
+        "loss_fn",
+        nn.CrossEntropyLoss(reduction="none"),
+        r"loss_fn returned a loss of shape \(8,\).*with .mean\(\)",
+    ),
+    (
+        "loss_fn",
+        lambda outputs, targets: outputs.argmax(),
+        r"shape \(\) and type torch.int64; .*not from an argmax",
+    ),
+    (
+        "loss_fn",
+        lambda outputs, targets: cross_entropy(outputs, targets).detach(),
+        "loss_fn .*: was it detached",
+    ),
+    (
+        "forward",
+        lambda model, batch: {"loss": model(batch[0]).sum()},
+        "forward returned a dict .*trainer.log",
+    ),
+    (
+        "forward",
+        lambda model, batch: (model(batch[0]).sum(), 1),
+        "forward returned a tuple of 2; expected a loss, or",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "function", "match"), LOSSES)
+def test_what_is_no_loss(argument: str, function: Callable[..., Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(LossError, match=match) as found:
+        trainings.make(tmp_path, **{argument: function}).fit()
+    assert "expected" in str(found.value)
+
+
+def test_a_loss_of_a_validation_that_is_none(tmp_path: Path) -> None:
+    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> Any:
+        return cross_entropy(outputs, targets) if torch.is_grad_enabled() else None
+
+    with pytest.raises(LossError, match="loss_fn returned None as the loss"):
+        trainings.make(tmp_path, loss_fn=loss_fn, val_loader=trainings.loader()).fit()
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [(3, "an int"), ({"x": 1}, "a dict with keys 'x'"), ((1, 2, 3), "a tuple of length 3")],
+)
+def test_a_batch_that_is_no_pair(batch: Any, found: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"the loader yields {found}; .* pass forward="):
+        trainings.make(tmp_path, train_loader=[batch]).fit()
+
+
+def test_a_training_loader_that_is_empty(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="the training loader has no batch in epoch 0, so nothing is trained"
+    ) as told:
+        result = trainings.make(tmp_path, train_loader=[], val_loader=[]).fit()
+    assert sum("training loader" in str(one.message) for one in told) == 1  # of three epochs
+    assert any("the val loader has no batch" in str(one.message) for one in told)
+    with Journal.open(find_run(result.run)) as journal:
+        assert any("nothing is trained" in record.message for record in journal.logs())
+
+
+def test_ending_an_epoch_before_its_first_batch_is_not_taken_for_an_empty_loader(tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path)
+    trainer.after("begin_epoch")(lambda: trainer.stop("enough"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.fit()
+    assert trainer.batch == -1
+
+
+def test_a_hook_that_cannot_be_called(tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path)
+    for register in (trainer.before("step"), trainer.after("step"), trainer.on("DONE")):
+        with pytest.raises(
+            ConfigurationError, match="a hook is 3; expected a function that takes no argument"
+        ):
+            register(3)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", [3, "", None])
+def test_logging_by_what_is_no_name(name: Any, tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path)
+    trainer.after("forward")(lambda: trainer.log(name, 1.0))
+    with pytest.raises(ConfigurationError, match=r"log\(.*\): expected a name, a string"):
+        trainer.fit()
+
+
+def test_resuming_from_a_file_of_weights(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    torch.save(trainings.network().state_dict(), file)
+    with pytest.raises(ConfigurationError, match=r"weights.pt', a file; expected .*init_from="):
+        trainings.make(tmp_path).fit(resume=file)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("by", ["fit", "advance", "hook"])
+def test_a_warning_points_at_the_users_line(by: str, tmp_path: Path) -> None:
+    """However many frames of ours lie between: here an empty batch, and a scheduler that ends too early."""
+    empty = (torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))
+    trainer = trainings.make(tmp_path, train_loader=[empty])
+    if by == "hook":  # a hook of the user's that leads to one is nearer than `fit`
+        trainer.before("fetch")(lambda: trainer._training.work._tell("batch 7 is empty"))
+    go = partial(trainer.advance, "BATCH_END") if by == "advance" else trainer.fit
+    with pytest.warns(UserWarning, match="is empty") as told:
+        go()
+    trainer.close()
+    assert {one.filename for one in told} == {__file__}
+
+
+def test_articles() -> None:
+    nouns = ("int", "SGD", "ndarray", "UNet", "Tensor", "EMA", "NAdam", "ReLU", "Adam", "x")
+    assert [an(noun).split()[0] for noun in nouns] == ["an", "an", "an", "a", "a", "an", "an", "a", "an", "a"]

@@ -290,7 +290,7 @@ def test_scheduling_refuses(tmp_path: Path) -> None:
         LRScheduling(step, monitor="loss")
     with pytest.raises(ConfigurationError, match="'step'"):
         LRScheduling(step, every="step")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="given a SGD"):
+    with pytest.raises(ConfigurationError, match="given an SGD"):
         LRScheduling(optimizer)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="does not have"):
         _Training(tmp_path).trainer(LRScheduling(step))

@@ -55,6 +55,7 @@ def admin(server: MLflowServer, what: str, **values: str) -> dict[str, Any]:
     ("uri", "said"),
     [
         ("http://", "names no host"),
+        pytest.param("localhost:5000", "a host and a port without the http://", marks=pytest.mark.long),
         pytest.param("http://host:port/", "Port could not be cast", marks=pytest.mark.long),
         pytest.param("sqlite:///:memory:", "gone with the process", marks=pytest.mark.long),
         pytest.param("http://[::1", "Invalid IPv6 URL", marks=pytest.mark.long),

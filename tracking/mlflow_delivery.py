@@ -588,6 +588,8 @@ def _check_uri(uri: str) -> None:
         parts = urlsplit(uri)
         no_host = parts.scheme in ("http", "https") and not parts.hostname
         wrong = "it names no host" if no_host else ""
+        if parts.scheme and not parts.netloc and parts.path.rstrip("/").isdigit():
+            wrong = "a host and a port without the http:// before them"
         _ = parts.port
     except ValueError as error:
         wrong = str(error)

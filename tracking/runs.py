@@ -194,7 +194,9 @@ def _writable(root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RootError(f"root {root}: cannot be made ({error}); expected a folder for runs") from error
+        raise RootError(
+            f"root {root}: cannot be made ({error}); expected a folder for runs: choose another root"
+        ) from error
     if not os.access(root, os.W_OK | os.X_OK):
         raise RootError(
             f"root {root}: found a folder that cannot be written; choose another root, or its mode"

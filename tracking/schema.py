@@ -349,7 +349,10 @@ def explained(path: Path, error: sqlite3.Error) -> JournalError:
     if "no such table" in text or (
         isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
     ):
-        return JournalDamagedError(f"{path}: found a file that is no journal, or a damaged one ({text})")
+        return JournalDamagedError(
+            f"{path}: found a file that is no journal, or a damaged one ({text}); "
+            "put back a copy of it, or begin a new run of another name"
+        )
     return JournalError(
         f"{path}: cannot open the journal ({text}); is the folder readable, and the disk not full?"
     )

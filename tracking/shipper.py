@@ -163,7 +163,10 @@ def sync(
         _write_target(run, tracker)
     target = _read_target(run)
     if target is None:
-        raise NotTrackedError(f"{run.id}: found a run made with track=None; name a tracker to deliver it")
+        raise NotTrackedError(
+            f"{run.id}: found a run made with track=None; expected one with a tracker. To deliver it all the "
+            "same: tracking.shipper.sync(run, tracker=MLflow())"
+        )
     before = _sent(run)
     folder = target.folder if os.path.isdir(target.folder) else str(run.path)
     with (run.path / "shipper.log").open("ab") as log:
@@ -342,7 +345,7 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
                 if over and not roads.values.down:
                     # Files may be left; the status is the truth all the same.
                     roads.values.call(shipment.conclude, attempt)
-                _say_what_is_left(run, shipment, outbox)
+                _say_what_is_left(run, shipment, outbox, roads.trouble)
                 return False
             if watch.replaced:
                 _notice("another shipper has been started for this run; leaving the rest to it")
@@ -409,11 +412,11 @@ class _Roads:
         return [line.down_since for line in (self.values, self._files) if line.down_since is not None]
 
 
-def _say_what_is_left(run: RunFolder, shipment: "Shipment", outbox: Outbox) -> None:
+def _say_what_is_left(run: RunFolder, shipment: "Shipment", outbox: Outbox, trouble: str) -> None:
     left = shipment.waiting()
-    text = (
-        f"the server could not be reached for too long; {left.points} points and {len(left.artifacts)} artifacts are "
-        f"left. Deliver them with: interlock sync {run.id}"
+    text = mask_text(
+        f"the server could not be reached for too long ({trouble}); {left.points} points and {len(left.artifacts)} "
+        f"artifacts are left. See to that, then deliver them with: interlock sync {run.id}"
     )
     outbox.note(trouble=text)
     _notice(text)

@@ -80,7 +80,7 @@ class Checkpointing(Callback):
             ("keep_every_epochs", keep_every_epochs),
         ):
             check_whole(f"Checkpointing: {name}", value, optional=True)
-        check_positive("Checkpointing: every_seconds", every_seconds, optional=True)
+        check_positive("Checkpointing: every_seconds", every_seconds, unit="seconds", optional=True)
         if overhead is not None:
             _check_overhead(overhead, every_batches=every_batches, every_seconds=every_seconds)
         self.every_batches = every_batches

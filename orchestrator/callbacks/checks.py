@@ -24,13 +24,16 @@ def check_whole(name: str, value: Any, *, least: int = 1, unit: str = "", option
         )
 
 
-def check_positive(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise ConfigurationError unless `value` is an int or float above 0 and finite, or None if `optional`."""
+def check_positive(name: str, value: Any, *, unit: str = "", optional: bool = False) -> None:
+    """Raise ConfigurationError unless `value` is an int or float above 0 and finite, or None if `optional`.
+
+    `unit` is what is measured, for the message.
+    """
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigurationError(
-            f"{name} is {value!r}; expected a positive, finite number{_or_none(optional)}"
+            f"{name} is {value!r}; expected a positive, finite number{unit and f' of {unit}'}{_or_none(optional)}"
         )
 
 

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from orchestrator.callbacks.base import Callback
 from orchestrator.callbacks.watched import Watched
-from orchestrator.errors import ConfigurationError
+from orchestrator.errors import ConfigurationError, kind_of
 from orchestrator.snapshot.capture import capture_scheduler, restore_scheduler
+from orchestrator.warning import warn
 from states.table import Trigger
 
 if TYPE_CHECKING:
@@ -45,11 +46,8 @@ class LRScheduling(Callback):
         if every not in ("epoch", "batch"):
             raise ConfigurationError(f'every is {every!r}; expected "epoch" or "batch"')
         if not isinstance(getattr(scheduler, "optimizer", None), Optimizer):
-            found = f"a {type(scheduler).__name__}"
-            if isinstance(scheduler, type):
-                found = f"the class {getattr(scheduler, '__name__', scheduler)}"
             raise ConfigurationError(
-                f"LRScheduling, or scheduler=, was given {found}; expected a scheduler object of "
+                f"LRScheduling, or scheduler=, was given {kind_of(scheduler)}; expected a scheduler object of "
                 "torch.optim.lr_scheduler, such as StepLR(optimizer, 10), made for the optimizer of the trainer"
             )
         if monitor is not None and not isinstance(monitor, str):
@@ -83,7 +81,7 @@ class LRScheduling(Callback):
         self._phases = {phase.name for phase in trainer.phases if phase.optimizer is optimizer}
         if not self._phases:
             raise ConfigurationError(
-                f"the {type(self.scheduler).__name__} schedules a {type(optimizer).__name__} that this trainer "
+                f"the {type(self.scheduler).__name__} schedules {kind_of(optimizer)} that this trainer "
                 "does not have; make the scheduler for the optimizer that the trainer is given"
             )
         for group in optimizer.param_groups:
@@ -105,11 +103,10 @@ class LRScheduling(Callback):
         total: int = scheduler.total_steps  # type: ignore[attr-defined]
         needed = scheduler.last_epoch + self._steps_left()
         if needed > total:
-            warnings.warn(
+            warn(
                 f"{type(scheduler).__name__} has {total} steps, {scheduler.last_epoch} of them done, and the training "
                 f"comes to {needed}: the step after the last raises an error. Construct it with total_steps={needed}; "
-                "to resume with that, say override={'total_steps'}",
-                stacklevel=2,
+                "to resume with that, say override={'total_steps'}"
             )
 
     def _steps_left(self) -> int:

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 
 import click
 
@@ -93,6 +93,16 @@ def log(
         found = reading.all() if tail is None else reading.last(tail)
         if follow:
             found = reading.and_on(found)
+        elif {state, epoch, scope, attempt} != {
+            None
+        }:  # a log that is empty since nothing has begun is no mistake
+            first = list(islice(found, 1))
+            found = chain(first, found)
+            if not first:
+                click.echo(
+                    f"{run.id} has no such transition; `interlock show {run.id}` says how far it goes",
+                    err=True,
+                )
         _write(map(to_json, found) if as_json else _lines(found), lines_at_once=1 if follow else 1000)
         if follow and read_life(run, journal).died:
             click.echo(f"the process died; `interlock check {run.id}` writes down its end", err=True)

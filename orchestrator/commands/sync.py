@@ -102,8 +102,10 @@ def _progress(run: RunFolder, line: str) -> None:
 
 def _report(report: SyncReport) -> Iterator[str]:
     delivered = in_words(report.points_delivered, report.artifacts_delivered)
-    yield f"delivered {delivered}" if delivered else "nothing was left to deliver"
-    if report.points_left or report.artifacts_left:
+    left = report.points_left or report.artifacts_left
+    nothing = "nothing was delivered" if left else "nothing was left to deliver"
+    yield f"delivered {delivered}" if delivered else nothing
+    if left:
         yield f"left: {in_words(report.points_left, len(report.artifacts_left))}"
     if report.trouble:
         yield click.style(report.trouble, fg="red")

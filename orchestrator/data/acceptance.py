@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, IterDataPipe
+from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe
 
 from orchestrator.data.errors import DataError
 from orchestrator.data.order import index_sampler
+from orchestrator.errors import kind_of
 
 __all__ = ["check_loader"]
 
@@ -16,10 +17,11 @@ def check_loader(loader: Any, role: str) -> None:
     """Raise DataError if the batches of `loader` cannot be addressed."""
     if not isinstance(loader, DataLoader):
         once = hasattr(loader, "__next__")
-        found = "an iterator, which can be gone through but once" if once else "no such thing"
+        found = ", an iterator, which can be gone through but once" if once else ""
+        advice = ": DataLoader(dataset, batch_size=32)" if isinstance(loader, Dataset) else ""
         raise DataError(
-            f"the {role} data is a {type(loader).__name__}, {found}; expected a torch DataLoader, or a list or tuple "
-            "of batches"
+            f"the {role} data is {kind_of(loader)}{found}; expected a torch DataLoader, or a list or tuple of "
+            f"batches{advice}"
         )
     if not getattr(loader, "in_order", True):
         raise DataError(
@@ -28,7 +30,7 @@ def check_loader(loader: Any, role: str) -> None:
     overridden = [name for name in _ITERATION if not _is_known(_definer(type(loader), name))]
     if overridden:
         raise DataError(
-            f"the {role} loader is a {type(loader).__name__}, which overrides {', '.join(overridden)}; expected the "
+            f"the {role} loader is {kind_of(loader)}, which overrides {', '.join(overridden)}; expected the "
             "iteration of torch's DataLoader: build a DataLoader, and put the change into its sampler or collate "
             "function"
         )
@@ -40,14 +42,14 @@ def check_loader(loader: Any, role: str) -> None:
     if isinstance(loader.dataset, IterableDataset):
         if isinstance(loader.dataset, IterDataPipe):
             raise DataError(
-                f"the {role} loader reads a {type(loader.dataset).__name__}, a data pipe; expected a data set of "
+                f"the {role} loader reads {kind_of(loader.dataset)}, a data pipe; expected a data set of "
                 "torch.utils.data: make an IterableDataset that gives the pipe's items"
             )
         return
     for sampler in (index_sampler(loader), loader.sampler):
         if hasattr(sampler, "__next__"):
             raise DataError(
-                f"the sampler of the {role} loader is a {type(sampler).__name__}, an iterator that can be gone "
+                f"the sampler of the {role} loader is {kind_of(sampler)}, an iterator that can be gone "
                 "through but once; expected one that starts anew each epoch: a list, or an object with __iter__"
             )
 

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import struct
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from orchestrator.data.generators import find_generators, get_state, seed_genera
 from orchestrator.data.loading import BatchMaker, rebuilt
 from orchestrator.data.order import Task, index_sampler
 from orchestrator.data.randomness import put_globals, seed_globals, take_globals
+from orchestrator.warning import warn
 
 __all__ = ["compare_fingerprints", "fingerprint_iterable", "fingerprint_loader", "fingerprint_sequence"]
 
@@ -254,11 +254,10 @@ def _end_digests(
 
 
 def _warn_of_unstable(role: str) -> None:
-    warnings.warn(
+    warn(
         f"{role} data: an item of the data set was not the same when read twice with all known generators seeded "
         "alike, so a resumed run will not be exact; let it draw from torch, random, np.random, or a generator made "
-        "in its __init__",
-        stacklevel=5,
+        "in its __init__"
     )
 
 

@@ -4,7 +4,6 @@ import functools
 import random
 import sys
 import types
-import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 
 from orchestrator.data.randomness import mixed
+from orchestrator.errors import kind_of
+from orchestrator.warning import warn
 
 __all__ = [
     "Found",
@@ -88,19 +89,17 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
     return found
 
 
-def warn_of_unseeded(found: Found, role: str, stacklevel: int) -> None:
+def warn_of_unseeded(found: Found, role: str) -> None:
     """Say what of the data of `role` is not reproducible, if anything."""
     for path, generator in found.unseedable.items():
-        warnings.warn(
-            f"{role} data: {path}, a {type(generator).__name__}, cannot be seeded, so what it draws is not "
-            "reproducible and a resumed run will not be exact; use random.Random or np.random.default_rng instead",
-            stacklevel=stacklevel + 1,
+        warn(
+            f"{role} data: {path}, {kind_of(generator)}, cannot be seeded, so what it draws is not "
+            "reproducible and a resumed run will not be exact; use random.Random or np.random.default_rng instead"
         )
     if not found.complete:
-        warnings.warn(
+        warn(
             f"{role} data: the data set is too large a graph of objects to be searched for generators to its end; "
-            "one that was not found is not seeded, and a resumed run may then not be exact",
-            stacklevel=stacklevel + 1,
+            "one that was not found is not seeded, and a resumed run may then not be exact"
         )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pickle
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +29,8 @@ from orchestrator.data.generators import (
 from orchestrator.data.loading import can_pin, close_at_exit, end_workers, outlived_sigterm, rebuilt
 from orchestrator.data.order import draw_base_seed, length_of
 from orchestrator.data.randomness import mixed, put_globals, seed_globals, take_globals
+from orchestrator.errors import kind_of
+from orchestrator.warning import warn
 
 __all__ = ["IterableSource"]
 
@@ -434,19 +435,16 @@ class IterableSource:
         """As `_open`, saying what it costs where batches must be loaded again."""
         again, started = stand.loaded_again(), time.perf_counter()
         if again:
-            warnings.warn(
+            warn(
                 f"{self._role} data: {again} batches of epoch {epoch} are loaded again and thrown away to go on where "
-                f"it stood, since {type(self._loader.dataset).__name__} has no state_dict and load_state_dict",
-                stacklevel=6,
+                f"it stood, since {type(self._loader.dataset).__name__} has no state_dict and load_state_dict"
             )
         self._open(base_seed, stand)
         if isinstance(self._ahead, DataError):
             raise self._ahead
         if again:
             seconds = time.perf_counter() - started
-            warnings.warn(
-                f"{self._role} data: loading {again} batches again took {seconds:.1f} s", stacklevel=6
-            )
+            warn(f"{self._role} data: loading {again} batches again took {seconds:.1f} s")
 
     def _start_workers(self, base_seed: int, stand: Stand) -> None:
         generator = torch.Generator().manual_seed(base_seed)
@@ -512,19 +510,17 @@ class IterableSource:
             put_globals(main)
 
     def _warn(self) -> None:
-        warn_of_unseeded(self._recipe.find_generators(), self._role, stacklevel=5)
+        warn_of_unseeded(self._recipe.find_generators(), self._role)
         dataset = self._loader.dataset
         if not _is_stateful(dataset):
             for path, item in self._consumed.items():
                 if item is not dataset:
-                    warnings.warn(
-                        f"{self._role} data: {path}, a {type(item).__name__}, is used up by reading, so that a resumed "
-                        "run is exact only in its first epoch and in a new process; make it in the data set's __iter__",
-                        stacklevel=5,
+                    warn(
+                        f"{self._role} data: {path}, {kind_of(item)}, is used up by reading, so that a resumed "
+                        "run is exact only in its first epoch and in a new process; make it in the data set's __iter__"
                     )
         if self._loader.persistent_workers:
-            warnings.warn(
+            warn(
                 f"{self._role} data: persistent_workers=True is not kept for an iterable data set: its workers start "
-                "anew each epoch, or a resumed run would not be exact; leave it out",
-                stacklevel=5,
+                "anew each epoch, or a resumed run would not be exact; leave it out"
             )

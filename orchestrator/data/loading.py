@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import os
 import signal
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import util as multiprocessing_util
@@ -34,6 +33,7 @@ from orchestrator.data.generators import (
 )
 from orchestrator.data.order import Order, Task
 from orchestrator.data.randomness import put_globals, seed_globals, take_globals
+from orchestrator.warning import warn
 
 __all__ = [
     "BatchMaker",
@@ -128,11 +128,10 @@ class BatchMaker(Dataset[Any]):
         owned = self.find_generators().seedable
         if self._walks == 1:
             for path in owned.keys() - self._owned.keys():
-                warnings.warn(
+                warn(
                     f"{self._role} data: the generator {path} was made while a batch was made, so what "
                     "it drew for that "
-                    "batch is not reproducible; make it in the data set's __init__",
-                    stacklevel=2,
+                    "batch is not reproducible; make it in the data set's __init__"
                 )
         self._owned = owned
         self._walks += 1
@@ -340,9 +339,7 @@ def can_pin() -> bool:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type != "mps":
         return True
-    warnings.warn(
-        "pin_memory=True, but there is no accelerator that it is of use for; nothing is pinned", stacklevel=4
-    )
+    warn("pin_memory=True, but there is no accelerator that it is of use for; nothing is pinned")
     return False
 
 

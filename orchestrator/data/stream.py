@@ -339,7 +339,7 @@ class _LoaderSource:
         self._order = Order(loader)
         self._maker = BatchMaker(loader, role)
         self._loading = Loading(loader, self._order, self._maker)
-        warn_of_unseeded(self._maker.find_generators(), role, stacklevel=4)
+        warn_of_unseeded(self._maker.find_generators(), role)
 
     @property
     def looks_ahead(self) -> bool:

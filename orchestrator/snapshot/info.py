@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.snapshot.storage import CheckpointDamaged, list_checkpoints, read_manifest
+from orchestrator.warning import warn
 from states.table import State
 
 __all__ = ["BEFORE_THE_END", "BRANCH", "CUT_SHORT", "CheckpointInfo", "info_of", "not_superseded", "readable"]
@@ -68,7 +68,7 @@ def readable(parent: Path) -> list[CheckpointInfo]:
         try:
             infos.append(info_of(path))
         except (CheckpointDamaged, KeyError) as error:
-            warnings.warn(f"passing over checkpoint {path.name}: {error}", stacklevel=3)
+            warn(f"passing over checkpoint {path.name}: {error}")
     return infos
 
 

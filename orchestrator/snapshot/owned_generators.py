@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from orchestrator.data.generators import find_generators, get_state, set_state
+from orchestrator.warning import warn
 
 __all__ = ["OwnedGenerators"]
 
@@ -45,8 +45,7 @@ class OwnedGenerators:
             if path in self._found:
                 set_state(self._found[path], state)
             else:
-                warnings.warn(
+                warn(
                     f"the checkpoint has the state of a random generator {path}, which is not there: what it draws "
-                    "will differ; make it before the training begins, in __init__ rather than in forward",
-                    stacklevel=2,
+                    "will differ; make it before the training begins, in __init__ rather than in forward"
                 )

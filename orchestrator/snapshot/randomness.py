@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+
+from orchestrator.warning import warn
 
 __all__ = ["capture_random", "restore_random"]
 
@@ -60,10 +61,9 @@ def restore_random(tree: Mapping[str, Any]) -> None:
         if _is_there(device):
             _module_of(device).set_rng_state(state, device)
         else:
-            warnings.warn(
+            warn(
                 f"the random state of {name} cannot be restored, this machine has no such device; "
-                "what draws from its generator (dropout) will differ",
-                stacklevel=2,
+                "what draws from its generator (dropout) will differ"
             )
 
 

@@ -25,6 +25,7 @@ from orchestrator.callbacks.logs.sinks import (
 )
 from orchestrator.callbacks.watched import Watched, direction_of
 from orchestrator.errors import ConfigurationError
+from orchestrator.warning import warn
 from states.table import State, Trigger
 from tracking.forks import forget_in_children
 
@@ -318,10 +319,9 @@ class Logging(Callback):
         known = {**metrics, **self.trainer.metrics}
         missing = [name for name in self.metrics if name not in known]
         if missing:
-            warnings.warn(
+            warn(
                 f"Logging(metrics=...) names {', '.join(missing)}, which is not among the metrics: "
-                f"{', '.join(sorted(known))}",
-                stacklevel=2,
+                f"{', '.join(sorted(known))}"
             )
 
     # -- what is logged to ---------------------------------------------------------------------------

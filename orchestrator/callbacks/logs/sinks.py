@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
 from orchestrator.callbacks.logs.record import LogRecord
+from orchestrator.warning import warn
 
 __all__ = ["FileLog", "FunctionSink", "PlainConsole", "Sink", "live_wanted"]
 
@@ -82,7 +82,7 @@ class FileLog:
             self._give_up(failure)
 
     def _give_up(self, error: OSError) -> None:
-        warnings.warn(f"nothing more is logged to {self._path}: {error}", stacklevel=2)
+        warn(f"nothing more is logged to {self._path}: {error}")
 
     def close(self) -> None:
         """Close the file."""
