@@ -33,6 +33,7 @@ PARTS = {
     "Orchestration alone, instructions": ["instructions.py"],
     "Orchestration alone, part by part": ["parts.py"],
     "Real training": ["training.py", "--rounds", "3"],
+    "Real training, instructions": ["instructions.py", "--training", "--batches", "300", "--rounds", "1"],
     "Real training, 5 ms a step": [
         "training.py",
         *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "3"),
