@@ -157,6 +157,7 @@ def test_a_sound_run(tmp_path: Path) -> None:
     assert "every hash holds" in found["checkpoints"]["found"]
 
 
+@pytest.mark.long
 def test_a_process_that_is_stopped_and_one_that_is_killed(tmp_path: Path) -> None:
     with waiting(tmp_path) as (child, run):
         assert doctor(run.path, code=0)["process"]["severity"] == "fine"

@@ -213,6 +213,7 @@ def test_another_training_than_the_recorded_one_is_said(do: Any, tmp_path: Path)
 # -- blame --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_blame_in_a_real_process(run: RunFolder) -> None:
     before = recorded(run)
     with process("-m", "orchestrator.cli", "blame", run.path) as child:

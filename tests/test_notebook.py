@@ -31,6 +31,7 @@ def execute(folder: Path, *cells: str) -> list[list[Any]]:
     return [cell.outputs for cell in notebook.cells[1:]]
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("notebook")
 def test_a_training_is_shown_below_its_cell_and_can_be_stepped_through(tmp_path: Path) -> None:
     stepped, fitted, interrupted = execute(

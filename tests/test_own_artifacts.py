@@ -164,6 +164,7 @@ def test_where_no_attempt_is_under_way(tmp_path: Path) -> None:
 # -- delivering ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_each_version_is_delivered_once(run: RunFolder, store: Database) -> None:
     training = Training(run)
     training.batch()
@@ -195,6 +196,7 @@ def test_they_are_waiting_until_they_are_there(run: RunFolder, store: Database) 
     assert status(run).artifacts_waiting == ()
 
 
+@pytest.mark.long
 def test_an_outbox_that_an_older_interlock_left(run: RunFolder, store: Database) -> None:
     trained(run)
     sync(run, tracker=MLflow(store.uri))

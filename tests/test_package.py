@@ -55,6 +55,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.long
 def test_every_file_of_the_packages_is_installed(installed: Path) -> None:
     def files(root: Path) -> set[Path]:
         found = (path.relative_to(root) for name in PACKAGES for path in (root / name).rglob("*"))
@@ -63,6 +64,7 @@ def test_every_file_of_the_packages_is_installed(installed: Path) -> None:
     assert files(installed) == files(HERE)
 
 
+@pytest.mark.long
 def test_a_typed_script_runs_on_it(installed: Path, tmp_path: Path) -> None:
     shutil.copy(HERE / "tests" / "typed_user.py", tmp_path)
     script = (

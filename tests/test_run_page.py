@@ -24,6 +24,8 @@ from tracking.runs import RunFolder, list_runs
 from tracking.shipper import status
 from tracking.source import Source, source_of
 
+pytestmark = pytest.mark.long  # a training and all that is delivered of it; CI runs it by itself
+
 SECRET = "correct-horse-battery"
 SCRIPT = f"""
 import torch, trainings
@@ -35,6 +37,7 @@ trainer = trainings.make(
     "runs", epochs=1, val_loader=held_out, track=MLflow("sqlite:///mlflow.db"),
     config={{"data": {{"path": "x", "api_key": "{SECRET}"}}, "max_tokens": 512, "long": "y" * 7000}},
 )
+
 @trainer.after(Trigger.STEP)
 def stumble():
     trainer.note("reading from https://ann:{SECRET}@host/data")

@@ -293,6 +293,7 @@ def known(checkpoint: Path) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_the_choice_is_told_and_kept(tmp_path: Path) -> None:
     """However long that takes: how many batches a write lasts is the disk's affair."""
     messages: list[str] = []
@@ -311,6 +312,7 @@ def test_the_choice_is_told_and_kept(tmp_path: Path) -> None:
         assert messages[0] in [log.message for log in journal.logs()]
 
 
+@pytest.mark.long
 def test_it_can_be_turned_on_and_off_between_attempts(tmp_path: Path) -> None:
     settings = [
         Checkpointing(overhead=0.2),
