@@ -182,7 +182,8 @@ def _missing(found: Checkpoint, there: Collection[str], life: Life) -> Finding:
         attempt.attempt >= found.attempt and attempt.outcome in (None, "died") for attempt in life.attempts
     )
     if killed and any(name > found.name for name in there):  # only then retention removes anything
-        return Finding("checkpoints", f"{found.name} is gone: removed just before a kill, it seems")
+        why = "retention has just removed it" if life.running else "removed just before a kill, it seems"
+        return Finding("checkpoints", f"{found.name} is gone: {why}")
     return Finding(
         "checkpoints",
         f"{found.name} is missing, and the journal does not say that it was removed",
