@@ -11,6 +11,7 @@ from typing import Any
 from orchestrator import late, recovery
 from orchestrator.attempt import Attempt
 from orchestrator.configuration import Settings
+from orchestrator.data.batches import described
 from orchestrator.divergence import Divergence, DivergenceError, Expected
 from orchestrator.errors import NonFiniteError
 from orchestrator.evaluation import Evaluation
@@ -23,7 +24,8 @@ from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
 from orchestrator.state import SAVEABLE, TrainingState
 from orchestrator.validation import Validation
 from orchestrator.warning import warn
-from orchestrator.work import EvaluationWork, Place, TrainingWork
+from orchestrator.work import BatchWork, EvaluationWork, Place, TrainingWork
+from states.errors import InterlockError
 from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.rows import Outcome, Parent
 
@@ -156,11 +158,32 @@ class Training:
             self.loop.stand(self.attempt.state if self.attempt else self.state)
         except BaseException as error:
             left = self._excused(error)
+            if left is error and isinstance(error, Exception) and not isinstance(error, InterlockError):
+                with contextlib.suppress(Exception):  # what it tells of may be what is broken
+                    error.add_note(self._told())
             self.fail(left)
             if left is error:
                 raise
             raise left from error
         return True
+
+    def _told(self) -> str:
+        """For whoever reads a traceback: in what it was raised, and with which batch."""
+        evaluation = self.validation.under_way
+        work: BatchWork = self.work if evaluation is None else evaluation.work
+        place, trigger = work.place, next_trigger(work.situation)
+        what = "" if trigger is None else trigger.value
+        if evaluation is None and (self.attempt is None or self.attempt.state is not self.state):
+            what = f"a hook in {self.state.value}"
+        told = f"raised in {what}, epoch {place.epoch}"
+        if evaluation is not None:
+            told += f", validating {evaluation.name!r}"
+        of_epoch = what in (Trigger.BEGIN_EPOCH.value, Trigger.END_EPOCH.value)
+        if of_epoch or place.batch < 0 or self.state in (State.EPOCH_START, State.EPOCH_END):
+            return told
+        if what == Trigger.FETCH.value:
+            return f"{told}, after batch {place.batch}"
+        return f"{told}, batch {place.batch}, which has {described(work.data)}"
 
     def _look_up(self) -> None:
         """Between two transitions: carry out what was asked for during the last."""

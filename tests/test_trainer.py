@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import trainings
 from orchestrator import (
@@ -610,3 +611,45 @@ def test_names_that_there_are_not(call: Callable[[Trainer], object], message: st
         call(trainer)
     assert trainer.batches == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("forward", "raised in forward, epoch 0, batch 2, which has [float32 [8, 4], int64 [8]]"),
+        ("hook", "raised in a hook in BACKWARD, epoch 0, batch 2, which has [float32 [8, 4], int64 [8]]"),
+        ("data", "raised in fetch, epoch 0, after batch 1"),
+        (
+            "validation",
+            "raised in forward, epoch 0, validating 'val', batch 1, which has [float32 [8, 4], int64 [8]]",
+        ),
+        ("epoch", "raised in a hook in EPOCH_END, epoch 0"),
+    ],
+)
+def test_what_is_raised_says_where_and_with_which_batch(where: str, told: str, tmp_path: Path) -> None:
+    class Data(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            return 1 / 0 if where == "data" and index == 16 else super().__getitem__(index)
+
+    inputs, targets = torch.randn(40, 4), torch.randint(3, (40,))
+    calls = {True: 0, False: 0}
+
+    class Model(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            calls[self.training] += 1
+            wrong = (where == "forward" and calls[True] == 3) or (where == "validation" and calls[False] == 2)
+            return super().forward(inputs) * (1 if not wrong else None)  # type: ignore[operator]
+
+    model = Model(4, 3)
+    loader = DataLoader(Data(inputs, targets), batch_size=8)
+    val_loader = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = Trainer(
+        model, optimizer, lambda outputs, targets: outputs.sum(), loader, val_loader,
+        epochs=1, log=None, track=None, root=tmp_path,
+    )  # fmt: skip
+    trainer.after("backward")(lambda: 1 / 0 if where == "hook" and trainer.batch == 2 else None)
+    trainer.after("end_epoch")(lambda: 1 / 0 if where == "epoch" else None)
+    with pytest.raises((ZeroDivisionError, TypeError)) as raised:
+        trainer.fit()
+    assert raised.value.__notes__ == [told]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -10,7 +11,10 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Looks", "count_samples", "first_samples", "leaves", "pinned", "to_device"]
+__all__ = ["Looks", "count_samples", "described", "first_samples", "leaves", "pinned", "to_device"]
+
+
+_MOST_PARTS = 8
 
 
 def count_samples(batch: Any) -> int:
@@ -30,6 +34,27 @@ def count_samples(batch: Any) -> int:
     for size in _lengths(batch):
         return size
     return 1
+
+
+def described(batch: Any) -> str:
+    """The structure of a batch with dtypes and shapes, as "(float32 [32, 64], int64 [32])"; of many parts the first."""
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        where = f" on {batch.device}" if isinstance(batch, torch.Tensor) and not batch.is_cpu else ""
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}{where}"
+    if isinstance(batch, Mapping):
+        items = [f"{key!r}: {described(batch[key])}" for key in itertools.islice(batch, _MOST_PARTS)]
+    elif isinstance(batch, list | tuple):
+        items = [described(part) for part in batch[:_MOST_PARTS]]
+    else:
+        return type(batch).__name__
+    text = ", ".join([*items, *["..."] * (len(batch) > _MOST_PARTS)])
+    return (
+        f"{{{text}}}"
+        if isinstance(batch, Mapping)
+        else f"[{text}]"
+        if isinstance(batch, list)
+        else f"({text})"
+    )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
