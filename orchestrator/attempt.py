@@ -53,10 +53,6 @@ __all__ = ["Attempt", "manifest_of", "opened_here"]
 _DEST = [arc.dest for arc in ARCS]
 _CLOSES_BATCH = [arc.trigger is Trigger.END_BATCH for arc in ARCS]
 _CLOSES_EPOCH = [arc.trigger is Trigger.END_EPOCH for arc in ARCS]
-_OF_A_BATCH = [
-    arc.trigger in (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
-    for arc in ARCS
-]
 _LOOKS_NS = 100_000_000  # between two looks at the files and the time
 
 
@@ -200,7 +196,7 @@ class Attempt:
             self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
 
     def writer(self, arc: int) -> Callable[[], None]:
-        """What writes `arc` down as `record` does, sooner where it is one of a batch."""
+        """What writes `arc`, one of a batch, down as `record` does, but sooner."""
         record = partial(self.record, arc)
         if len(self._settings.phases) > 1:
             return record
@@ -216,8 +212,6 @@ class Attempt:
         close: Callable[[int], None],
     ) -> Callable[[], None]:
         """What does `record` where the frame at hand can be gone on with, and `close` at the end of a batch."""
-        if not _OF_A_BATCH[arc]:
-            return record
         if ARCS[arc].trigger is Trigger.FETCH:
             return line.beginner(arc, phase, work, record)
 

@@ -116,7 +116,7 @@ class Training:
         """What is being done, a transition's work or its hooks, and for how many seconds already; from any thread."""
         if self.attempt is None or not self.loop.inside:
             return None
-        if self.attempt.state is not self.state:
+        if self._in_hooks():
             return f"hooks in {self.state.value}", self.attempt.idle_s()
         trigger = next_trigger(self.work.situation)
         return None if trigger is None else (trigger.value, self.attempt.idle_s())
@@ -167,13 +167,17 @@ class Training:
             raise left from error
         return True
 
+    def _in_hooks(self) -> bool:
+        """Whether the work of the transition at hand is done, and the hooks after it are called."""
+        return self.attempt is not None and self.attempt.state is not self.state
+
     def _told(self) -> str:
         """For whoever reads a traceback: in what it was raised, and with which batch."""
         evaluation = self.validation.under_way
         work: BatchWork = self.work if evaluation is None else evaluation.work
         place, trigger = work.place, next_trigger(work.situation)
         what = "" if trigger is None else trigger.value
-        if evaluation is None and (self.attempt is None or self.attempt.state is not self.state):
+        if evaluation is None and self._in_hooks():
             what = f"a hook in {self.state.value}"
         told = f"raised in {what}, epoch {place.epoch}"
         if evaluation is not None:

@@ -36,7 +36,7 @@ _NARROWEST_BAR, _WIDEST_BAR = 6, 24
 _SHARE_OF_BAR = 6
 """The bar takes a sixth of the line, whatever stands beside it: a bar that changes its width flickers."""
 _AT_MOST_METRICS = 5
-_AT_MOST_SHARES, _WORTH_SHOWING = 3, 0.05
+_AT_MOST_SHARES = 3
 
 
 class LiveConsole:
@@ -184,9 +184,8 @@ def _optional(progress: Progress) -> dict[str, Text]:
         found[f"metric {name}"] = Text.assemble((f"{name} ", "dim"), quantity(name, value))
     if progress.rate is not None:
         found["rate"] = Text(f"{progress.rate:.3g} batches/s", style="dim")
-    for name, share in sorted(progress.shares.items(), key=lambda item: -item[1])[:_AT_MOST_SHARES]:
-        if share >= _WORTH_SHOWING:
-            found[f"share {name}"] = Text.assemble((f"{name} ", "dim"), f"{share:.0%}")
+    for name, share in progress.main_shares[:_AT_MOST_SHARES]:
+        found[f"share {name}"] = Text.assemble((f"{name} ", "dim"), f"{share:.0%}")
     if progress.state and not progress.doing:
         found["state"] = Text(progress.state, style="dim")
     return found

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from orchestrator.callbacks.logs.progress import Progress
-from orchestrator.callbacks.logs.record import LogRecord, clock, quantity
+from orchestrator.callbacks.logs.record import LogRecord, clock, head, quantity
 
 __all__ = ["NotebookConsole", "in_notebook"]
 
@@ -59,11 +59,7 @@ class NotebookConsole:
         """Show the record: a row of the table for an epoch, lines for all else."""
         with self._lock:
             if record.kind == "epoch":
-                cells = {"epoch": record.message.removeprefix("epoch ")}
-                cells |= {
-                    "time" if name == "duration" else name: value.rstrip() for name, value in record.values
-                }
-                self._rows.append(cells)
+                self._rows.append({head(name): value for name, value in record.cells.items()})
                 if len(self._rows) > _MOST_ROWS:
                     del self._rows[0]
                     self._earlier += 1
@@ -138,7 +134,6 @@ def _words(progress: Progress) -> str:
     pieces += [f"{name} {quantity(name, value)}" for name, value in progress.metrics.items()]
     if progress.rate is not None:
         pieces.append(f"{progress.rate:.3g} batches/s")
-    shares = sorted(progress.shares.items(), key=lambda item: -item[1])
-    pieces += [f"{name} {share:.0%}" for name, share in shares if share >= 0.05]
+    pieces += [f"{name} {share:.0%}" for name, share in progress.main_shares]
     pieces.append("" if progress.doing else progress.state)
     return "  ".join(filter(None, pieces))

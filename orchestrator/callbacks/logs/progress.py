@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 __all__ = ["Pace", "Progress", "batches_left"]
 
+_WORTH_SHOWING = 0.05
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -30,6 +32,12 @@ class Progress:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of the time of the newest batches, by what it was spent on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def main_shares(self) -> list[tuple[str, float]]:
+        """The shares that are worth showing, the largest first."""
+        found = sorted(self.shares.items(), key=lambda item: -item[1])
+        return [(name, share) for name, share in found if share >= _WORTH_SHOWING]
 
 
 class Pace:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-__all__ = ["Kind", "LogRecord", "clock", "is_own", "label", "quantity", "shown", "span"]
+__all__ = ["Kind", "LogRecord", "clock", "head", "is_own", "label", "quantity", "shown", "span"]
 
 Kind = Literal["start", "resume", "epoch", "batch", "transition", "message", "warning", "halt", "done"]
 
@@ -43,6 +43,13 @@ class LogRecord:
         return [(name, f"{quantity(name, value):<6}") for name, value in self.metrics.items()]
 
     @property
+    def cells(self) -> dict[str, str]:
+        """Of an epoch's record: its row in a table, by column."""
+        return {"epoch": self.message.removeprefix("epoch ")} | {
+            name: value.rstrip() for name, value in self.values
+        }
+
+    @property
     def file_line(self) -> str:
         """One line with the time in front, however many lines the message has; no newline at its end."""
         moment = datetime.fromtimestamp(self.time).astimezone().isoformat(timespec="milliseconds")
@@ -53,6 +60,11 @@ class LogRecord:
 def label(name: str) -> str:
     """What stands in front of a metric's value; a duration is known by its unit."""
     return "" if name == "duration" else f"{name} "
+
+
+def head(name: str) -> str:
+    """What stands above the column of a metric, or in a table of epochs above their count."""
+    return "time" if name == "duration" else name
 
 
 def is_own(name: str) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from orchestrator.callbacks.logs.record import LogRecord, is_own
+from orchestrator.callbacks.logs.record import LogRecord, head, is_own
 
 __all__ = ["EpochTable"]
 
-_EPOCH = "epoch"
 _GAP = 2
 _ROWS_BELOW_A_HEAD = 30
 _LEAST = {"lr": 9, "duration": 6}
@@ -28,8 +27,7 @@ class EpochTable:
 
         What interlock adds to the measured values is left out as need be.
         """
-        cells = {_EPOCH: record.message.removeprefix(f"{_EPOCH} ")}
-        cells |= {name: value.rstrip() for name, value in record.values}
+        cells = record.cells
         while self._width(cells) > width:
             own = [name for name in cells if is_own(name)]
             if not own:
@@ -41,8 +39,8 @@ class EpochTable:
         if list(cells) != self._heads or wider or self._below >= _ROWS_BELOW_A_HEAD:
             self._heads, self._below = list(cells), 0
             self._widths |= widths
-            heads = ((_head(name).rjust(self._widths[name]), "dim") for name in cells)
-            found.append(Text(" " * _GAP).join([Text(*head) for head in heads]))
+            heads = ((head(name).rjust(self._widths[name]), "dim") for name in cells)
+            found.append(Text(" " * _GAP).join([Text(*text) for text in heads]))
         self._below += 1
         row = [Text(value.rjust(self._widths[name])) for name, value in cells.items()]
         row[0].stylize("cyan")
@@ -50,11 +48,7 @@ class EpochTable:
 
     def _cells(self, name: str, value: str) -> int:
         least = _LEAST.get(name.split("/")[0], 0)
-        return max(len(_head(name)), len(value), self._widths.get(name, 0), least)
+        return max(len(head(name)), len(value), self._widths.get(name, 0), least)
 
     def _width(self, cells: dict[str, str]) -> int:
         return sum(self._cells(name, value) + _GAP for name, value in cells.items()) - _GAP
-
-
-def _head(name: str) -> str:
-    return "time" if name == "duration" else name
