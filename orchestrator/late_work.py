@@ -355,7 +355,7 @@ class LateTrainingWork(LateWork, TrainingWork):
         if due <= updated and numerics.can_suppress(optimizer):
             numerics.step_unless(optimizer, suppressed)
         elif not suppressed.item():
-            optimizer.step()
+            numerics.update(optimizer)
             updated |= due
 
     def _take_step(

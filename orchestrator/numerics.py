@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+    _use_grad_for_differentiable,
+)
+from torch.overrides import has_torch_function_unary
 
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot.tensors import is_uninitialized
@@ -19,6 +26,7 @@ __all__ = [
     "PRECISIONS",
     "BufferGuard",
     "Precision",
+    "backward",
     "can_suppress",
     "clip",
     "flag_nonfinite",
@@ -28,6 +36,7 @@ __all__ = [
     "norms",
     "rescale",
     "step_unless",
+    "update",
     "zero",
 ]
 
@@ -86,15 +95,18 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
     return found
 
 
-def norm(grads: list[Tensor]) -> tuple[Tensor, float]:
-    """The 2-norm over all gradients, in their own precision: bit for bit `torch.nn.utils.get_total_norm`.
+def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:
+    """The 2-norm over all gradients, in their own precision.
 
-    As a tensor without dimensions, and as a number. Where it overflows though every gradient is finite, it is taken
-    again in double precision.
+    As a tensor without dimensions, and as a number. `to_clip`: bit for bit `torch.nn.utils.get_total_norm`, by which
+    others clip; else what takes the least time may differ from it in the last bits. Where it overflows though every
+    gradient is finite, it is taken again in double precision.
     """
     if not grads:
         return torch.zeros(()), 0.0
-    total, _ = norms(grads)
+    total = None if to_clip else _norm_of_few(grads)
+    if total is None:
+        total, _ = norms(grads)
     value = total.item()
     if not math.isfinite(value):
         total = torch.nn.utils.get_total_norm([grad.double() for grad in grads])
@@ -115,6 +127,21 @@ def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return total, each
 
 
+def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
+    """The norm of plain tensors of one device, of which a copy costs less than a norm of each; None of others."""
+    if sum(map(Tensor.numel, grads)) > _FEW or set(map(type, grads)) != _PLAIN:
+        return None
+    try:
+        together: Tensor = torch._C._nn.flatten_dense_tensors(grads)
+    except RuntimeError:
+        return None
+    total: Tensor = torch.linalg.vector_norm(together)
+    return total
+
+
+_FEW, _PLAIN = 2**15, {Tensor}
+
+
 def _alike(grads: list[Tensor]) -> bool:
     """Whether all are plain tensors of one device and type, for which torch has operations on lists."""
     device, dtype = grads[0].device, grads[0].dtype
@@ -131,6 +158,55 @@ def zero(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
+
+
+def backward(loss: Tensor) -> None:
+    """`loss.backward()`, less what torch asks on the way there of a plain scalar: as much as a small layer takes."""
+    if (
+        type(loss) is Tensor
+        and loss.ndim == 0
+        and Tensor.backward is _TENSOR_BACKWARD
+        and torch.autograd.backward is _AUTOGRAD_BACKWARD
+        and not has_torch_function_unary(loss)
+    ):
+        _engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
+    else:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+_TENSOR_BACKWARD, _AUTOGRAD_BACKWARD = Tensor.backward, torch.autograd.backward
+
+
+def update(optimizer: Optimizer) -> None:
+    """`optimizer.step()`, less what every optimizer's is wrapped in for a profiler and for hooks, if there are none."""
+    step: Any = type(optimizer).step
+    if (
+        getattr(step, "__code__", None) is _WRAPPER
+        and "step" not in vars(optimizer)
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
+        and not torch._C._autograd._profiler_enabled()
+    ):
+        step = step.__wrapped__
+        if getattr(step, "__code__", None) is not _GRAD_WRAPPER:
+            step(optimizer)
+            return
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(optimizer.defaults["differentiable"])
+        try:
+            step.__wrapped__(optimizer)
+        finally:
+            torch._C._set_grad_enabled(before)
+    else:
+        optimizer.step()
+
+
+_WRAPPER = Optimizer.profile_hook_step(lambda _: None).__code__
+_GRAD_WRAPPER = _use_grad_for_differentiable(lambda _: None).__code__
 
 
 def clip(optimizer: Optimizer, max_norm: float, total: Tensor) -> None:

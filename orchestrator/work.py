@@ -473,7 +473,7 @@ class TrainingWork(BatchWork):
         self._judge(loss)
         loss = loss * self._share() if self.accumulate > 1 else loss
         scaler = self.precision.scalers[self.phase]
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        numerics.backward(loss if scaler is None else scaler.scale(loss))
         self._result = None
         window.count += 1
         self.situation.pending = True
@@ -494,7 +494,7 @@ class TrainingWork(BatchWork):
         self.situation.pending = False
 
     def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
-        total, norm = numerics.norm(grads)
+        total, norm = numerics.norm(grads, to_clip=self._clip_grad_norm is not None)
         self.skipped = not (math.isfinite(norm) and self.window.finite)
         if self.skipped:
             self._skip(scaler is not None)
@@ -507,7 +507,7 @@ class TrainingWork(BatchWork):
                 scaler.step(optimizer)
             scaler.update()
         elif not self.skipped:
-            optimizer.step()
+            numerics.update(optimizer)
         if not self.skipped:
             self.place.updates += 1
 
@@ -520,7 +520,6 @@ class TrainingWork(BatchWork):
 
     def end_batch(self) -> None:
         """Count the batch; validation if it is due within the epoch."""
-        self.tell_of_changed_data()
         # Validation comes first: where it is abandoned, this transition has not happened.
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started
@@ -533,6 +532,7 @@ class TrainingWork(BatchWork):
 
     def end_epoch(self) -> None:
         """The epoch's values, and validation where it is not done every so many batches."""
+        self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
         values = self.epoch_metrics.values()
         values["duration"] = time.perf_counter() - self.epoch_started
         values.update(self._learning_rates())

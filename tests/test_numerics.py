@@ -1,16 +1,19 @@
 """Precision, clipping, and what happens to values that are not finite."""
 
+import contextlib
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import trainings
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
 from orchestrator.errors import NonFiniteAgainError
-from orchestrator.numerics import norm, zero
+from orchestrator.numerics import backward, norm, update, zero
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -172,6 +175,140 @@ def test_the_norm_is_that_of_torch_bit_for_bit(kinds: list[torch.dtype]) -> None
             torch.randn(size, number + 1).to(kinds[number % len(kinds)]) for number in range(size % 7 + 1)
         ]
         assert torch.equal(norm(grads)[0], torch.nn.utils.get_total_norm(grads))
+
+
+@pytest.mark.parametrize(
+    "kinds", [[torch.float32], [torch.float64], [torch.bfloat16], [torch.float32, torch.bfloat16]]
+)
+@pytest.mark.parametrize("size", [3, 40, 300])
+def test_the_norm_that_nobody_clips_by_is_the_same_but_for_rounding(
+    kinds: list[torch.dtype], size: int
+) -> None:
+    grads = [torch.randn(size, size + number).to(kinds[number % len(kinds)]) for number in range(4)]
+    found = norm(grads, to_clip=False)[1]
+    coarsest = max(torch.finfo(kind).eps for kind in kinds)
+    exact = torch.nn.utils.get_total_norm([grad.double() for grad in grads]).item()
+    assert found == pytest.approx(exact, rel=4 * coarsest)
+    assert norm([*grads, torch.tensor([math.nan])], to_clip=False)[1] != found
+    assert norm([torch.full((size,), 1e30)] * 2, to_clip=False)[1] == pytest.approx(1e30 * (2 * size) ** 0.5)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_backward_is_that_of_torch(shape: tuple[int, ...]) -> None:
+    def gradients_by(run) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+        run(model(torch.randn(4, 5)).exp().mean().reshape(shape))
+        return [parameter.grad for parameter in model.parameters()]
+
+    ours, theirs = gradients_by(backward), gradients_by(torch.Tensor.backward)
+    assert all(map(torch.equal, ours, theirs))
+    weight = nn.Parameter(torch.tensor(3.0))
+    backward(weight)  # the loss itself a parameter
+    backward(weight)
+    assert weight.grad == 2.0
+
+
+def test_a_backward_that_somebody_has_replaced_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    of_tensor, of_autograd = torch.Tensor.backward, torch.autograd.backward
+    plain = nn.Parameter(torch.ones(()))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", lambda loss: [calls.append("tensor"), of_tensor(loss)])
+        backward(plain * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.autograd, "backward", lambda *a, **k: [calls.append("autograd"), of_autograd(*a, **k)]
+        )
+        backward(plain * 2)
+    assert calls == ["tensor", "autograd"]
+    backward((plain * 2).as_subclass(Own))
+    assert of_tensor in calls
+    assert plain.grad == 6.0
+
+
+def _optimized(prepare, run) -> tuple[list[str], list[torch.Tensor]]:
+    """What was called, and the weights, after two updates by `run` of an optimizer that `prepare` has changed."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    calls: list[str] = []
+    with contextlib.ExitStack() as undo:
+        prepare(optimizer, calls, undo)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            run(optimizer)
+    return calls, [parameter.detach() for parameter in model.parameters()]
+
+
+def _with_nothing(optimizer, calls, undo) -> None:
+    pass
+
+
+def _with_hooks(optimizer, calls, undo) -> None:
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+
+def _with_a_global_hook(optimizer, calls, undo) -> None:
+    undo.callback(register_optimizer_step_pre_hook(lambda *_: calls.append("before all")).remove)
+    undo.callback(register_optimizer_step_post_hook(lambda *_: calls.append("after all")).remove)
+
+
+def _with_a_scheduler(optimizer, calls, undo) -> None:
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a step of its own on the optimizer
+    undo.callback(lambda: calls.append(f"known to be updated: {optimizer._opt_called}"))
+
+
+def _with_a_step_of_its_own(optimizer, calls, undo) -> None:
+    step = optimizer.step
+    optimizer.step = lambda: [calls.append("its own"), step()]
+
+
+def _with_a_wrapped_class(optimizer, calls, undo) -> None:
+    step = torch.optim.SGD.step
+
+    @functools.wraps(step)
+    def wrapped(self):
+        calls.append("of the class")
+        return step(self)
+
+    torch.optim.SGD.step = wrapped
+    undo.callback(setattr, torch.optim.SGD, "step", step)
+
+
+def _with_a_profiler(optimizer, calls, undo) -> None:
+    profile = torch.profiler.profile()
+    undo.callback(
+        lambda: calls.extend(e.name for e in profile.events() if e.name.startswith("Optimizer.step"))
+    )
+    undo.enter_context(profile)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        _with_nothing,
+        _with_hooks,
+        _with_a_global_hook,
+        _with_a_scheduler,
+        _with_a_step_of_its_own,
+        _with_a_wrapped_class,
+        _with_a_profiler,
+    ],
+)
+def test_an_update_is_the_optimizers_step_with_all_that_hangs_on_it(prepare) -> None:
+    ours, theirs = _optimized(prepare, update), _optimized(prepare, lambda optimizer: optimizer.step())
+    assert ours[0] == theirs[0]
+    assert bool(ours[0]) is (prepare is not _with_nothing)
+    assert all(map(torch.equal, ours[1], theirs[1]))
 
 
 class _Forgetful(torch.optim.SGD):

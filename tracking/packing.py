@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from states.table import Trigger
@@ -23,7 +23,6 @@ ROW_LENGTH = 8
 
 # Columns that are NULL are left out: sqlite3 binds a None five times as slowly as a number.
 _PLACE = ("seq", "attempt", "scope", "word", "epoch", "batch", "time_ns")
-_MEASURED = ("attempt", "seq", "scope", "epoch", "batch", "step", "keyset", "time_ns")
 
 Pattern = tuple[tuple[str, str, str, str, bool], ...]  # (trigger, source, dest, phase, carries the loss)
 SqlNumber = float | str | None
@@ -51,9 +50,10 @@ def _stored(loss: float) -> SqlNumber:
     return loss if loss == loss else None if is_pending(loss) else "nan"
 
 
-@cache
-def _insert(table: str, columns: tuple[str, ...]) -> str:
-    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str]) -> str:
+    """A statement that binds `columns` alone: binding a value takes as long as much of the insertion."""
+    values = [*map(str, shared.values()), *"?" * len(columns)]
+    return f"INSERT INTO {table} ({', '.join([*shared, *columns])}) VALUES ({', '.join(values)})"
 
 
 class MetricValues(NamedTuple):
@@ -123,7 +123,7 @@ class Packer:
         for row in self._rows(records):
             columns = tuple(name for name, value in row if value is not None)
             self._connection.execute(
-                _insert("packed_transitions", columns), [value for _, value in row if value is not None]
+                _insert("packed_transitions", {}, columns), [value for _, value in row if value is not None]
             )
 
     def _block(self, block: Block) -> None:
@@ -138,40 +138,39 @@ class Packer:
         if block.loss_at >= 0:
             columns.append("loss")
             values.append(block.loss if block.all_numbers else map(_stored, block.loss))
-        # What all rows share is part of the statement: binding a value takes as long as much of the insertion.
         shared = {
             "attempt": self._attempt,
             "scope": self._scopes[block.scope],
             "word": self._word_of(block.arcs, block.phases, block.loss_at),
         }
-        insert = (
-            f"INSERT INTO packed_transitions ({', '.join([*shared, *columns])}) "
-            f"VALUES ({', '.join(map(str, shared.values()))}, {', '.join('?' * len(columns))})"
+        self._connection.executemany(
+            _insert("packed_transitions", shared, columns), zip(*values, strict=True)
         )
-        self._connection.executemany(insert, zip(*values, strict=True))
 
     def metrics(self, measured: Iterable[MetricValues]) -> None:
         """Write metric values."""
-        rows = []
-        for seq, scope, epoch, batch, step, keys, values, time_ns in measured:
-            for at in range(0, len(keys), ROW_LENGTH):
-                part = values[at : at + ROW_LENGTH]
-                rows.append(
-                    (
-                        self._attempt,
-                        seq,
-                        self.scope(scope),
-                        epoch,
-                        batch,
-                        step,
-                        self._keyset(keys[at : at + ROW_LENGTH]),
-                        time_ns,
-                        *(value if value == value else "nan" for value in part),
-                    )
-                )
-        for length, alike in groupby(rows, len):  # their order is that of their ids
-            columns = (*_MEASURED, *(f"v{at}" for at in range(length - len(_MEASURED))))
-            self._connection.executemany(_insert("packed_metrics", columns), alike)
+        for (scope, keys), alike in groupby(measured, attrgetter("scope", "keys")):
+            if len(keys) <= ROW_LENGTH:
+                self._measured(scope, keys, alike)
+                continue
+            for one in alike:  # row by row: their order is that of their ids
+                for at in range(0, len(keys), ROW_LENGTH):
+                    part = slice(at, at + ROW_LENGTH)
+                    self._measured(scope, keys[part], [one._replace(values=one.values[part])])
+
+    def _measured(self, scope: str, keys: tuple[str, ...], alike: Iterable[MetricValues]) -> None:
+        shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
+        columns = ("seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
+        self._connection.executemany(
+            _insert("packed_metrics", shared, columns),
+            (
+                # A sum is NaN where a value is (or where infinities cancel out): then each is looked at.
+                (seq, epoch, batch, step, time_ns, *values)
+                if (total := sum(values)) == total
+                else (seq, epoch, batch, step, time_ns, *map(from_number, values))
+                for seq, _, epoch, batch, step, _, values, time_ns in alike
+            ),
+        )
 
     def late_loss(self, seq: int, loss: float) -> None:
         """Fill in the loss of a `forward` that is in the journal already; nothing if `seq` is none."""

@@ -3,8 +3,8 @@
 What dispatch.py times (--training: what training.py does, but for delivering and Lightning) is run for so many batches
 and for twice as many, in a process that valgrind counts in; the difference is what the batches take. Counting is
 switched on when everything is imported and has run once. interlock's main thread is the loop; its other one writes the
-journal four times a second by the clock, and since a program in valgrind is fifty times as slow, more often per batch
-than it would: its count is too high.
+journal four times a second by the clock. A program in valgrind is some fifty times as slow, so here it writes every
+fifty times as many seconds, once in as many batches as it would.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 
 from measuring import Row, arguments, beside, installed, report
 
+SLOWER = 50
+"""So many times as long a program takes in valgrind."""
 _JOURNAL = "interlock, the journal's thread"
 ALONE = ("Ignite", "interlock", "interlock, main thread", _JOURNAL)
 TRAINING = ("bare loop", "bare loop with torch's norm", "interlock", _JOURNAL, "Ignite")
@@ -47,7 +49,7 @@ def chosen(training: bool) -> dict[str, Callable[[int], object]]:
     from training import CONTENDERS, Stamped
 
     def train(name: str, batches: int) -> None:
-        data = [(torch.randn(32, 64), torch.randint(10, (32,))) for _ in range(batches)]
+        data = [(torch.randn(32, 64), torch.randint(10, (32,)))] * batches
         CONTENDERS[name](Stamped(32, batches, 1, convolutions=False), data)
 
     names = {
@@ -67,7 +69,10 @@ def count(options: argparse.Namespace) -> None:
     """In valgrind: run each contender, and have a part of the counts written after each run, and between them."""
     import torch
 
+    from tracking import writer
+
     torch.set_num_threads(1)
+    writer._PERIOD_S *= SLOWER
     contenders = chosen(options.training)
     for run in contenders.values():
         run(100)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     Goes through mappings, lists, tuples, named tuples and dataclasses; an object that has `.to` is asked to
     move itself. Pinned tensors are copied without waiting. What holds nothing to move is returned as it is.
     """
-    if device.type == "cpu" and _is_plain(batch) and all(part.is_cpu for part in batch):
+    if device.type == "cpu" and _is_plain(batch) and all(map(_is_on_cpu, batch)):
         return type(batch)(batch)
 
     def moved(item: Any) -> Any:
@@ -98,10 +99,14 @@ class Looks:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._leaves: list[tuple[Any, int]] = [
-            (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, -1)
-            for leaf in (batch if _is_plain(batch) else leaves(batch))
-        ]
+        self._leaves: list[tuple[Any, int]] = (
+            [(weakref.ref(leaf), _version(leaf)) for leaf in batch]
+            if _is_plain(batch)
+            else [
+                (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, _NO_TENSOR)
+                for leaf in leaves(batch)
+            ]
+        )
 
     def changed(self, batch: Any) -> bool:
         """Whether `batch`, which is the same one, does not look so any more."""
@@ -112,29 +117,33 @@ class Looks:
         """The tensors that were written to in place since."""
         found = []
         for then, version in self._leaves:
-            if version != -1 and (tensor := then()) is not None and _version(tensor) != version:
+            if version >= 0 and (tensor := then()) is not None and tensor._version != version:
                 found.append(tensor)
         return found
 
 
-def _is_tensor(item: Any) -> bool:
-    return type(item) is torch.Tensor
+_is_on_cpu = attrgetter("is_cpu")
+_TENSOR = {torch.Tensor}
 
 
 def _is_plain(batch: Any) -> bool:
     """Whether it is a list or tuple of nothing but tensors, as nearly every batch is."""
-    return type(batch) in (list, tuple) and all(map(_is_tensor, batch))
+    return type(batch) in (list, tuple) and set(map(type, batch)) == _TENSOR
 
 
 def _looks_so(leaf: Any, before: tuple[Any, int]) -> bool:
     then, version = before
-    if version == -1:
+    if version == _NO_TENSOR:
         return then is leaf
     return then() is leaf and _version(leaf) == version
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    """How often it was written to in place, if torch counts that."""
+    return _UNCOUNTED if tensor.is_inference() else tensor._version
+
+
+_NO_TENSOR, _UNCOUNTED = -1, -2
 
 
 def leaves(batch: Any) -> list[Any]:
