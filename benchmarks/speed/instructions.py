@@ -39,9 +39,9 @@ def tell(*command: str) -> None:
     subprocess.run(["vgdb", f"--pid={os.getpid()}", *command], check=True, capture_output=True, timeout=120)
 
 
-def chosen(training: bool) -> dict[str, Callable[[int], object]]:
+def chosen(options: argparse.Namespace) -> dict[str, Callable[[int], object]]:
     """The contenders, by name."""
-    if not training:
+    if not options.training:
         from dispatch import contenders
 
         return {name.split(",")[0]: run for name, run in contenders().items()}
@@ -49,8 +49,8 @@ def chosen(training: bool) -> dict[str, Callable[[int], object]]:
     from training import CONTENDERS, Stamped
 
     def train(name: str, batches: int) -> None:
-        data = [(torch.randn(32, 64), torch.randint(10, (32,)))] * batches
-        CONTENDERS[name](Stamped(32, batches, 1, convolutions=False), data)
+        data = [(torch.randn(options.size, 64), torch.randint(10, (options.size,)))] * batches
+        CONTENDERS[name](Stamped(options.width, batches, 1, options.convolutions), data)
 
     names = {
         "bare loop": "bare loop",
@@ -73,12 +73,12 @@ def count(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     writer._PERIOD_S *= SLOWER
-    contenders = chosen(options.training)
+    contenders = chosen(options)
     for run in contenders.values():
-        run(100)
+        run(options.warm)
     tell("instrumentation", "on")
     for name, run in contenders.items():
-        run(100)  # what valgrind translates anew, and Python specializes
+        run(options.warm)  # what valgrind translates anew, and Python specializes
         for number in range(options.rounds):
             for length in (options.batches, 2 * options.batches):
                 tell("dump", "between")
@@ -115,7 +115,8 @@ def rows(options: argparse.Namespace) -> list[Row]:
             f"--callgrind-out-file={folder}/counts",
             *(sys.executable, __file__, "--inside"),
             *("--batches", str(options.batches), "--rounds", str(options.rounds)),
-            *(["--training"] if options.training else []),
+            *("--warm", str(options.warm), "--width", str(options.width), "--size", str(options.size)),
+            *(f"--{name}" for name in ("training", "convolutions") if getattr(options, name)),
         ]
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
         values = counted(Path(folder), options.batches, names)
@@ -123,8 +124,9 @@ def rows(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, batches=1000, rounds=3)
+    parser = arguments(__doc__, batches=1000, rounds=3, warm=100, width=32, size=32)
     parser.add_argument("--training", action="store_true", help="a small network is trained")
+    parser.add_argument("--convolutions", action="store_true", help="in place of linear layers")
     parser.add_argument("--inside", action="store_true", help="used by this script itself")
     options = parser.parse_args()
     if options.inside:

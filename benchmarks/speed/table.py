@@ -49,6 +49,10 @@ PARTS = {
         *("--batches", "1000", "--warm", "300", "--rounds", "5"),
         *("--only", "norm", "not tracked", "Ignite"),
     ],
+    "Real training, convolutions, instructions": [
+        *("instructions.py", "--training", "--convolutions", "--width", "32", "--size", "24"),
+        *("--warm", "10", "--batches", "40", "--rounds", "1"),
+    ],
     "Validation": ["evaluation.py"],
     "Checkpoints": ["checkpoint.py"],
     "Start and stop": ["startup.py"],
