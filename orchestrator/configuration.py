@@ -31,7 +31,15 @@ from tracking.delivery import Tracker
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import check_name
 
-__all__ = ["UNSET", "Settings", "check", "check_schedulers", "restore_determinism", "set_determinism"]
+__all__ = [
+    "UNSET",
+    "Settings",
+    "check",
+    "check_destination",
+    "check_schedulers",
+    "restore_determinism",
+    "set_determinism",
+]
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "default"})()
 """Tells an argument that was not given from None, which turns a part off."""
@@ -469,6 +477,12 @@ def check_schedulers(callbacks: Sequence[Callback]) -> None:
                 "in scheduler= or in an LRScheduling among the callbacks"
             )
         seen.add(id(callback.scheduler))
+
+
+def check_destination(settings: Settings) -> None:
+    """See that the tracker can say where it delivers to; raises TrackerError where that is no place."""
+    if settings.track is not None:
+        settings.track.destination()
 
 
 def set_determinism(settings: Settings) -> None:

@@ -617,6 +617,7 @@ class Trainer:
             raise ConfigurationError(
                 "this training is done; to extend it, build a Trainer that asks for more"
             )
+        configuration.check_destination(self._settings)
         if self._past is not None:
             if resume:
                 raise ConfigurationError(
@@ -689,6 +690,7 @@ class Trainer:
             RehearsalError: something could not be put back; the trainer is `tainted`.
         """
         errands.carry_out(self)
+        configuration.check_destination(self._settings)
         rehearsal = self._rehearse()
         assert rehearsal is not None  # only the signals that `fit` takes break it off
         if self._training.attempt is not None and not self._training.attempt.closed:
