@@ -283,7 +283,7 @@ def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
         try:
             return read(info.path)
         except CheckpointDamaged as error:
-            warn(f"passing over checkpoint {info.name}: {error}")
+            warn(error.passed_over)
     return None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
 from tracking.rows import Parent
-from tracking.schema import create_journal
+from tracking.schema import create_journal, newest_checkpoint
 
 __all__ = [
     "RESUME_VARIABLE",
@@ -231,7 +231,10 @@ def _fsync(folder: Path) -> None:
 
 
 def list_runs(root: Path | str) -> list[RunFolder]:
-    """The runs of `root`, newest first; none if there is no such folder. Raises RootError if it is none."""
+    """The runs of `root`, newest first; none if there is no such folder. Raises RootError if it is none.
+
+    One whose journal is gone is among them as long as it has checkpoints: to open its journal says what can be done.
+    """
     root = Path(root)
     try:
         folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
@@ -241,7 +244,11 @@ def list_runs(root: Path | str) -> list[RunFolder]:
         raise RootError(f"root {root}: cannot be listed ({error}); expected a folder of runs") from error
     stamped = [(match["stamp"], match[0]) for name in folders if (match := _ID.fullmatch(name))]
     runs = [RunFolder(root.resolve() / name) for _, name in sorted(stamped, reverse=True)]
-    return [run for run in runs if run.journal.exists()]
+    return [run for run in runs if _is_run(run)]
+
+
+def _is_run(folder: RunFolder) -> bool:
+    return folder.journal.exists() or newest_checkpoint(folder.path) is not None
 
 
 def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
@@ -258,7 +265,7 @@ def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
         if run.name == text:
             return run
     folder = RunFolder(Path(reference).expanduser().resolve())
-    if folder.journal.is_file():
+    if _is_run(folder):
         return folder
     raise RunNotFound(
         f"no run {text!r} in {Path(root)}, nor a run's folder of that path; {_nearest(text, runs)}"
