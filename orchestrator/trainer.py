@@ -618,6 +618,8 @@ class Trainer:
                 "this training is done; to extend it, build a Trainer that asks for more"
             )
         configuration.check_destination(self._settings)
+        if self._settings.checkpoint is not None:
+            training.snapshots.check_storable()
         if self._past is not None:
             if resume:
                 raise ConfigurationError(
