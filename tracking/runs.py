@@ -267,6 +267,11 @@ def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
     folder = RunFolder(Path(reference).expanduser().resolve())
     if _is_run(folder):
         return folder
+    if folder.path.is_dir():
+        raise RunNotFound(
+            f"{text!r} is a folder, but no run's: it has no {folder.journal.name}; expected a run's folder, such as "
+            f"{Path(root) / 'NAME-YYYYMMDD-HHMMSS-XXXX'}; {_nearest(text, runs)}"
+        )
     raise RunNotFound(
         f"no run {text!r} in {Path(root)}, nor a run's folder of that path; {_nearest(text, runs)}"
     )
@@ -329,9 +334,13 @@ class Lease:
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.02)
+        if path in _table.held:
+            held, advice = f"this very process ({found})", "Close the Trainer that has it: trainer.close()"
+        else:
+            held, advice = str(found), "Wait for it to end or stop it"
         raise LeaseHeldError(
-            f"{path.parent.name}: {path.name} is held by {found}; expected nobody else to write to this run. "
-            "Wait for it to end or stop it, or start a run of another name"
+            f"{path.parent.name}: {path.name} is held by {held}; expected nobody else to write to this run. "
+            f"{advice}, or start a run of another name"
         )
 
     @property
