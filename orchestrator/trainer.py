@@ -579,7 +579,10 @@ class Trainer:
         training = self._training
         training.loop.check_outside()
         errands.carry_out(self)
-        with Signals(training.request_signal_halt, training.waits):
+        saving = "saves" if self._settings.checkpoint is not None else "keeps nothing (checkpoint=None)"
+        told = f"Ctrl-C: the training {saving} at the next boundary and leaves; Ctrl-C again stops it at once, unsaved"
+        told = "" if self._settings.log is None or in_notebook() else told
+        with Signals(training.request_signal_halt, training.waits, told):
             if training.attempt is None or training.attempt.closed:
                 if self.state is not State.DONE:
                     self.start(resume, override, rehearse)
