@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from orchestrator import overrides
-from orchestrator.data import BatchStream, DataError, compare_fingerprints
+from orchestrator.data import BatchStream, DataError, compare_fingerprints, likely_causes
 from orchestrator.errors import ConfigurationError
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.manifest import versions
@@ -131,7 +131,7 @@ def agree(
     refused = [d for d in fitting.differences if d.key not in override]
     impossible = fitting.impossible(override)
     if refused or impossible:
-        raise CheckpointMismatch(_refusal(path, refused, impossible))
+        raise CheckpointMismatch(_refusal(path, refused, impossible, fitting.causes))
     if left := fitting.left():
         raise CheckpointMismatch(_refusal(path, [], left))
     changed = fitting.changed()
@@ -149,8 +149,11 @@ def agree(
     return Agreement(fitting.tree, tuple(map(str, overridden)), tuple(said))
 
 
-def _refusal(path: Path, refused: list[Difference], impossible: list[str]) -> str:
+def _refusal(path: Path, refused: list[Difference], impossible: list[str], of_data: str = "") -> str:
+    """In words; `of_data` is what may have made the data differ."""
     listed = "\n".join(f"  {text}" for text in (*map(str, refused), *impossible))
+    if of_data and any(d.key == "data" for d in refused):
+        listed += f"\n{of_data}."
     names = ", ".join(f'"{key}"' for key in dict.fromkeys(d.key for d in refused if d.key is not None))
     advice = f", or say that they may differ with override={{{names}}}" if names else ""
     if impossible or any(d.key is None for d in refused):
@@ -172,7 +175,8 @@ def _other_validation_data(manifest: Mapping[str, Any], state: TrainingState) ->
     saved = manifest.get("validation_data", {})
     return [
         f"the validation data of {name!r} is other than it was, and so is what follows from it (the best checkpoint, "
-        f"early stopping, a scheduler that monitors it): {'; '.join(lines)}"
+        f"early stopping, a scheduler that monitors it): {'; '.join(lines)}. "
+        f"{likely_causes(saved[name], now)}"
         for name, now in (state.fingerprints()["validation_data"] if saved else {}).items()
         if (lines := compare_fingerprints(saved.get(name, {}), now))
     ]
@@ -208,6 +212,8 @@ class _Fitting:
         self._names = capture.parameter_names(state.model)
         self.tree = with_what_was_not_kept(tree, self._live, manifest["format_version"])
         self.differences: list[Difference] = []
+        self.causes = ""
+        """What may have made the data differ."""
         self._unfit: set[str] = set()
 
     def fit(self) -> None:
@@ -353,7 +359,7 @@ class _Fitting:
     def _fit_data(self) -> None:
         stream = self._stream
         saved, now = self._manifest["data"], stream.fingerprint()
-        lines = compare_fingerprints(saved, now)
+        lines, self.causes = compare_fingerprints(saved, now), likely_causes(saved, now)
         for line in lines:
             self._differs("data", line)
         if lines:

@@ -25,13 +25,22 @@ from orchestrator.errors import ConfigurationError, an, kind_of
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
+from orchestrator.signatures import check_call, check_hooks
 from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.work import supervised
 from tracking.delivery import Tracker
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import check_name
 
-__all__ = ["UNSET", "Settings", "check", "check_schedulers", "restore_determinism", "set_determinism"]
+__all__ = [
+    "UNSET",
+    "Settings",
+    "check",
+    "check_destination",
+    "check_schedulers",
+    "restore_determinism",
+    "set_determinism",
+]
 
 UNSET: Any = type("Unset", (), {"__repr__": lambda self: "default"})()
 """Tells an argument that was not given from None, which turns a part off."""
@@ -90,6 +99,9 @@ def check(given: Mapping[str, Any]) -> Settings:
             "expected both or neither: pass val_loader=, or leave validate_every out"
         )
     forward = _forward(given)
+    if given["forward"] is None and given["loss_fn"] is not None:
+        for name, data in {"train_loader": given["train_loader"], **loaders}.items():
+            _check_is_no_batch(name, data)
     phases = _phases(given["optimizer"], forward)
     _check_optimizers(model, phases)
     accumulate = given["accumulate"]
@@ -229,6 +241,7 @@ def _check_callbacks(callbacks: Any) -> None:
                 "expected each object once: leave one out, or make a second one"
             )
         seen.add(id(callback))
+        check_hooks(callback)
 
 
 def _check_watched(callbacks: Sequence[Any], loaders: Collection[str]) -> None:
@@ -265,7 +278,7 @@ def _forward(given: Mapping[str, Any]) -> Forward | None:
     if forward is not None:
         if not callable(forward):
             raise ConfigurationError(f"forward is {forward!r}; expected (model, batch) -> loss")
-        _check_function("forward", forward)
+        _check_function("forward", forward, "model", "batch")
         if loss_fn is not None:
             raise ConfigurationError(
                 "both loss_fn and forward are given; forward computes the loss: pass loss_fn=None"
@@ -278,9 +291,19 @@ def _forward(given: Mapping[str, Any]) -> Forward | None:
             )
         return None
     if not callable(loss_fn):
-        raise ConfigurationError(f"loss_fn is {loss_fn!r}; expected (outputs, targets) -> loss")
-    _check_function("loss_fn", loss_fn)
+        raise ConfigurationError(f"loss_fn is {_listed(loss_fn)}; expected (outputs, targets) -> loss")
+    _check_function("loss_fn", loss_fn, "outputs", "targets")
     return supervised(loss_fn)
+
+
+def _check_is_no_batch(name: str, data: Any) -> None:
+    """Refuse `(inputs, targets)` where batches are expected: of a validation it would be noticed an epoch later."""
+    if isinstance(data, list | tuple) and data and all(isinstance(item, torch.Tensor) for item in data):
+        what = name if name == "train_loader" else f"the validation loader {name!r}"
+        raise ConfigurationError(
+            f"{what} is a {type(data).__name__} of {len(data)} tensors; expected batches, each a pair (inputs, "
+            "targets): DataLoader(TensorDataset(inputs, targets), batch_size=32), or [(inputs, targets)] for one"
+        )
 
 
 def _phases(optimizer: Any, forward: Forward | None) -> tuple[Phase, ...]:
@@ -304,19 +327,20 @@ def _phases(optimizer: Any, forward: Forward | None) -> tuple[Phase, ...]:
     return tuple(optimizer)
 
 
-def _check_function(argument: str, given: Any) -> None:
-    """Refuse a class, which is callable too, but makes an object where a loss or a value is expected."""
+def _check_function(argument: str, given: Any, *arguments: str) -> None:
+    """Refuse what does not take `arguments`, and a class, which makes an object where a value is expected."""
     if isinstance(given, type):
         raise ConfigurationError(
             f"{argument} is {kind_of(given)}; expected a function or an object: {given.__name__}(...) makes one"
         )
+    check_call(argument, given, *arguments)
 
 
 def _listed(given: Any) -> str:
     """What was given for an optimizer, in a line: the repr of one has many."""
     if isinstance(given, list | tuple) and given:
         return f"a {type(given).__name__} of {', '.join(kind_of(item) for item in given)}"
-    return kind_of(given) if isinstance(given, type | nn.Module) else repr(given)
+    return kind_of(given) if isinstance(given, type | nn.Module | Optimizer) else repr(given)
 
 
 def _check_optimizers(model: nn.Module, phases: tuple[Phase, ...]) -> None:
@@ -354,7 +378,7 @@ def _metrics(metrics: Any) -> dict[str, Any]:
             raise ConfigurationError(
                 f"metric {name!r} is {metric!r}; expected a torchmetrics object, or (outputs, targets) -> scalar"
             )
-        _check_function(f"metric {name!r}", metric)
+        _check_function(f"metric {name!r}", metric, "outputs", "targets")
     return dict(metrics)
 
 
@@ -383,6 +407,7 @@ def _weigh(weighting: Any) -> Callable[[Any, int], float] | None:
     if weighting == "samples":
         return lambda batch, samples: float(samples)
     if callable(weighting):
+        check_call("accumulate_weighting", weighting, "batch")
         return lambda batch, samples: float(weighting(batch))
     raise ConfigurationError(
         f'accumulate_weighting is {weighting!r}; expected "batches", "samples", or (batch) -> weight'
@@ -469,6 +494,12 @@ def check_schedulers(callbacks: Sequence[Callback]) -> None:
                 "in scheduler= or in an LRScheduling among the callbacks"
             )
         seen.add(id(callback.scheduler))
+
+
+def check_destination(settings: Settings) -> None:
+    """See that the tracker can say where it delivers to; raises TrackerError where that is no place."""
+    if settings.track is not None:
+        settings.track.destination()
 
 
 def set_determinism(settings: Settings) -> None:

@@ -37,7 +37,7 @@ from tracking.journal import Journal, JournalError, settle
 from tracking.outbox import read_outbox
 from tracking.places import LOSSES_AT_ONCE, Stretch
 from tracking.rows import Attempt, Loss
-from tracking.runs import Lease, RunFolder, find_run, list_runs
+from tracking.runs import Lease, RunFolder, RunNotFound, find_run, list_runs
 
 __all__ = [
     "CLOCKS",
@@ -147,7 +147,7 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
         run, checkpoint = found.run, found.checkpoint
     elif (Path(resume) / "manifest.json").is_file():
         checkpoint = Path(resume).resolve()
-        run = find_run(checkpoint.parent.parent, settings.root)
+        run = _run_of(checkpoint, settings)
     else:
         if Path(resume).is_file():
             raise ConfigurationError(
@@ -162,6 +162,17 @@ def plan(resume: bool | str | os.PathLike[str], settings: Settings, limits: Limi
     except BaseException:
         lease.release()
         raise
+
+
+def _run_of(checkpoint: Path, settings: Settings) -> RunFolder:
+    try:
+        return find_run(checkpoint.parent.parent, settings.root)
+    except RunNotFound:
+        raise RunNotFound(
+            f"resume is {str(checkpoint)!r}, a folder with a manifest.json, but not in a run's folder; expected "
+            "RUN/checkpoints/NAME, since it is the run that is gone on with. Put it back there; or take the weights "
+            "of a checkpoint that was copied for a new run: Trainer(init_from=...)"
+        ) from None
 
 
 def newest_of_name(settings: Settings) -> RunFolder | None:
@@ -283,7 +294,7 @@ def _newest(infos: Sequence[CheckpointInfo]) -> Found | None:
         try:
             return read(info.path)
         except CheckpointDamaged as error:
-            warn(f"passing over checkpoint {info.name}: {error}")
+            warn(error.passed_over)
     return None
 
 

@@ -83,6 +83,11 @@ def retrieve(
                 f"{reference}: the run {seen.ours} has no {JOURNAL} at the server; expected the copy of its "
                 "journal that is uploaded with each checkpoint. Copy the run's folder from where it was made instead"
             )
+        if here.path.exists():
+            raise FetchError(
+                f"{reference}: its folder {here.path} is there, but has no {here.journal.name}; expected a whole run's "
+                "folder, or none: move it away, and the run is fetched with its journal"
+            )
         draft = _draft(root)
         try:
             names = _fill(draft, wanted, seen, remote, say)
@@ -169,7 +174,10 @@ def _first_whole(
         except (CheckpointDamaged, CheckpointFormatError) as error:
             if wanted.which != "last":
                 raise
-            say(f"passing over checkpoint {row.name}, damaged at the server or on the way: {error}")
+            why = (
+                error.what if isinstance(error, CheckpointDamaged) else error
+            )  # its path is that of the draft
+            say(f"passing over checkpoint {row.name}, damaged at the server or on the way: {why}")
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     names = ", ".join(row.name for row in candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -23,15 +24,19 @@ class Signals:
     """Installs the handlers, in the main thread only, and puts back those that were there before.
 
     The first signal calls `request(signal)`, and raises GiveWay where `waiting()` says that the main thread
-    waits for data; a second SIGINT raises KeyboardInterrupt on the spot.
+    waits for data; a second SIGINT raises KeyboardInterrupt on the spot. `told` is what whoever pressed Ctrl-C for the
+    first time reads on the terminal: until the boundary nothing else would tell that it was heard.
     """
 
-    def __init__(self, request: Callable[[signal.Signals], None], waiting: Callable[[], bool]) -> None:
+    def __init__(
+        self, request: Callable[[signal.Signals], None], waiting: Callable[[], bool], told: str = ""
+    ) -> None:
         self._request = request
         self._waiting = waiting
         self._before: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
         self._seen = False
+        self._told = told
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -52,6 +57,10 @@ class Signals:
             raise KeyboardInterrupt
         self._seen = True
         self._request(which)
+        if self._told and which is signal.SIGINT:
+            # Past the streams, whose locks the interrupted code may hold.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{self._told}\n".encode())
         earlier = self._before.get(which)
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, frame)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -202,6 +203,30 @@ class TrainingState:
             "generators": self._generators.capture(),
             "flags": capture.numeric_flags(),
         }
+
+    def check_storable(self) -> None:
+        """Refuse what no checkpoint can have, before anything is written. Nothing is copied.
+
+        What cannot be asked for yet, because `on_train_begin` prepares it, is left to the first save.
+
+        Raises EncodingError, naming where the object sits.
+        """
+        work, built = self._work, self._as_built()
+        names = capture.parameter_names(work.model)
+        parts: dict[str, Callable[[], Any]] = {
+            "model": lambda: capture.capture_module(work.model, built["model"]),
+            "loss": lambda: None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
+            "optimizers": lambda: [capture.capture_optimizer(o, names) for o in self._optimizers],
+            "metrics": work.epoch_metrics.state_dict,
+        }
+        found: dict[str, Any] = {"callbacks": {}}
+        for name, take in parts.items():
+            with contextlib.suppress(Exception):
+                found[name] = take()
+        for name, callback in self._callbacks.items():
+            with contextlib.suppress(Exception):
+                found["callbacks"][name] = callback.state_dict()
+        encode(found)
 
     def _gradients_are_read(self, state: State) -> bool:
         """Whether hooks may read gradients that the machine itself needs no more."""

@@ -579,7 +579,10 @@ class Trainer:
         training = self._training
         training.loop.check_outside()
         errands.carry_out(self)
-        with Signals(training.request_signal_halt, training.waits):
+        saving = "saves" if self._settings.checkpoint is not None else "keeps nothing (checkpoint=None)"
+        told = f"Ctrl-C: the training {saving} at the next boundary and leaves; Ctrl-C again stops it at once, unsaved"
+        told = "" if self._settings.log is None or in_notebook() else told
+        with Signals(training.request_signal_halt, training.waits, told):
             if training.attempt is None or training.attempt.closed:
                 if self.state is not State.DONE:
                     self.start(resume, override, rehearse)
@@ -617,6 +620,9 @@ class Trainer:
             raise ConfigurationError(
                 "this training is done; to extend it, build a Trainer that asks for more"
             )
+        configuration.check_destination(self._settings)
+        if self._settings.checkpoint is not None:
+            training.snapshots.check_storable()
         if self._past is not None:
             if resume:
                 raise ConfigurationError(
@@ -689,6 +695,7 @@ class Trainer:
             RehearsalError: something could not be put back; the trainer is `tainted`.
         """
         errands.carry_out(self)
+        configuration.check_destination(self._settings)
         rehearsal = self._rehearse()
         assert rehearsal is not None  # only the signals that `fit` takes break it off
         if self._training.attempt is not None and not self._training.attempt.closed:

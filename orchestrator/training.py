@@ -307,7 +307,8 @@ class Training:
         attempt.catch_up()
         self.loop.stand(attempt.state)
         asked = halt is not None and halt.error is error
-        self.ended = halt.reason if asked and halt is not None else f"{type(error).__name__}: {error}"
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self.ended = halt.reason if asked and halt is not None else said
         self.requests.halt = HaltRequest(self.ended, save=False, error=error)
         if attempt.state in TERMINAL:
             return

@@ -160,7 +160,7 @@ def _read(reference: str, root: Path) -> tuple[Source, dict[str, Tensor]]:
         try:
             return _of_checkpoint(info.path)
         except CheckpointDamaged as error:
-            warn(f"passing over checkpoint {info.name}: {error}")
+            warn(error.passed_over)
     raise ConfigurationError(
         f"init_from={reference!r}: {run.id} has no checkpoint that can be read; expected a run with one, or a file of "
         "weights"

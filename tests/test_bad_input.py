@@ -18,8 +18,9 @@ from orchestrator.callbacks.gradient_statistics import GradientStatistics
 from orchestrator.callbacks.memory_monitor import MemoryMonitor
 from orchestrator.data.errors import DataError
 from orchestrator.errors import ConfigurationError, LossError, an
+from states.table import State
 from tracking.journal import Journal
-from tracking.runs import find_run
+from tracking.runs import LeaseHeldError, RunNotFound, find_run
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is to be missing")
 CUDA = torch.cuda.device_count()
@@ -378,3 +379,148 @@ def test_a_warning_points_at_the_users_line(by: str, tmp_path: Path) -> None:
 def test_articles() -> None:
     nouns = ("int", "SGD", "ndarray", "UNet", "Tensor", "EMA", "NAdam", "ReLU", "Adam", "x")
     assert [an(noun).split()[0] for noun in nouns] == ["an", "an", "an", "a", "a", "an", "an", "a", "an", "a"]
+
+
+# -- functions and hooks -----------------------------------------------------------------------------------
+
+
+class TooFew(Callback):
+    def on_epoch_end(self, metrics: Any) -> None:  # type: ignore[override]
+        pass
+
+
+class TooMany(Callback):
+    def on_batch_begin(self, batch: int, data: Any) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"loss_fn": lambda outputs: outputs.sum()},
+            r"loss_fn takes \(outputs\); expected \(outputs, targets\)",
+        ),
+        ({"loss_fn": lambda outputs, targets, weights: 0}, "missing a required argument: 'weights'"),
+        ({"forward": lambda batch: 0}, r"forward takes \(batch\); expected \(model, batch\)"),
+        (
+            {"metrics": {"m": lambda outputs: 0}},
+            r"metric 'm' takes \(outputs\); expected \(outputs, targets\)",
+        ),
+        ({"accumulate_weighting": lambda: 1.0}, r"accumulate_weighting takes \(\); expected \(batch\)"),
+        ({"callbacks": [TooFew()]}, r"TooFew\.on_epoch_end takes \(metrics: .*expected \(epoch, metrics\)"),
+        ({"callbacks": [TooMany()]}, r"TooMany\.on_batch_begin .* missing a required argument: 'data'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_as_it_will_be(
+    options: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    refused(tmp_path, match, **options)
+
+
+def test_functions_that_can_be_called_are_let_through(tmp_path: Path) -> None:
+    def decorated(*everything: Any) -> Any:
+        return nn.functional.cross_entropy(*everything)
+
+    decorated.__wrapped__ = lambda only: only  # type: ignore[attr-defined]
+    metrics = {
+        "partial": partial(lambda scale, outputs, targets: scale, 2.0),
+        "default": lambda outputs, targets, k=1: k,
+        "builtin": max,
+    }
+    trainings.make(tmp_path, loss_fn=decorated, metrics={k: metrics[k] for k in ("partial", "default")})
+    trainings.make(tmp_path, metrics=metrics)
+
+
+def test_a_method_that_looks_like_a_hook_is_told_of(tmp_path: Path) -> None:
+    class Typo(Callback):
+        def on_train_batch_end(self, batch: int, metrics: Any) -> None:
+            pass
+
+    class Own(Callback):
+        def attach(self, trainer: Any) -> None:
+            super().attach(trainer)
+            trainer.after("backward")(self.on_backward)
+
+        def on_backward(self) -> None:
+            pass
+
+    with pytest.warns(
+        UserWarning, match=r"Typo\.on_train_batch_end is no hook.*expected one of .*on_batch_end"
+    ):
+        trainings.make(tmp_path, callbacks=[Typo()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainings.make(tmp_path, callbacks=[Own(), EMA(0.9), Mine()], checkpoint=Checkpointing())
+
+
+@pytest.mark.parametrize("name", ["train_loader", "val_loader"])
+def test_a_pair_of_tensors_is_one_batch_and_no_loader(name: str, tmp_path: Path) -> None:
+    pair = (torch.zeros(8, 6), torch.zeros(8, dtype=torch.long))
+    said = "train_loader" if name == "train_loader" else "the validation loader 'val'"
+    refused(tmp_path, f"{said} is a tuple of 2 tensors; expected batches", **{name: pair})
+    trainings.make(tmp_path, **{name: [pair]})
+
+
+def test_an_optimizer_where_the_loss_belongs(tmp_path: Path) -> None:
+    refused(tmp_path, "loss_fn is an SGD; expected", loss_fn=sgd())
+
+
+@pytest.mark.parametrize(
+    ("argument", "made_for", "every"),
+    [("total_steps", 18, "epoch"), ("T_max", 18, "epoch"), ("T_max", 3, "batch")],
+)
+def test_a_schedule_in_the_other_unit_is_told_of(
+    argument: str, made_for: int, every: Any, tmp_path: Path
+) -> None:
+    def trainer(root: Path, steps: int, every: Any) -> Any:
+        model = trainings.network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = (
+            lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            if argument == "T_max"
+            else lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        )
+        return trainings.make(
+            root, model=model, optimizer=optimizer, scheduler=LRScheduling(scheduler, every)
+        )
+
+    other = "batch" if every == "epoch" else "epoch"
+    right = 3 if every == "epoch" else 18
+    told = f'{argument}={made_for}, but is stepped by {every}, {right} times.*every="{other}".*{argument}={right}'
+    with pytest.warns(UserWarning, match=told):
+        trainer(tmp_path / "wrong", made_for, every).fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(tmp_path / "unit", made_for, other).fit()
+        trainer(tmp_path / "length", right, every).fit()
+
+
+# -- folders -----------------------------------------------------------------------------------------------
+
+
+def test_resuming_from_a_folder_of_something_else(tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path / "runs", epochs=1)
+    trainer.fit()
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (other, trainer.run.checkpoints):
+        with pytest.raises(
+            RunNotFound, match=f"'{folder}' is a folder, but no run's: it has no journal.sqlite"
+        ):
+            trainings.make(tmp_path / "runs").fit(resume=folder)
+    (other / "manifest.json").touch()
+    with pytest.raises(
+        RunNotFound, match=f"'{other}', a folder with a manifest.json, but not in a run's folder"
+    ):
+        trainings.make(tmp_path / "runs").fit(resume=other)
+
+
+def test_two_trainers_in_one_folder(tmp_path: Path) -> None:
+    with trainings.make(tmp_path) as first:
+        first.advance()
+        with pytest.raises(
+            LeaseHeldError, match=r"held by this very process.*Close the Trainer.*trainer\.close"
+        ):
+            trainings.make(tmp_path).fit(resume="auto")
+    assert trainings.make(tmp_path).fit(resume="auto").state is State.DONE

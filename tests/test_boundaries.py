@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +197,71 @@ def test_a_callback_whose_state_cannot_be_stored(tmp_path: Path) -> None:
     outcome, reason, state = end_of(trainer)
     assert (outcome, state) == ("failed", State.HALTED)
     assert "EncodingError" in reason
+
+
+class Keeps(Callback):
+    """Keeps something deep in its state."""
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": {"last": [self.kept]}}
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"lock": threading.Lock()}
+
+
+def keeping(where: str) -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(6, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if where == "optimizer":
+        optimizer.state[model[0].bias]["note"] = lambda: None
+        return {"model": model, "optimizer": optimizer}
+    if where == "group":
+        optimizer.param_groups[0]["decide"] = lambda step: step
+        return {"model": model, "optimizer": optimizer}
+    if where == "scheduler":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        scheduler.file = sys.stderr
+        return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    if where == "module":
+        return {"model": nn.Sequential(Extra(6, 3))}
+    return {"callbacks": [Keeps(threading.Lock())]}
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("callback", "callbacks/Keeps/seen/last/0: an object of _thread.lock"),
+        ("optimizer", "optimizers/0/state/0.bias/note: a function"),
+        ("group", "optimizers/0/groups/0/settings/decide: a function"),
+        ("scheduler", "callbacks/LRScheduling/StepLR/scheduler/state/file: an object of"),
+        ("module", "model/extra/0/lock: an object of _thread.lock"),
+    ],
+)
+def test_what_no_checkpoint_can_have_is_refused_before_anything_is_written(
+    where: str, named: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    with pytest.raises(EncodingError, match=f"^{named}.*Leave it out"):
+        trainings.make(root, **keeping(where)).fit()
+    assert not root.exists()
+    result = trainings.make(root, checkpoint=None, epochs=1, **keeping(where)).fit()
+    assert result.state is State.DONE, "without checkpoints nothing has to be stored"
+
+
+def test_a_callback_that_on_train_begin_prepares_is_asked_for_its_state_later(tmp_path: Path) -> None:
+    class Prepared(Callback):
+        def on_train_begin(self) -> None:
+            self.seen = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+    assert trainings.make(tmp_path, callbacks=[Prepared()], epochs=1).fit().state is State.DONE
 
 
 def test_a_hook_on_halted_that_raises_does_not_take_the_record_along(tmp_path: Path) -> None:

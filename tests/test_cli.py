@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -859,6 +860,16 @@ def test_sync_delivers_what_was_left(tmp_path: Path, own_store: Database) -> Non
     store = sqlite3.connect(own_store.path)
     assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
     store.close()
+    lost = done(tmp_path / "runs", name="lost")
+    checkpoint = lost.checkpoints / "000000001-a1-IDLE"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").touch()
+    shutil.copy(run.path / "tracker.json", lost.path)
+    for file in lost.path.glob("journal.sqlite*"):
+        file.unlink()
+    both = interlock("sync", "--all", root=tmp_path / "runs", code=1).output
+    assert f"{lost.path}: found checkpoints, but no journal.sqlite" in both
+    assert f"{run.id}: nothing was left to deliver" in both, "one that cannot be read is in nobody's way"
 
 
 def test_what_cannot_be_delivered(tmp_path: Path) -> None:

@@ -227,6 +227,24 @@ def test_checkpoints_from_before_it_was_known_do_not_tell_of_validation_data(tmp
         assert bool(said) == known, said
 
 
+def test_data_that_is_made_anew_is_told_of_with_the_likely_cause(tmp_path: Path) -> None:
+    def unseeded(seed: int) -> DataLoader[Any]:
+        return DataLoader(trainings.data(seed=seed), batch_size=8)
+
+    stop_at(trainings.make(tmp_path, train_loader=unseeded(1), val_loader=unseeded(1)))
+    with pytest.raises(CheckpointMismatch, match=r"first item: .* when saved") as caught:
+        trainings.make(tmp_path, train_loader=unseeded(2), val_loader=unseeded(1)).fit("auto")
+    causes = "without a seed \\(call seed_everything.*a file that was changed.*another order"
+    assert re.search(f"\nThe data has other contents.*{causes}.*\nMake them equal", str(caught.value))
+    with pytest.raises(CheckpointMismatch, match="batch size") as caught:
+        trainings.make(tmp_path, train_loader=DataLoader(trainings.data(seed=1), batch_size=4)).fit("auto")
+    assert "seed" not in str(caught.value)
+    trainer = trainings.make(tmp_path, train_loader=unseeded(1), val_loader=unseeded(2))
+    with pytest.warns(UserWarning, match=f"the validation data of 'val' is other than it was.*{causes}"):
+        trainer.start("auto")
+    trainer.close()
+
+
 def test_everything_that_differs_is_listed_at_once(tmp_path: Path) -> None:
     stop_at(trainings.make(tmp_path))
     other = trainings.make(tmp_path, optimizer=sgd, accumulate=2, train_loader=part(40))

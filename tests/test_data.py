@@ -41,6 +41,7 @@ from orchestrator.data import (
     compare_fingerprints,
     count_samples,
     first_samples,
+    likely_causes,
     to_device,
 )
 from orchestrator.data.fingerprint import digest
@@ -844,6 +845,11 @@ def test_fingerprint_tells_data_apart() -> None:
     for key, other in expected.items():
         assert any(line.startswith(f"{key}: ") for line in compare_fingerprints(same, other)), key
     assert "batch size: 3 when saved, 4 now" in compare_fingerprints(same, expected["batch size"])
+    assert {key for key, other in expected.items() if "without a seed" in likely_causes(same, other)} == {
+        *("data set/indices", "data set/of/type", "first item", "last item", "length of the data set"),
+        "first and last item, collated",
+    }
+    assert likely_causes(same, of()) == ""
 
 
 def test_digests_are_those_of_earlier_versions() -> None:

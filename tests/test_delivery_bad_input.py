@@ -13,8 +13,10 @@ from deliveries import Training, assert_once, until
 from faulty_proxy import FaultyProxy
 from mlflow_server import MLflowServer
 from orchestrator import MLflow as FromTheTrainer
+from orchestrator import Trainer
 from states.table import State
 from tracking.artifacts import REPORTS
+from tracking.delivery import TrackerError
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import RunFolder, list_runs
 from tracking.shipper import status, sync
@@ -51,25 +53,81 @@ def admin(server: MLflowServer, what: str, **values: str) -> dict[str, Any]:
 # -- places ------------------------------------------------------------------------------------------------
 
 
+NO_PLACES = [
+    ("http://", "names no host"),
+    ("http:/host", "names no host"),
+    ("http//host", "no colon before its //"),
+    ("htp://x", "'htp' is none of the schemes http, https, sqlite, .* \\(is 'http' meant"),
+    ("postgres://u:secret@host/db", "is 'postgresql' meant"),
+    ("http+x://host", "'http\\+x' is none of the schemes"),
+    ("localhost:5000", "a host and a port without the http:// before them, 'http://localhost:5000'"),
+    ("10.0.0.1:5000/", "a host and a port without the http://"),
+    ("http://host:port/", "Port could not be cast"),
+    ("http://[::1", "Invalid IPv6 URL"),
+    ("sqlite:/x", "after 'sqlite' comes ':///'"),
+    ("postgresql+psycopg2:/x", "after 'postgresql\\+psycopg2' comes '://'"),
+    ("sqlite://x.db", "a file has three"),
+    ("file://mlruns", "a path has three"),
+    ("sqlite:///:memory:", "gone with the process"),
+    ("sqlite://", "gone with the process"),
+    ('"http://host"', "no scheme before its ://"),
+    ("http//u:secret@host", "no colon"),
+    ("http://host\n", "white space"),
+]
+
+
+@pytest.mark.parametrize(("uri", "said"), NO_PLACES)
+def test_what_is_no_place_is_refused_before_anything_is_written(
+    uri: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TrackerError, match=rf"tracking_uri=.*{said}.*expected one such as") as told:
+        MLflow(uri)
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    root = tmp_path / "runs"
+    for begin in (Trainer.fit, Trainer.advance, Trainer.rehearse):
+        with pytest.raises(TrackerError, match=f"MLFLOW_TRACKING_URI: .*{said}.*track=None"):
+            begin(trainings.make(root, track=MLflow()))
+    assert not root.exists()
+
+
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    "uri",
     [
-        ("http://", "names no host"),
-        pytest.param("localhost:5000", "a host and a port without the http://", marks=pytest.mark.long),
-        pytest.param("http://host:port/", "Port could not be cast", marks=pytest.mark.long),
-        pytest.param("sqlite:///:memory:", "gone with the process", marks=pytest.mark.long),
-        pytest.param("http://[::1", "Invalid IPv6 URL", marks=pytest.mark.long),
-        pytest.param("htp://nowhere", "unsupported URI 'htp://nowhere'", marks=pytest.mark.long),
-        pytest.param(
-            "mysql://u@localhost/x", "install the driver that the URI asks for", marks=pytest.mark.long
-        ),
+        *("http://host", "HTTPS://u:p@host:5000/path", "databricks", "databricks://profile", "uc:http://host"),
+        *("sqlite:///a.db", "sqlite:////a/b.db?x=1", "postgresql:///db", "mysql+pymysql://u:p@h/d", "mssql://h/d"),
+        *("mlruns", "./a:b", "/a b", "~/runs", "file:old", "file:///x", "file://localhost/x", "http", "httpd/runs"),
     ],
-)
-def test_what_is_no_place_is_said_at_once(run: RunFolder, uri: str, said: str) -> None:
-    report = sync(trained(run), tracker=MLflow(uri), timeout=60)
-    assert said in report.trouble
+)  # fmt: skip
+def test_what_may_be_a_place(uri: str) -> None:
+    assert MLflow(uri).destination().place
+
+
+def test_schemes_that_other_packages_give_to_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrackerError, match="'plugged' is none"):
+        MLflow("plugged://x")
+    package = tmp_path / "plugged-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[mlflow.tracking_store]\nplugged = plugged:Store\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert MLflow("plugged://x").destination().place == "plugged://x"
+
+
+@pytest.mark.long
+def test_a_driver_that_is_not_installed_is_said_once(run: RunFolder) -> None:
+    report = sync(trained(run), tracker=MLflow("mysql://u@localhost/x"), timeout=60)
+    assert "install the driver that the URI asks for" in report.trouble
     assert (report.points_left, report.artifacts_left) == (9, tuple(REPORTS))
     assert len(log_of(run)) == 1, "once"
+
+
+@pytest.mark.long
+def test_a_target_that_is_no_place_is_said_by_the_shipper_too(run: RunFolder) -> None:
+    sync(trained(run), tracker=MLflow("mysql://u@localhost/x"), timeout=60)
+    target = run.path / "tracker.json"
+    target.write_text(target.read_text().replace("mysql://u@localhost/x", "http://"))
+    assert "names no host" in sync(run, timeout=60).trouble
 
 
 @pytest.mark.long
@@ -93,12 +151,14 @@ def test_a_place_that_cannot_be_reached_is_said_once_and_tried_again(
 
 
 def test_training_goes_on_and_ends_with_one_warning(tmp_path: Path) -> None:
-    trainer = trainings.make(tmp_path, epochs=None, max_batches=60, track=FromTheTrainer("http://:1"))
+    trainer = trainings.make(
+        tmp_path, epochs=None, max_batches=60, track=FromTheTrainer("mysql://u@localhost/x")
+    )
     trainer.advance(State.BATCH_END)
     (run,) = list_runs(tmp_path)
     until(lambda: status(run).trouble, 60)
     with pytest.warns(
-        RuntimeWarning, match="training is not affected, but tracking has trouble.*no host"
+        RuntimeWarning, match="training is not affected, but tracking has trouble.*install the driver"
     ) as told:
         result = trainer.fit()
     assert len([warning for warning in told if "tracking" in str(warning.message)]) == 1

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset, get_worker_info
 
+import trainings
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging, LogRecord, callback
 from orchestrator.callbacks.logs.callback import headline
@@ -554,7 +556,8 @@ def test_terminal_is_restored_after_an_exception(tmp_path: Path, monkeypatch: py
         assert warnings.showwarning == show
         assert not [thread for thread in threading.enumerate() if thread.name == "interlock-progress"]
         print("after")
-    assert re.match(r"halted at epoch 1, batch 1, .*: RuntimeError: broken", pty.screen[-4])
+    assert re.match(r"halted at epoch 1, batch 1, .*: RuntimeError: broken", pty.screen[-5])
+    assert pty.screen[-4] == "  there is no checkpoint to resume from"
     assert pty.screen[-3:] == [f"  run {trainer.run.path}", "after", ""]  # type: ignore[union-attr]
 
 
@@ -759,3 +762,29 @@ def test_only_rank_0_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert trainer.run is not None
     spoke = [bool(capsys.readouterr().out), trainer.run.console_log.exists(), bool(records)]
     assert spoke == [rank == 0] * 3
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_is_answered_at_once_and_the_second_tells_the_way_back(
+    presses: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainings.make(tmp_path, log=Logging(to="console"))
+
+    @trainer.before("backward")
+    def _press() -> None:
+        if trainer.batches == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "Ctrl-C again stops it at once" in capfd.readouterr().err
+            if presses == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    said = "".join(capfd.readouterr())
+    if presses == 1:
+        assert ": signal SIGINT\n" in said
+        assert "resume goes back" not in said
+    else:
+        assert (
+            ": KeyboardInterrupt\n  resume goes back to 000000000-a1-IDLE and does 1 batches again\n" in said
+        )

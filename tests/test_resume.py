@@ -21,7 +21,7 @@ from orchestrator.recovery import CheckpointMismatch
 from states import State, Trigger
 from states.language import Move, first_illegal
 from states.table import TRAINING
-from tracking.journal import Journal
+from tracking.journal import Journal, JournalError
 from tracking.runs import list_runs
 
 TIMES = ("duration", "batch_time")
@@ -257,9 +257,41 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:
     whole = trainings.make(tmp_path / "whole")
     whole.fit()
     again = trainings.make(tmp_path)
-    with pytest.warns(UserWarning, match=f"passing over checkpoint {newest.name}"):
+    with pytest.warns(UserWarning, match=f"passing over checkpoint {newest.name}") as said:
         again.fit(resume="auto")
+    assert str(said[0].message).count(newest.name) == 1, "named once"
+    assert "found SHA-256" in str(said[0].message)
     assert_same(whole, again)
+
+
+@pytest.mark.parametrize("by", ["auto", "name", "folder", "checkpoint"])
+def test_a_run_whose_journal_is_gone_is_refused_and_nothing_is_lost(by: str, tmp_path: Path) -> None:
+    trainings.make(tmp_path, epochs=1).fit()
+    earlier = trainings.make(tmp_path, epochs=1)
+    earlier.fit()
+    for file in earlier.run.path.glob("journal.sqlite*"):
+        file.unlink()
+    newest = max(earlier.run.checkpoints.iterdir())
+    before = {path for path in tmp_path.rglob("*") if "lease" not in path.name}
+    named = {"auto": "auto", "name": "test", "folder": earlier.run.path, "checkpoint": newest}[by]
+    with pytest.raises(
+        JournalError, match=f"{earlier.run.path}: found checkpoints, but no journal.sqlite; expected both"
+    ) as told:
+        trainings.make(tmp_path).fit(resume=named)
+    assert f'init_from=".../checkpoints/{newest.name}' in str(told.value)
+    assert {path for path in tmp_path.rglob("*") if "lease" not in path.name} == before
+    moved = tmp_path / "moved"
+    earlier.run.path.rename(moved)
+    anew = trainings.make(tmp_path, name="anew", init_from=moved / "checkpoints" / newest.name)
+    anew.start()
+    trainings.assert_equal(trainings.weights(earlier), trainings.weights(anew))
+    anew.close()
+
+
+def test_a_folder_that_only_looks_like_a_run_is_none(tmp_path: Path) -> None:
+    (tmp_path / "test-20260101-000000-abcd").mkdir()
+    assert list_runs(tmp_path) == []
+    assert trainings.make(tmp_path, epochs=1).fit(resume="auto").state is State.DONE
 
 
 def test_another_architecture_optimizer_or_data_is_refused_by_name(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from tracking.delivery import (
     Unavailable,
     Upload,
 )
+from tracking.mlflow_uri import EXAMPLES, SQL, absolute, wrong_with
 
 if TYPE_CHECKING:
     from tracking.inputs import DataInput
@@ -48,7 +49,6 @@ _LONGEST_PROFILE = 16_000
 _MOST_PARAMS = 100
 _LATE_S = 5.0  # a server that has not answered may still be at work for so long
 _LONGEST_MAKING_S = 120.0
-_SQL = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class MLflow:
         nested: make a run below your own (the active one, or that of run_id) instead of delivering to it; for
             trainings that belong together, such as those of a sweep or of cross-validation.
 
-    Raises TrackerError for a value that makes no sense; as a training begins, also if there is no run to nest in.
+    Raises TrackerError for a value that makes no sense; as a training begins, before anything is written, also for a
+    URI of the environment's that can be none, and if there is no run to nest in. A server that is away is no error.
     """
 
     tracking_uri: str | Path | None = None
@@ -105,14 +106,22 @@ class MLflow:
                 )
         if self.tracking_uri is not None and not isinstance(self.tracking_uri, str | Path):
             raise TrackerError(f"MLflow(tracking_uri={self.tracking_uri!r}): expected a string or a path")
+        if isinstance(self.tracking_uri, str) and (wrong := wrong_with(self.tracking_uri)):
+            raise TrackerError(f"MLflow(tracking_uri=...): {wrong}")
 
     def destination(self) -> Destination:
         """Look at this process and its environment, and say where runs go."""
         found = _in_this_process()
         environment = os.environ.get
-        uri = self.tracking_uri
+        uri, source = self.tracking_uri, "MLflow(tracking_uri=...)"
+        if uri is None and found.tracking_uri:
+            uri, source = found.tracking_uri, "mlflow.set_tracking_uri(...)"
+        if uri is None and (set_outside := environment("MLFLOW_TRACKING_URI")):
+            uri, source = set_outside, "the environment variable MLFLOW_TRACKING_URI"
         if uri is None:
-            uri = found.tracking_uri or environment("MLFLOW_TRACKING_URI") or _default_uri()
+            uri = _default_uri()
+        if isinstance(uri, str) and (wrong := wrong_with(uri)):
+            raise TrackerError(f"{source}: {wrong}, or track=None for no tracking")
         name, number = self.experiment, None
         if name is None:
             number = found.experiment_id
@@ -120,7 +129,7 @@ class MLflow:
             name = environment("MLFLOW_EXPERIMENT_NAME")
             number = None if name else environment("MLFLOW_EXPERIMENT_ID")
         run_id = self.run_id or found.run_id or environment("MLFLOW_RUN_ID") or None
-        place = _absolute(uri)
+        place = absolute(uri)
         settings: dict[str, Any] = {
             "tracking_uri": place,
             "experiment": name,
@@ -171,20 +180,6 @@ def _default_uri() -> str:
     return "sqlite:///mlflow.db"
 
 
-def _absolute(uri: str | Path) -> str:
-    """The same place, whatever the working directory."""
-    if isinstance(uri, Path) or uri == "" or uri.startswith((".", "/", "~")):
-        return Path(uri or "mlruns").expanduser().absolute().as_uri()
-    if uri.startswith("sqlite:///"):
-        path, mark, options = uri.removeprefix("sqlite:///").partition("?")
-        return f"sqlite:///{Path(path).absolute()}{mark}{options}" if path not in ("", ":memory:") else uri
-    if uri.startswith("file:") and not uri.startswith("file:/"):
-        return Path(uri.removeprefix("file:")).absolute().as_uri()
-    if ":" not in uri and not uri.startswith(("databricks", "uc")):
-        return Path(uri).absolute().as_uri()
-    return uri
-
-
 def open_delivery(settings: Mapping[str, Any]) -> "MLflowDelivery":
     """The delivery to where `settings` say; imports mlflow."""
     return MLflowDelivery(settings)
@@ -230,7 +225,8 @@ class MLflowDelivery:
         """Find the run by id, then by our tag, or make it."""
         with self._asking("open the run"):
             if self._client is None:
-                _check_uri(self._uri)
+                if wrong := wrong_with(self._uri):
+                    raise Closed(wrong)
                 _expect_outages(self._uri)
                 with _alone(self._uri):
                     client = self._new_client(tracking_uri=self._uri)
@@ -309,7 +305,7 @@ class MLflowDelivery:
         A server does not say what its store is, so it is asked for the newest point of each metric. If that is one
         of `points`, they have arrived as far as that one.
         """
-        if urlsplit(self._uri).scheme.partition("+")[0] in _SQL:
+        if urlsplit(self._uri).scheme.partition("+")[0] in SQL:
             return list(points)
         with self._asking("ask for the newest steps"):
             run = self._client.get_run(self._run_id)
@@ -557,7 +553,7 @@ def _cut(value: str, longest: int) -> str:
 
 def _expect_outages(uri: str) -> None:
     """Have MLflow report at once, and to us only, that a database is away: it would try ten times, on pages of log."""
-    if urlsplit(uri).scheme.partition("+")[0] in _SQL:
+    if urlsplit(uri).scheme.partition("+")[0] in SQL:
         with contextlib.suppress(ImportError):
             utils = import_module("mlflow.store.db.utils")
             utils.MAX_RETRY_COUNT = 1  # type: ignore[attr-defined]
@@ -581,25 +577,6 @@ def _alone(uri: str) -> Iterator[None]:
                 time.sleep(0.1)
         yield
 
-
-def _check_uri(uri: str) -> None:
-    """Raise Closed for what can never be a tracking server."""
-    try:
-        parts = urlsplit(uri)
-        no_host = parts.scheme in ("http", "https") and not parts.hostname
-        wrong = "it names no host" if no_host else ""
-        if parts.scheme and not parts.netloc and parts.path.rstrip("/").isdigit():
-            wrong = "a host and a port without the http:// before them"
-        _ = parts.port
-    except ValueError as error:
-        wrong = str(error)
-    if uri.rstrip("/") == "sqlite:" or ":memory:" in uri:
-        wrong = "a database in memory is gone with the process that delivers"
-    if wrong:
-        raise Closed(f"tracking URI {uri!r}: {wrong}; expected {_EXAMPLES}")
-
-
-_EXAMPLES = "one such as 'http://host:5000' or 'sqlite:///mlflow.db'"
 
 # Codes by which a server says that it has understood, and will not.
 _REFUSALS = {
@@ -632,7 +609,7 @@ def _explained(what: str) -> Iterator[None]:
     except (Unavailable, Refused, Closed):
         raise
     except (UnsupportedModelRegistryStoreURIException, InvalidUrlException) as error:
-        raise Closed(f"cannot {what}: {_first_line(error)} Expected {_EXAMPLES}") from error
+        raise Closed(f"cannot {what}: {_first_line(error)} Expected {EXAMPLES}") from error
     except MlflowException as error:
         text = f"cannot {what}: {_first_line(_innermost(error))}"
         if error.error_code in _GONE:
@@ -648,7 +625,7 @@ def _explained(what: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         text = f"cannot {what}: {type(error).__name__}: {_first_line(_innermost(error))}"
         if type(error).__name__ in ("ArgumentError", "NoSuchModuleError"):  # SQLAlchemy's
-            raise Closed(f"{text}; expected {_EXAMPLES}") from error
+            raise Closed(f"{text}; expected {EXAMPLES}") from error
         if type(error).__name__ == "OperationalError":
             text = f"cannot {what}: {_first_line(getattr(error, 'orig', None) or error)}"
         if isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS:

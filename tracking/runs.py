@@ -18,7 +18,7 @@ from pathlib import Path
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
 from tracking.rows import Parent
-from tracking.schema import create_journal
+from tracking.schema import create_journal, newest_checkpoint
 
 __all__ = [
     "RESUME_VARIABLE",
@@ -231,7 +231,10 @@ def _fsync(folder: Path) -> None:
 
 
 def list_runs(root: Path | str) -> list[RunFolder]:
-    """The runs of `root`, newest first; none if there is no such folder. Raises RootError if it is none."""
+    """The runs of `root`, newest first; none if there is no such folder. Raises RootError if it is none.
+
+    One whose journal is gone is among them as long as it has checkpoints: to open its journal says what can be done.
+    """
     root = Path(root)
     try:
         folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
@@ -241,7 +244,11 @@ def list_runs(root: Path | str) -> list[RunFolder]:
         raise RootError(f"root {root}: cannot be listed ({error}); expected a folder of runs") from error
     stamped = [(match["stamp"], match[0]) for name in folders if (match := _ID.fullmatch(name))]
     runs = [RunFolder(root.resolve() / name) for _, name in sorted(stamped, reverse=True)]
-    return [run for run in runs if run.journal.exists()]
+    return [run for run in runs if _is_run(run)]
+
+
+def _is_run(folder: RunFolder) -> bool:
+    return folder.journal.exists() or newest_checkpoint(folder.path) is not None
 
 
 def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
@@ -258,8 +265,13 @@ def find_run(reference: Path | str, root: Path | str = "runs") -> RunFolder:
         if run.name == text:
             return run
     folder = RunFolder(Path(reference).expanduser().resolve())
-    if folder.journal.is_file():
+    if _is_run(folder):
         return folder
+    if folder.path.is_dir():
+        raise RunNotFound(
+            f"{text!r} is a folder, but no run's: it has no {folder.journal.name}; expected a run's folder, such as "
+            f"{Path(root) / 'NAME-YYYYMMDD-HHMMSS-XXXX'}; {_nearest(text, runs)}"
+        )
     raise RunNotFound(
         f"no run {text!r} in {Path(root)}, nor a run's folder of that path; {_nearest(text, runs)}"
     )
@@ -322,9 +334,13 @@ class Lease:
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.02)
+        if path in _table.held:
+            held, advice = f"this very process ({found})", "Close the Trainer that has it: trainer.close()"
+        else:
+            held, advice = str(found), "Wait for it to end or stop it"
         raise LeaseHeldError(
-            f"{path.parent.name}: {path.name} is held by {found}; expected nobody else to write to this run. "
-            "Wait for it to end or stop it, or start a run of another name"
+            f"{path.parent.name}: {path.name} is held by {held}; expected nobody else to write to this run. "
+            f"{advice}, or start a run of another name"
         )
 
     @property

@@ -33,6 +33,7 @@ __all__ = [
     "explained",
     "filesystem_type",
     "is_local",
+    "newest_checkpoint",
     "since_first",
 ]
 
@@ -309,7 +310,7 @@ def _connect(path: Path, options: str, busy_s: float) -> Connection:
     if path in _not_ours:
         raise _not_here(path)
     if not path.is_file():
-        raise JournalError(f"{path}: there is no journal here; a run's folder has a journal.sqlite")
+        raise JournalError(_missing(path))
     try:
         connection = sqlite3.connect(
             f"{path.as_uri()}?{options}",
@@ -324,6 +325,26 @@ def _connect(path: Path, options: str, busy_s: float) -> Connection:
     connection.file = path
     forget_in_children(connection)
     return connection
+
+
+def _missing(path: Path) -> str:
+    folder, checkpoint = path.parent, newest_checkpoint(path.parent)
+    if checkpoint is None:
+        return f"{path}: there is no journal here; a run's folder has a {path.name}"
+    tracked = (folder / "tracker.json").is_file()
+    fetched = 'fit(resume="mlflow:RUN_ID") fetches the run with its journal, and ' if tracked else ""
+    return (
+        f"{folder}: found checkpoints, but no {path.name}; expected both: without its journal a run can be neither "
+        f"gone on with nor shown. Put a copy of {path.name} back. Or move the folder out of {folder.parent}: then "
+        f"{fetched}"
+        f'a new run can take the weights, Trainer(init_from=".../checkpoints/{checkpoint.name}")'
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder by its name, for when no journal tells more."""
+    whole = [manifest.parent for manifest in folder.glob("checkpoints/*/manifest.json")]
+    return max(whole, key=lambda checkpoint: checkpoint.name, default=None)
 
 
 def _not_here(path: Path) -> JournalError:

@@ -91,29 +91,44 @@ class LRScheduling(Callback):
             trainer.after(Trigger.STEP)(self._after_update)
         else:
             trainer.after(Trigger.END_EPOCH)(self._after_epoch)
-        if isinstance(getattr(self.scheduler, "total_steps", None), int):
+        if self._span() is not None:
             trainer.after(Trigger.BEGIN_EPOCH)(self._check_length)
 
+    def _span(self) -> tuple[str, int] | None:
+        """How many steps the schedule is made for, with the name of the argument that says so, where one does."""
+        for name in ("total_steps", "T_max"):
+            if isinstance(value := getattr(self.scheduler, name, None), int):
+                return name, value
+        return None
+
     def _check_length(self) -> None:
-        """Warn, once, of a schedule that is over before the training: OneCycleLR raises at the next step."""
-        if self._length_checked:
+        """Warn, once, of a schedule in the other unit, and of one that is over before the training."""
+        span = self._span()
+        if self._length_checked or span is None:
             return
         self._length_checked = True
-        scheduler = self.scheduler
-        total: int = scheduler.total_steps  # type: ignore[attr-defined]
-        needed = scheduler.last_epoch + self._steps_left()
-        if needed > total:
+        scheduler, (argument, total) = self.scheduler, span
+        steps = {every: scheduler.last_epoch + self._steps_left(every) for every in ("epoch", "batch")}
+        needed = steps[self.every]
+        other = "batch" if self.every == "epoch" else "epoch"
+        if total == steps[other] != needed > 0:
+            warn(
+                f"{type(scheduler).__name__} has {argument}={total}, but is stepped by {self.every}, {needed} times in "
+                f"this training; {total} is how often it would be by {other}: expected "
+                f'LRScheduling(scheduler, every="{other}"), or {argument}={needed}'
+            )
+        elif needed > total and argument == "total_steps":  # OneCycleLR's; others go on
             warn(
                 f"{type(scheduler).__name__} has {total} steps, {scheduler.last_epoch} of them done, and the training "
                 f"comes to {needed}: the step after the last raises an error. Construct it with total_steps={needed}; "
                 "to resume with that, say override={'total_steps'}"
             )
 
-    def _steps_left(self) -> int:
+    def _steps_left(self, every: str) -> int:
         """As many as are sure to come, at the beginning of an epoch; 0 where the training has no end that is known."""
         trainer, limits = self.trainer, []
         length, accumulate = trainer.batches_per_epoch, trainer._training.work.accumulate
-        if self.every == "epoch":
+        if every == "epoch":
             steps_an_epoch, batches_a_step = 1, length
         else:
             steps_an_epoch, batches_a_step = math.ceil((length or 0) / accumulate), accumulate

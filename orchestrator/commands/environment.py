@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.commands.layout import count, duration, size
 from orchestrator.commands.signs import Sign, bad, fine, note
+from tracking.delivery import TrackerError
 from tracking.masking import mask_text
 from tracking.mlflow_delivery import MLflow
 from tracking.runs import lease_holder, list_runs
@@ -59,7 +60,17 @@ def environment(root: Path, timeout: float) -> Iterator[Sign]:
     yield _shared_memory()
     yield from _hashes()
     yield from _shippers(root)
-    yield store(MLflow().destination().place, timeout)
+    try:
+        place = MLflow().destination().place
+    except TrackerError as error:
+        yield bad(
+            "mlflow at",
+            str(error),
+            "a place that can be one",
+            "mend it, or unset it for MLflow's local store",
+        )
+    else:
+        yield store(place, timeout)
 
 
 # -- what is installed ---------------------------------------------------------------------------------------

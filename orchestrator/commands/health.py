@@ -215,7 +215,7 @@ def _delivery(moment: Moment, name: str) -> Iterator[Sign]:
 def _room(run: RunFolder, moment: Moment | None) -> Iterator[Sign]:
     largest = max((c.size_bytes for c in moment.checkpoints), default=0) if moment else 0
     yield from disk(run.path, max(LEAST_FREE, 3 * largest))
-    if not os.access(run.journal, os.W_OK):
+    if run.journal.exists() and not os.access(run.journal, os.W_OK):
         yield bad("journal", f"{run.journal} cannot be written", "a file of yours", "its owner or mode")
 
 

@@ -68,7 +68,11 @@ class _Done:
 def _tracked(runs: list[RunFolder], *, aside: bool) -> Iterator[RunFolder]:
     """Those that are made with a tracker, and have no shipper at work already."""
     for run in runs:
-        status = status_of(run)
+        try:
+            status = status_of(run)
+        except InterlockError:
+            yield run  # what is wrong with it is said when it is delivered
+            continue
         if status.shipper is not None:
             click.echo(f"{run.id}: {status.shipper} is delivering it", err=aside)
         elif status.tracked:

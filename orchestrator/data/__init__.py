@@ -2,7 +2,7 @@
 
 from orchestrator.data.batches import Looks, count_samples, first_samples, to_device
 from orchestrator.data.errors import DataError
-from orchestrator.data.fingerprint import compare_fingerprints
+from orchestrator.data.fingerprint import compare_fingerprints, likely_causes
 from orchestrator.data.stream import BatchStream
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "compare_fingerprints",
     "count_samples",
     "first_samples",
+    "likely_causes",
     "to_device",
 ]

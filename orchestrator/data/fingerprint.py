@@ -29,7 +29,13 @@ from orchestrator.data.order import Task, index_sampler
 from orchestrator.data.randomness import put_globals, seed_globals, take_globals
 from orchestrator.warning import warn
 
-__all__ = ["compare_fingerprints", "fingerprint_iterable", "fingerprint_loader", "fingerprint_sequence"]
+__all__ = [
+    "compare_fingerprints",
+    "fingerprint_iterable",
+    "fingerprint_loader",
+    "fingerprint_sequence",
+    "likely_causes",
+]
 
 _UNSTABLE = "unstable"
 _COLLATED = "first and last item, collated"
@@ -38,6 +44,17 @@ _SPREAD_BATCHES = "batches spread over the sequence"
 _SPREAD_COUNT = 64
 _LARGE = 2**18  # elements: of a larger tensor or array of the spread about so many are looked at
 _ENDS = frozenset({"length of the data set", "first item", "last item", "first batch", "last batch"})
+_DIGESTS = {
+    "first item",
+    "last item",
+    "first batch",
+    "last batch",
+    "indices",
+    "weights",
+    _COLLATED,
+    _SPREAD,
+    _SPREAD_BATCHES,
+}
 
 
 def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -45,6 +62,22 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
     What one of them does not know (None), or was saved before it was taken, is not compared.
     """
+    return list(_differing(saved, now).values())
+
+
+def likely_causes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What usually makes the difference where digests differ, which say nothing themselves; '' where none does."""
+    if not any(key.rpartition("/")[2] in _DIGESTS for key in _differing(saved, now)):
+        return ""
+    return (
+        "The data has other contents than it had, which digests tell. The usual reasons: random data, or a random "
+        "split, that each process makes anew, without a seed (call seed_everything(7) before it is made, or pass "
+        "generator=torch.Generator().manual_seed(7)); a file that was changed since; files or items in another order "
+        "(sorted(...) around os.listdir, glob and sets)"
+    )
+
+
+def _differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     differing = {}
     flat_saved, flat_now = _flat(saved), _flat(now)
     for key in [*flat_saved, *(flat_now.keys() - flat_saved.keys())]:
@@ -58,7 +91,7 @@ def compare_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any]) -> li
     ):
         for key in (_COLLATED, _SPREAD, _SPREAD_BATCHES):  # they follow from that
             differing.pop(key, None)
-    return list(differing.values())
+    return differing
 
 
 def fingerprint_sequence(batches: list[Any] | tuple[Any, ...]) -> dict[str, Any]:

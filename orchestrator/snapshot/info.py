@@ -67,8 +67,10 @@ def readable(parent: Path) -> list[CheckpointInfo]:
     for path in list_checkpoints(parent):
         try:
             infos.append(info_of(path))
-        except (CheckpointDamaged, KeyError) as error:
-            warn(f"passing over checkpoint {path.name}: {error}")
+        except CheckpointDamaged as error:
+            warn(error.passed_over)
+        except KeyError as error:
+            warn(CheckpointDamaged(path, f"its manifest has no {error}").passed_over)
     return infos
 
 

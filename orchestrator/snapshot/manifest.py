@@ -54,6 +54,14 @@ class CheckpointDamaged(InterlockError):
             f"checkpoint {path} is damaged: {what}. Go on from another one, or restore it from a copy."
         )
 
+    @property
+    def passed_over(self) -> str:
+        """What to say where one from before is taken instead."""
+        return (
+            f"passing over checkpoint {self.path.name} of {self.path.parent.parent.name}, which is damaged: "
+            f"{self.what}. One from before is taken; to have this one, put back a copy of it"
+        )
+
 
 class CheckpointFormatError(InterlockError):
     """A checkpoint that is whole, but in a format that this interlock does not know."""

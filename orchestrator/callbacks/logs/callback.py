@@ -176,7 +176,10 @@ class Logging(Callback):
 
     def _on_halted(self) -> None:
         trainer, took = self.trainer, span(time.monotonic() - self._began)
-        self._end("halt", [f"halted at {self._place()}, {took}: {trainer.reason}"])
+        lines = [f"halted at {self._place()}, {took}: {trainer.reason}"]
+        # Of a failure the transition's note goes on with the way back.
+        way_back = trainer._training.work.note.removeprefix(f"{trainer.reason}; ") if trainer.tainted else ""
+        self._end("halt", [*lines, *([f"  {way_back}"] if way_back else [])])
 
     def _end(self, kind: Kind, lines: list[str]) -> None:
         if self.trainer.run is not None:
