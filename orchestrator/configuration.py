@@ -22,6 +22,7 @@ from orchestrator.callbacks.early_stopping import EarlyStopping
 from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.lr_scheduling import LRScheduling
 from orchestrator.errors import ConfigurationError, an, kind_of
+from orchestrator.hook_checks import check_callback
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
@@ -218,6 +219,7 @@ def _check_callbacks(callbacks: Any) -> None:
                 f"callbacks has {kind_of(callback) if isinstance(callback, type) else repr(callback)} in it; expected "
                 "objects of classes derived from orchestrator.Callback"
             )
+        check_callback(callback)
         for kind, argument in ((Checkpointing, "checkpoint"), (Logging, "log")):
             if isinstance(callback, kind):
                 raise ConfigurationError(

@@ -345,6 +345,65 @@ def test_a_hook_that_cannot_be_called(tmp_path: Path) -> None:
             register(3)  # type: ignore[type-var]
 
 
+def test_a_hook_that_takes_an_argument(tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path, max_batches=1)
+
+    def look(engine: Any) -> None:
+        raise AssertionError("it is not added")
+
+    called = []
+    for register in (trainer.before("step"), trainer.after("step"), trainer.on("DONE")):
+        with pytest.raises(
+            ConfigurationError, match=r"hook .*look takes \(engine: Any\); expected .* no argument"
+        ):
+            register(look)
+        register(partial(called.append, 1))
+        register(lambda value=2: called.append(value))
+    trainer.fit()
+    assert called == [1, 2] * 3
+
+
+class TakesNothing(Callback):
+    def on_train_end(self) -> None:  # type: ignore[override]
+        raise AssertionError("after hours of training")
+
+
+class LikeLightning(Callback):
+    def on_train_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+class LikeKeras(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seen.append((epoch, logs["loss"]))
+
+    def on_batch_begin(self, *args: Any) -> None:
+        self.seen.append((args[0], 0.0))
+
+
+def test_hooks_of_a_callback_are_looked_at_before_they_are_called(tmp_path: Path) -> None:
+    expected = r"expected def on_train_end\(self, metrics\)"
+    refused(tmp_path, rf"TakesNothing.on_train_end takes \(\) .*; {expected}", callbacks=[TakesNothing()])
+    refused(tmp_path, rf"takes \(trainer: Any, module: Any\) .*; {expected}", callbacks=[LikeLightning()])
+    keras = LikeKeras()
+    trainer = trainings.make(tmp_path, max_batches=1, callbacks=[keras])
+    result = trainer.fit()
+    assert keras.seen == [(0, 0.0), (0, result.history[0]["loss"])]
+
+
+@pytest.mark.parametrize("name", ["on_train_batch_end", "on_validation_end", "on_after_backward"])
+def test_a_callback_with_a_hook_that_is_never_called(name: str, tmp_path: Path) -> None:
+    kind = type("Elsewhere", (Callback,), {name: lambda self, *args: None})
+    refused(
+        tmp_path,
+        f"Elsewhere.{name} is a hook of other trainers and would never be called",
+        callbacks=[kind()],
+    )
+
+
 @pytest.mark.parametrize("name", [3, "", None])
 def test_logging_by_what_is_no_name(name: Any, tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path)

@@ -707,7 +707,7 @@ def test_file_is_continued_by_later_attempts(tmp_path: Path) -> None:
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d  ", line) for line in lines)
     assert re.search(r"halted at epoch 1, batch 0, .* s: interrupted; run ", lines[2])
     assert ", attempt 2, cpu:" in lines[3]
-    assert lines[4].endswith("resumed at epoch 1, batch 0 (BATCH_END), 5 batches done")
+    assert lines[4].endswith("resumed at epoch 1, batch 0 (BATCH_END), 1 epoch and 5 batches done")
 
 
 def test_file_can_be_read_along(tmp_path: Path) -> None:
