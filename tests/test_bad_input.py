@@ -172,10 +172,10 @@ PARTS: list[tuple[Callable[..., Callback], dict[str, Any], str]] = [
     (EarlyStopping, {"min_delta": math.inf}, "min_delta is inf"),
     (EMA, {"decay": "x"}, "decay is 'x'"),
     (EMA, {"decay": math.nan}, "decay is nan"),
-    (EMA, {"every": 0.5}, "every is 0.5"),
+    (EMA, {"every_updates": 0.5}, "every_updates is 0.5"),
     (EMA, {"start": -1}, "start is -1; expected a whole number, at least 0"),
-    (GradientStatistics, {"every": "x"}, "every is 'x'"),
-    (MemoryMonitor, {"every": 2.0}, "every is 2.0"),
+    (GradientStatistics, {"every_batches": "x"}, "every_batches is 'x'"),
+    (MemoryMonitor, {"every_batches": 2.0}, "every_batches is 2.0"),
 ]
 
 

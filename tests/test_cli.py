@@ -841,7 +841,7 @@ def test_a_diagram_is_written_to_a_file(tmp_path: Path) -> None:
 
 def test_sync_delivers_what_was_left(tmp_path: Path, own_store: Database) -> None:
     run = done(tmp_path / "runs")
-    shipper = start_shipper(run, MLflow(tracking_uri=own_store.uri, experiment="digits"))
+    shipper = start_shipper(run, MLflow(tracking_uri=own_store.uri, experiment_name="digits"))
     assert shipper is not None
     shipper.kill()
     shipper.wait()
