@@ -117,8 +117,9 @@ def test_credentials_that_are_refused_are_said_once_and_tried_again(
     with FaultyProxy(server.port, lambda what: answer) as proxy:
         report = sync(trained(run), tracker=MLflow(proxy.uri), timeout=1)
         assert "could not be reached" in report.trouble
+        # Told at once, and where it gives up.
         told = [line for line in log_of(run) if "MLFLOW_TRACKING_USERNAME" in line]
-        assert ["could not be reached" in line for line in told] == [False, True], "at once, and where it gives up"
+        assert ["could not be reached" in line for line in told] == [False, True]
         proxy.choose = lambda what: "pass"
         assert sync(run).complete
 
@@ -134,8 +135,9 @@ def test_a_server_that_asks_for_a_password(
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
         report = sync(trained(run), tracker=MLflow(server.uri), timeout=1)
         assert not report.complete
+        # Told at once, and where it gives up.
         told = [line for line in log_of(run) if "MLFLOW_TRACKING_PASSWORD" in line]
-        assert ["could not be reached" in line for line in told] == [False, True], "at once, and where it gives up"
+        assert ["could not be reached" in line for line in told] == [False, True]
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", secrets["MLFLOW_AUTH_ADMIN_PASSWORD"])
         assert sync(run).complete
         assert_once(run, server.database.run(run.id))
