@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tracking
+import trainings
 from mlflow_server import Database
 from orchestrator.cli import main
 from states.table import State, Trigger
@@ -333,6 +334,14 @@ def test_show(tmp_path: Path) -> None:
     )
     at = lines.index("Metrics of epoch 1")
     assert lines[at + 1 : at + 5] == ["metric train val", "loss 0.5 1.5", "lr 0.1 -", "accuracy - 0.875"]
+
+
+def test_validations_come_in_the_order_of_their_loaders(tmp_path: Path) -> None:
+    loaders = {"val": trainings.loader(16), "again": trainings.loader(16)}
+    trainings.make(tmp_path, epochs=1, val_loader=loaders).fit()
+    assert " val/loss " in interlock("runs", root=tmp_path).output
+    heads = [line.split() for line in interlock("show", "test", root=tmp_path).output.splitlines()]
+    assert ["metric", "train", "val", "again"] in heads
 
 
 def test_where_a_run_comes_from(tmp_path: Path) -> None:
