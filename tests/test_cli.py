@@ -239,18 +239,6 @@ for command in (["runs"], ["show", run], ["watch", run], ["log", run], ["diagram
     assert child.returncode == 0, errors
 
 
-def test_show_answers_at_once(tmp_path: Path) -> None:
-    run = done(tmp_path)
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        with process("-m", "orchestrator.cli", "show", run.path) as child:
-            child.communicate(timeout=60)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(3)) < 1.0  # 0.2 s on a quiet machine; importing torch takes longer
-
-
 def test_json_is_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = done(tmp_path), done(tmp_path, "other")
     monkeypatch.chdir(tmp_path)
