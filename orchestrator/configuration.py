@@ -122,7 +122,10 @@ def check(given: Mapping[str, Any]) -> Settings:
     _check_callbacks(given["callbacks"])
     if given["scheduler"] is not None and not isinstance(given["scheduler"], LRScheduling):
         LRScheduling(given["scheduler"])  # refuses what cannot be scheduled
-    _check_watched([given["scheduler"], *given["callbacks"], checkpoint], loaders)
+    watching = [given["scheduler"], *given["callbacks"], checkpoint]
+    _check_watched(watching, loaders)
+    metrics = _metrics(given["metrics"])
+    _check_spelling(watching, loaders, ("loss", *metrics))
     name = given["name"]
     if name is not None:
         check_name(name)
@@ -133,7 +136,7 @@ def check(given: Mapping[str, Any]) -> Settings:
         device=device,
         phases=phases,
         forward=forward,
-        metrics=_metrics(given["metrics"]),
+        metrics=metrics,
         validation_loaders=loaders,
         weigh=_weigh(given["accumulate_weighting"]),
         checkpoint=checkpoint,
@@ -245,6 +248,19 @@ def _check_watched(callbacks: Sequence[Any], loaders: Collection[str]) -> None:
                 f"{type(callback).__name__} watches {metric!r}, but {there}; expected a validation loader named "
                 "'val': pass val_loader=, or watch a metric of training, of a loader there is, or one that you "
                 'log under a name that does not begin with "val/"'
+            )
+
+
+def _check_spelling(callbacks: Sequence[Any], loaders: Collection[str], metrics: Sequence[str]) -> None:
+    """Refuse "val_loss", as other libraries call it, before an epoch has been trained to find out."""
+    if any(_is_users(callback) for callback in callbacks):
+        return
+    here = {f"{loader}_{metric}": f"{loader}/{metric}" for loader in loaders for metric in metrics}
+    for callback in callbacks:
+        metric = _watched(callback)
+        if metric in here and metric not in metrics:
+            raise ConfigurationError(
+                f"{type(callback).__name__} watches {metric!r}; expected {here[metric]!r}, as it is called here"
             )
 
 

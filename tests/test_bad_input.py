@@ -224,9 +224,19 @@ def test_watching_a_validation_that_there_is_not(watcher: str, metric: str, tmp_
 
 
 @pytest.mark.parametrize("watcher", WATCHING)
+@pytest.mark.parametrize("name", ["loss", "accuracy"])
+def test_watching_a_validation_by_the_name_it_has_elsewhere(watcher: str, name: str, tmp_path: Path) -> None:
+    options = WATCHING[watcher](f"val_{name}")
+    options |= {"metrics": {"accuracy": accuracy}, "val_loader": trainings.loader()}
+    refused(tmp_path, f"{watcher} watches 'val_{name}'; expected 'val/{name}'", **options)
+
+
+@pytest.mark.parametrize("watcher", WATCHING)
 @pytest.mark.parametrize(
     ("metric", "more"),
     [
+        ("val_loss", {"val_loader": trainings.loader(), "metrics": {"val_loss": accuracy}}),
+        ("val_depth", {"val_loader": trainings.loader()}),
         ("val/loss", {"val_loader": trainings.loader()}),
         ("test/loss", {"val_loader": {"test": trainings.loader()}}),
         ("my/metric", {}),
