@@ -47,7 +47,7 @@ def train(root: Path, track: Tracker | None) -> float:
     start = time.perf_counter()
     result = trainer.fit()
     seconds = time.perf_counter() - start
-    leave(RunFolder(result.run), wait=isinstance(track, MLflow) and track.experiment == "up")
+    leave(RunFolder(result.run), wait=isinstance(track, MLflow) and track.experiment_name == "up")
     return seconds
 
 

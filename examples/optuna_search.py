@@ -56,7 +56,7 @@ def train(name, params, options, parent):
         metrics={"accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()},
         checkpoint=Checkpointing(every_batches=10),
         log=None,
-        track=MLflow(experiment=options.study, log_model=False) if options.track else None,
+        track=MLflow(experiment_name=options.study, log_model=False) if options.track else None,
         config=params,
         name=name,
     )

@@ -432,7 +432,7 @@ class Attempt:
         if newest is None:
             return "there is no checkpoint to resume from"
         again = place.batches - newest.batches
-        return f"resume goes back to {newest.name} and does {again} batches again"
+        return f"resume goes back to {newest.name} and does {again} batch{'es' * (again != 1)} again"
 
     def warn(self, message: str) -> None:
         """Keep a warning in the journal."""

@@ -160,7 +160,8 @@ def _refusal(path: Path, refused: list[Difference], impossible: list[str], of_da
         advice = ""
     return (
         f"checkpoint {path} does not fit this trainer; expected the same model, optimizer, data and "
-        f"configuration as it was saved with:\n{listed}\nMake them equal{advice}, or start a new run with resume=False"
+        f"configuration as it was saved with:\n{listed}\n"
+        f"Make them equal{advice}, or start a new run: by another name=, or with resume=False"
     )
 
 

@@ -25,7 +25,7 @@ from orchestrator.errors import ConfigurationError, an, kind_of
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
-from orchestrator.signatures import check_call, check_hooks
+from orchestrator.signatures import check_call, check_callback
 from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.work import supervised
 from tracking.delivery import Tracker
@@ -133,7 +133,10 @@ def check(given: Mapping[str, Any]) -> Settings:
     _check_callbacks(given["callbacks"])
     if given["scheduler"] is not None and not isinstance(given["scheduler"], LRScheduling):
         LRScheduling(given["scheduler"])  # refuses what cannot be scheduled
-    _check_watched([given["scheduler"], *given["callbacks"], checkpoint], loaders)
+    watching = [given["scheduler"], *given["callbacks"], checkpoint]
+    _check_watched(watching, loaders)
+    metrics = _metrics(given["metrics"])
+    _check_spelling(watching, loaders, ("loss", *metrics))
     name = given["name"]
     if name is not None:
         check_name(name)
@@ -144,7 +147,7 @@ def check(given: Mapping[str, Any]) -> Settings:
         device=device,
         phases=phases,
         forward=forward,
-        metrics=_metrics(given["metrics"]),
+        metrics=metrics,
         validation_loaders=loaders,
         weigh=_weigh(given["accumulate_weighting"]),
         checkpoint=checkpoint,
@@ -230,6 +233,7 @@ def _check_callbacks(callbacks: Any) -> None:
                 f"callbacks has {kind_of(callback) if isinstance(callback, type) else repr(callback)} in it; expected "
                 "objects of classes derived from orchestrator.Callback"
             )
+        check_callback(callback)
         for kind, argument in ((Checkpointing, "checkpoint"), (Logging, "log")):
             if isinstance(callback, kind):
                 raise ConfigurationError(
@@ -241,7 +245,6 @@ def _check_callbacks(callbacks: Any) -> None:
                 "expected each object once: leave one out, or make a second one"
             )
         seen.add(id(callback))
-        check_hooks(callback)
 
 
 def _check_watched(callbacks: Sequence[Any], loaders: Collection[str]) -> None:
@@ -256,6 +259,19 @@ def _check_watched(callbacks: Sequence[Any], loaders: Collection[str]) -> None:
                 f"{type(callback).__name__} watches {metric!r}, but {there}; expected a validation loader named "
                 "'val': pass val_loader=, or watch a metric of training, of a loader there is, or one that you "
                 'log under a name that does not begin with "val/"'
+            )
+
+
+def _check_spelling(callbacks: Sequence[Any], loaders: Collection[str], metrics: Sequence[str]) -> None:
+    """Refuse "val_loss", as other libraries call it, before an epoch has been trained to find out."""
+    if any(_is_users(callback) for callback in callbacks):
+        return
+    here = {f"{loader}_{metric}": f"{loader}/{metric}" for loader in loaders for metric in metrics}
+    for callback in callbacks:
+        metric = _watched(callback)
+        if metric in here and metric not in metrics:
+            raise ConfigurationError(
+                f"{type(callback).__name__} watches {metric!r}; expected {here[metric]!r}, as it is called here"
             )
 
 

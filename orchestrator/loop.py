@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
-from orchestrator.errors import ConfigurationError
 from orchestrator.policy import AHEAD, Situation, Way, ahead, next_trigger
+from orchestrator.signatures import check_hook
 from states.compiled import CompiledMachine
 from states.errors import InterlockError
 from states.table import ARCS, Arc, Row, State, Trigger, event_name
@@ -244,7 +244,7 @@ class Loop:
         """A decorator: call the function before the work of every transition of `trigger`."""
 
         def register(hook: HookT) -> HookT:
-            self._check(hook)
+            check_hook(hook)
             for transition in self._transitions(trigger):
                 transition.before.insert(len(transition.before) - 1, hook)
             self._changed()
@@ -256,7 +256,7 @@ class Loop:
         """A decorator: call the function after every transition of `trigger` has changed the state."""
 
         def register(hook: HookT) -> HookT:
-            self._check(hook)
+            check_hook(hook)
             for transition in self._transitions(trigger):
                 transition.after.append(hook)
             self._changed()
@@ -268,17 +268,12 @@ class Loop:
         """A decorator: call the function whenever `state` is entered."""
 
         def register(hook: HookT) -> HookT:
-            self._check(hook)
+            check_hook(hook)
             self.machine.get_state(state).on_enter.append(cast(Callable[[], None], hook))
             self._changed()
             return hook
 
         return register
-
-    @staticmethod
-    def _check(hook: object) -> None:
-        if not callable(hook):
-            raise ConfigurationError(f"a hook is {hook!r}; expected a function that takes no argument")
 
     @contextmanager
     def hooks_kept(self) -> Iterator[None]:

@@ -299,6 +299,14 @@ class Trainer:
 
     # -- where the training stands ---------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        if "_training" not in vars(self):
+            return object.__repr__(self)  # of one whose constructor has raised
+        of = "" if self.run is None else f" of {self.run.id}"
+        place = f", epoch {self.epoch}" if self.epoch >= 0 else ""
+        place += f", batch {self.batch}" if self.batch >= 0 else ""
+        return f"<Trainer{of} in {self.state.value}{place}>"
+
     @property
     def state(self) -> State:
         """The state that the machine stands in."""

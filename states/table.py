@@ -88,6 +88,13 @@ class Arc:
     source: State
     dest: State
 
+    def __repr__(self) -> str:
+        # `advance` gives it to a prompt, or to a notebook's cell.
+        return f"<{self}>"
+
+    def __str__(self) -> str:
+        return f"{self.source.value} → {self.dest.value} ({self.trigger.value})"
+
 
 TERMINAL = frozenset({State.DONE, State.HALTED})
 

@@ -553,9 +553,9 @@ def _callback(name: str, d: Description) -> Callback:
         case "EMA":
             return EMA(decay=0.8, start=1)
         case "EMA validated":
-            return EMA(decay=0.8, every=2, validate=True, use_buffers=False)
+            return EMA(decay=0.8, every_updates=2, validate=True, use_buffers=False)
         case "EarlyStopping":
             return EarlyStopping(monitor=_watched(d), patience=1)
         case "GradientStatistics":
-            return GradientStatistics(every=2, per_parameter=False)
+            return GradientStatistics(every_batches=2, per_parameter=False)
     raise ValueError(name)

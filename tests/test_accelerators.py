@@ -56,7 +56,7 @@ def everything(**options: Any) -> dict[str, Any]:
         "metrics": {"accuracy": accuracy},
         "log": Logging(to=("console", "file")),
         "checkpoint": Checkpointing(),
-        "callbacks": [GradientStatistics(every=1), EMA(0.9)],
+        "callbacks": [GradientStatistics(every_batches=1), EMA(0.9)],
         **options,
     }
 
@@ -66,7 +66,7 @@ def everything(**options: Any) -> dict[str, Any]:
     [
         everything(nonfinite="halt"),
         everything(nonfinite="halt", optimizer=fused_momentum, accumulate=2),
-        everything(nonfinite="skip", callbacks=[GradientStatistics(every=1)]),
+        everything(nonfinite="skip", callbacks=[GradientStatistics(every_batches=1)]),
         everything(nonfinite="halt", precision="bf16"),
     ],
 )
@@ -444,7 +444,7 @@ def test_cuda_never_waits_within_an_epoch(nonfinite: str, tmp_path: Path) -> Non
     loader = trainings.loader(pin_memory=True)
     trainer = trainings.make(
         tmp_path, device="cuda", optimizer=fused, nonfinite=nonfinite, train_loader=loader, clip_grad_norm=0.5,
-        metrics={"accuracy": accuracy}, callbacks=[GradientStatistics(every=1)], checkpoint=None,
+        metrics={"accuracy": accuracy}, callbacks=[GradientStatistics(every_batches=1)], checkpoint=None,
     )  # fmt: skip
     strictly = torch.cuda.set_sync_debug_mode
     trainer.after(Trigger.FETCH)(lambda: strictly("error" if trainer.batches >= 2 else "default"))

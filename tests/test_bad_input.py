@@ -173,10 +173,10 @@ PARTS: list[tuple[Callable[..., Callback], dict[str, Any], str]] = [
     (EarlyStopping, {"min_delta": math.inf}, "min_delta is inf"),
     (EMA, {"decay": "x"}, "decay is 'x'"),
     (EMA, {"decay": math.nan}, "decay is nan"),
-    (EMA, {"every": 0.5}, "every is 0.5"),
+    (EMA, {"every_updates": 0.5}, "every_updates is 0.5"),
     (EMA, {"start": -1}, "start is -1; expected a whole number, at least 0"),
-    (GradientStatistics, {"every": "x"}, "every is 'x'"),
-    (MemoryMonitor, {"every": 2.0}, "every is 2.0"),
+    (GradientStatistics, {"every_batches": "x"}, "every_batches is 'x'"),
+    (MemoryMonitor, {"every_batches": 2.0}, "every_batches is 2.0"),
 ]
 
 
@@ -225,9 +225,19 @@ def test_watching_a_validation_that_there_is_not(watcher: str, metric: str, tmp_
 
 
 @pytest.mark.parametrize("watcher", WATCHING)
+@pytest.mark.parametrize("name", ["loss", "accuracy"])
+def test_watching_a_validation_by_the_name_it_has_elsewhere(watcher: str, name: str, tmp_path: Path) -> None:
+    options = WATCHING[watcher](f"val_{name}")
+    options |= {"metrics": {"accuracy": accuracy}, "val_loader": trainings.loader()}
+    refused(tmp_path, f"{watcher} watches 'val_{name}'; expected 'val/{name}'", **options)
+
+
+@pytest.mark.parametrize("watcher", WATCHING)
 @pytest.mark.parametrize(
     ("metric", "more"),
     [
+        ("val_loss", {"val_loader": trainings.loader(), "metrics": {"val_loss": accuracy}}),
+        ("val_depth", {"val_loader": trainings.loader()}),
         ("val/loss", {"val_loader": trainings.loader()}),
         ("test/loss", {"val_loader": {"test": trainings.loader()}}),
         ("my/metric", {}),
@@ -346,6 +356,65 @@ def test_a_hook_that_cannot_be_called(tmp_path: Path) -> None:
             register(3)  # type: ignore[type-var]
 
 
+def test_a_hook_that_takes_an_argument(tmp_path: Path) -> None:
+    trainer = trainings.make(tmp_path, max_batches=1)
+
+    def look(engine: Any) -> None:
+        raise AssertionError("it is not added")
+
+    called = []
+    for register in (trainer.before("step"), trainer.after("step"), trainer.on("DONE")):
+        with pytest.raises(
+            ConfigurationError, match=r"hook .*look takes \(engine: Any\); expected .* no argument"
+        ):
+            register(look)
+        register(partial(called.append, 1))
+        register(lambda value=2: called.append(value))
+    trainer.fit()
+    assert called == [1, 2] * 3
+
+
+class TakesNothing(Callback):
+    def on_train_end(self) -> None:  # type: ignore[override]
+        raise AssertionError("after hours of training")
+
+
+class LikeLightning(Callback):
+    def on_train_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+        raise AssertionError
+
+
+class LikeKeras(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.seen.append((epoch, logs["loss"]))
+
+    def on_batch_begin(self, *args: Any) -> None:
+        self.seen.append((args[0], 0.0))
+
+
+def test_hooks_of_a_callback_are_looked_at_before_they_are_called(tmp_path: Path) -> None:
+    expected = r"expected def on_train_end\(self, metrics\)"
+    refused(tmp_path, rf"TakesNothing.on_train_end takes \(\) .*; {expected}", callbacks=[TakesNothing()])
+    refused(tmp_path, rf"takes \(trainer: Any, module: Any\) .*; {expected}", callbacks=[LikeLightning()])
+    keras = LikeKeras()
+    trainer = trainings.make(tmp_path, max_batches=1, callbacks=[keras])
+    result = trainer.fit()
+    assert keras.seen == [(0, 0.0), (0, result.history[0]["loss"])]
+
+
+@pytest.mark.parametrize("name", ["on_train_batch_end", "on_validation_end", "on_after_backward"])
+def test_a_callback_with_a_hook_that_is_never_called(name: str, tmp_path: Path) -> None:
+    kind = type("Elsewhere", (Callback,), {name: lambda self, *args: None})
+    refused(
+        tmp_path,
+        f"Elsewhere.{name} is a hook of other trainers and would never be called",
+        callbacks=[kind()],
+    )
+
+
 @pytest.mark.parametrize("name", [3, "", None])
 def test_logging_by_what_is_no_name(name: Any, tmp_path: Path) -> None:
     trainer = trainings.make(tmp_path)
@@ -408,8 +477,11 @@ class TooMany(Callback):
             r"metric 'm' takes \(outputs\); expected \(outputs, targets\)",
         ),
         ({"accumulate_weighting": lambda: 1.0}, r"accumulate_weighting takes \(\); expected \(batch\)"),
-        ({"callbacks": [TooFew()]}, r"TooFew\.on_epoch_end takes \(metrics: .*expected \(epoch, metrics\)"),
-        ({"callbacks": [TooMany()]}, r"TooMany\.on_batch_begin .* missing a required argument: 'data'"),
+        (
+            {"callbacks": [TooFew()]},
+            r"TooFew\.on_epoch_end takes \(metrics: .*expected .*\(self, epoch, metrics\)",
+        ),
+        ({"callbacks": [TooMany()]}, r"TooMany\.on_batch_begin takes \(batch: .*expected .*\(self, batch\)"),
     ],
 )
 def test_a_function_that_cannot_be_called_as_it_will_be(
@@ -434,20 +506,18 @@ def test_functions_that_can_be_called_are_let_through(tmp_path: Path) -> None:
 
 def test_a_method_that_looks_like_a_hook_is_told_of(tmp_path: Path) -> None:
     class Typo(Callback):
-        def on_train_batch_end(self, batch: int, metrics: Any) -> None:
+        def on_end_of_batch(self, batch: int, metrics: Any) -> None:
             pass
 
     class Own(Callback):
         def attach(self, trainer: Any) -> None:
             super().attach(trainer)
-            trainer.after("backward")(self.on_backward)
+            trainer.after("backward")(self.on_after_backward)
 
-        def on_backward(self) -> None:
+        def on_after_backward(self) -> None:
             pass
 
-    with pytest.warns(
-        UserWarning, match=r"Typo\.on_train_batch_end is no hook.*expected one of .*on_batch_end"
-    ):
+    with pytest.warns(UserWarning, match=r"Typo\.on_end_of_batch is no hook.*expected one of .*on_batch_end"):
         trainings.make(tmp_path, callbacks=[Typo()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -325,7 +325,7 @@ def test_skipped_updates_do_not_count(tmp_path: Path) -> None:
 
 
 def test_start_and_every(tmp_path: Path) -> None:
-    ema = EMA(decay=0.5, start=3, every=4)
+    ema = EMA(decay=0.5, start=3, every_updates=4)
     trainer = _Training(tmp_path, epochs=2).trainer(ema)
     averaged_at = []
     trainer.after(Trigger.STEP)(lambda: averaged_at.append(ema.n_averaged))
@@ -364,7 +364,7 @@ def test_with_phases_it_averages_once_a_batch(tmp_path: Path) -> None:
     assert not torch.equal(last.model["b"].weight, first.model["b"].weight)  # type: ignore[index, union-attr]
 
 
-@pytest.mark.parametrize("arguments", [{"decay": 1.5}, {"decay": -0.1}, {"every": 0}, {"start": -1}])
+@pytest.mark.parametrize("arguments", [{"decay": 1.5}, {"decay": -0.1}, {"every_updates": 0}, {"start": -1}])
 def test_ema_refuses(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         EMA(**arguments)
@@ -432,7 +432,7 @@ def test_gradients_are_logged_on_the_batches_asked_for(tmp_path: Path) -> None:
         def on_batch_end(self, batch: int, metrics: Any) -> None:
             logged.append({k: v for k, v in metrics.items() if k.startswith("grad/")})
 
-    trainer = _Training(tmp_path, epochs=1).trainer(GradientStatistics(every=3), Look(), model=model)
+    trainer = _Training(tmp_path, epochs=1).trainer(GradientStatistics(every_batches=3), Look(), model=model)
     trainer.after(Trigger.BACKWARD)(lambda: expected.append(float(model.weight.grad.norm())))  # type: ignore[union-attr]
     trainer.fit()
     assert [len(values) for values in logged] == [12, 0, 0, 12, 0]
@@ -453,7 +453,7 @@ def test_gradients_of_a_phase_are_those_of_its_optimizer(tmp_path: Path) -> None
 
     phases = [Phase(name, SGD(model[name].parameters(), lr=0.1), both) for name in ("a", "b")]
     trainer = _Training(tmp_path, epochs=1).trainer(
-        GradientStatistics(every=1), model=model, optimizer=phases, forward=None
+        GradientStatistics(every_batches=1), model=model, optimizer=phases, forward=None
     )
     trainer.fit()
     norms = {name for name in trainer.history[0] if name.startswith("grad/") and name.endswith("norm")}
@@ -464,7 +464,7 @@ def test_gradients_of_a_phase_are_those_of_its_optimizer(tmp_path: Path) -> None
 
 
 def test_share_of_non_finite_gradients_is_logged(tmp_path: Path) -> None:
-    statistics = GradientStatistics(every=1, per_parameter=False)
+    statistics = GradientStatistics(every_batches=1, per_parameter=False)
     trainer = _Training(tmp_path, epochs=1, poisoned=1, nonfinite="skip").trainer(statistics)
     shares = []
     trainer.after(Trigger.BACKWARD)(lambda: shares.append(trainer.metrics["grad/nonfinite"]))
@@ -478,7 +478,7 @@ def test_share_of_non_finite_gradients_is_logged(tmp_path: Path) -> None:
 
 
 def test_memory_is_logged_on_the_batches_asked_for(tmp_path: Path) -> None:
-    trainer = _Training(tmp_path, epochs=1).trainer(MemoryMonitor(every=2))
+    trainer = _Training(tmp_path, epochs=1).trainer(MemoryMonitor(every_batches=2))
     seen = []
     trainer.after(Trigger.END_BATCH)(lambda: seen.append(trainer.metrics.get("memory/rss_mb")))
     trainer.fit()
@@ -492,7 +492,7 @@ def test_memory_is_logged_on_the_batches_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("callback", [GradientStatistics, MemoryMonitor])
 def test_every_is_at_least_one(callback: Any) -> None:
     with pytest.raises(ConfigurationError, match="at least 1 batch"):
-        callback(every=0)
+        callback(every_batches=0)
 
 
 # -- all of them across a resume ----------------------------------------------------------------------
@@ -502,10 +502,10 @@ def _everything(model: nn.Module) -> tuple[list[Callback], SGD]:
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     callbacks: list[Callback] = [
         LRScheduling(lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4 * BATCHES + 1), every="batch"),
-        EMA(decay=0.9, validate=True, start=2, every=2),
+        EMA(decay=0.9, validate=True, start=2, every_updates=2),
         EarlyStopping(patience=50, min_delta=100.0),
-        GradientStatistics(every=2),
-        MemoryMonitor(every=2),
+        GradientStatistics(every_batches=2),
+        MemoryMonitor(every_batches=2),
     ]
     return callbacks, optimizer
 

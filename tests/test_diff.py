@@ -404,9 +404,9 @@ def attempt(number: int, position: int | None, first_seq: int) -> Attempt:
 
 def test_the_weights_part_before_any_loss_does(tmp_path: Path) -> None:
     """One bit of one weight, changed after a step: the digests name the batch, the losses only the one after."""
-    one = make(tmp_path, callbacks=[ParameterDigests(every=1)])
+    one = make(tmp_path, callbacks=[ParameterDigests(every_batches=1)])
     one.fit()
-    other = make(tmp_path, callbacks=[ParameterDigests(every=1)])
+    other = make(tmp_path, callbacks=[ParameterDigests(every_batches=1)])
 
     @other.after(Trigger.STEP)
     def disturb() -> None:

@@ -710,7 +710,7 @@ def test_file_is_continued_by_later_attempts(tmp_path: Path) -> None:
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d  ", line) for line in lines)
     assert re.search(r"halted at epoch 1, batch 0, .* s: interrupted; run ", lines[2])
     assert ", attempt 2, cpu:" in lines[3]
-    assert lines[4].endswith("resumed at epoch 1, batch 0 (BATCH_END), 5 batches done")
+    assert lines[4].endswith("resumed at epoch 1, batch 0 (BATCH_END), 1 epoch and 5 batches done")
 
 
 def test_file_can_be_read_along(tmp_path: Path) -> None:
@@ -786,5 +786,5 @@ def test_ctrl_c_is_answered_at_once_and_the_second_tells_the_way_back(
         assert "resume goes back" not in said
     else:
         assert (
-            ": KeyboardInterrupt\n  resume goes back to 000000000-a1-IDLE and does 1 batches again\n" in said
+            ": KeyboardInterrupt\n  resume goes back to 000000000-a1-IDLE and does 1 batch again\n" in said
         )

@@ -151,7 +151,7 @@ def test_digests_stand_where_they_are_due_and_cost_nothing_elsewhere(
         return made[-1]
 
     monkeypatch.setattr(parameter_digests, "parameter_digest", counted)
-    trainer = make(tmp_path, callbacks=[ParameterDigests(every=4)])
+    trainer = make(tmp_path, callbacks=[ParameterDigests(every_batches=4)])
     trainer.fit()
     found = digests_of(trainer)
     expected = [
@@ -172,16 +172,16 @@ def test_digests_stand_where_they_are_due_and_cost_nothing_elsewhere(
 
 
 def test_the_same_training_has_the_same_digests_whatever_happens_to_it(tmp_path: Path) -> None:
-    whole = make(tmp_path, callbacks=[ParameterDigests(every=1)])
+    whole = make(tmp_path, callbacks=[ParameterDigests(every_batches=1)])
     whole.fit()
-    other = make(tmp_path, seed=2, callbacks=[ParameterDigests(every=1)])
+    other = make(tmp_path, seed=2, callbacks=[ParameterDigests(every_batches=1)])
     other.fit()
-    cut = make(tmp_path, callbacks=[ParameterDigests(every=1)])
+    cut = make(tmp_path, callbacks=[ParameterDigests(every_batches=1)])
     for _ in range(40):
         cut.advance()
     assert cut.run is not None
     cut.close()
-    again = make(tmp_path, callbacks=[ParameterDigests(every=1)])
+    again = make(tmp_path, callbacks=[ParameterDigests(every_batches=1)])
     again.fit(resume=cut.run.path)
     assert digests_of(again) == digests_of(whole)
     assert len(digests_of(whole)) == 18 + 3
@@ -191,7 +191,7 @@ def test_the_same_training_has_the_same_digests_whatever_happens_to_it(tmp_path:
 
 @pytest.mark.parametrize("options", [{"accumulate": 4}, {"nonfinite": "skip"}])
 def test_every_due_batch_has_its_digest(tmp_path: Path, options: dict[str, object]) -> None:
-    trainer = make(tmp_path, epochs=1, callbacks=[ParameterDigests(every=2)], **options)
+    trainer = make(tmp_path, epochs=1, callbacks=[ParameterDigests(every_batches=2)], **options)
     trainer.fit()
     assert [row[:3] for row in digests_of(trainer)] == [
         *[("end_batch", 0, 0), ("end_batch", 0, 2), ("end_batch", 0, 4), ("end_epoch", 0, 5)]
@@ -224,5 +224,5 @@ def test_a_note_from_before_the_work_comes_after_what_the_work_notes(tmp_path: P
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, None])
 def test_how_often_must_make_sense(every: object) -> None:
-    with pytest.raises(ConfigurationError, match="ParameterDigests: every is"):
-        ParameterDigests(every=every)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="ParameterDigests: every_batches is"):
+        ParameterDigests(every_batches=every)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ from orchestrator import Checkpointing, MLflow
 from states import Trigger
 torch.set_num_threads(1)
 resume = sys.argv[1]
-track = MLflow(experiment="far", upload="all", log_model=False) if resume != "alone" else None
+track = MLflow(experiment_name="far", upload="all", log_model=False) if resume != "alone" else None
 trainer = trainings.make(
     "runs", val_loader=trainings.loader(16), track=track,
     checkpoint=Checkpointing(every_batches=4, keep_last=3, best="val/loss"),

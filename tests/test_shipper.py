@@ -159,7 +159,7 @@ def test_the_status_tells_the_truth(tmp_path: Path, store: Database) -> None:
             run,
             f"""
 training = Training(run)
-start_shipper(run, MLflow({store.uri!r}, experiment="ends"))
+start_shipper(run, MLflow({store.uri!r}, experiment_name="ends"))
 for _ in range(7): training.batch()
 training.writer.sync()
 until(lambda: status(run).points_delivered)
@@ -476,7 +476,7 @@ Training(second).end("failed", "because", "ValueError")
 assert sync(second, tracker=MLflow(upload="none")).complete
 del os.environ["MLFLOW_RUN_ID"]
 second.outbox.unlink()
-assert sync(second, tracker=MLflow(upload="none", experiment="Default")).complete, "found by our tag, still theirs"
+assert sync(second, tracker=MLflow(upload="none", experiment_name="Default")).complete, "found by our tag, still theirs"
 found = mlflow.get_run(theirs)
 assert found.info.status == "RUNNING" and found.info.end_time is None, found
 assert found.data.tags["interlock.outcome"] == "failed"
@@ -580,7 +580,8 @@ def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"upload": "some"}, {"patience_s": -1}, {"experiment": " "}, {"run_id": 3}, {"tracking_uri": 5}]
+    "wrong",
+    [{"upload": "some"}, {"patience_s": -1}, {"experiment_name": " "}, {"run_id": 3}, {"tracking_uri": 5}],
 )
 def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(TrackerError, match=next(iter(wrong))):

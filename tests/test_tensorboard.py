@@ -82,7 +82,7 @@ def _named(run: RunFolder) -> dict[tuple[str, int], float]:
 def test_settings() -> None:
     assert isinstance(TensorBoard(), Tracker)
     assert TensorBoard("here").destination().place == str(Path("here").absolute())
-    for wrong in ({"upload": "some"}, {"patience_s": -1}, {"folder": ""}):
+    for wrong in ({"upload": "some"}, {"patience_s": -1}, {"log_dir": ""}):
         with pytest.raises(TrackerError, match="TensorBoard"):
             TensorBoard(**wrong)  # type: ignore[arg-type]
 

@@ -132,9 +132,11 @@ def test_a_save_waits_for_every_hook_of_the_transition(tmp_path: Path) -> None:
 
 def test_advance_goes_one_transition_or_up_to_a_state(tmp_path: Path) -> None:
     with trainings.make(tmp_path) as trainer:
+        assert repr(trainer) == "<Trainer in IDLE>"
         trainer.start()
         assert trainer.state is State.IDLE
         first = trainer.advance()
+        assert repr(first) == "<IDLE → EPOCH_START (begin_epoch)>"
         assert (first.trigger, first.source, first.dest) == (
             Trigger.BEGIN_EPOCH,
             State.IDLE,
@@ -143,6 +145,7 @@ def test_advance_goes_one_transition_or_up_to_a_state(tmp_path: Path) -> None:
         last = trainer.advance(until=State.BACKWARD)
         assert last.trigger is Trigger.BACKWARD
         assert (trainer.epoch, trainer.batch) == (0, 0)
+        assert repr(trainer) == f"<Trainer of {trainer.run.id} in BACKWARD, epoch 0, batch 0>"
         assert trainer.model[0].weight.grad is not None
         trainer.advance(until=State.EPOCH_END)
         assert len(trainer.history) == 1
@@ -208,7 +211,7 @@ def test_work_that_raises_leaves_no_checkpoint_of_tainted_memory(tmp_path: Path)
     last = rows(trainer)[-1]
     assert (last.source, last.trigger) == (State.BACKWARD, Trigger.HALT)
     assert "RuntimeError: out of luck" in last.note
-    assert "does 1 batches again" in last.note
+    assert "does 1 batch again" in last.note
     with pytest.raises(TaintedError):
         trainer.save()
     with Journal.open(trainer.run) as journal:

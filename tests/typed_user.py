@@ -73,7 +73,7 @@ def train(root: Path) -> Result:
         callbacks=[Largest(), EMA(decay=0.9), EarlyStopping("val/loss", patience=1)],
         checkpoint=Checkpointing(best="val/loss", every_batches=2),
         log=Logging("minimal", to=lambda record: print(record.text)),
-        track=MLflow(experiment="typed"),
+        track=MLflow(experiment_name="typed"),
         name="typed",
         root=root,
     )

@@ -62,7 +62,7 @@ class MLflow:
 
     Args:
         tracking_uri: "http://...", "sqlite:///mlflow.db", "databricks", ...; relative paths are made absolute.
-        experiment: its name; it is made if there is none.
+        experiment_name: where runs go; it is made if there is none.
         run_id: an MLflow run of yours to deliver to. Like one you started, it is used, and never ended.
         upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
         patience_s: seconds that a server which cannot be reached is tried again after the training has
@@ -79,7 +79,7 @@ class MLflow:
     """
 
     tracking_uri: str | Path | None = None
-    experiment: str | None = None
+    experiment_name: str | None = None
     run_id: str | None = None
     upload: Upload = "best+last"
     patience_s: float = 600.0
@@ -98,7 +98,7 @@ class MLflow:
             raise TrackerError(
                 f"MLflow(patience_s={self.patience_s!r}): expected a number of seconds, 0 or more"
             )
-        for name in ("experiment", "run_id"):
+        for name in ("experiment_name", "run_id"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise TrackerError(
@@ -122,7 +122,7 @@ class MLflow:
             uri = _default_uri()
         if isinstance(uri, str) and (wrong := wrong_with(uri)):
             raise TrackerError(f"{source}: {wrong}, or track=None for no tracking")
-        name, number = self.experiment, None
+        name, number = self.experiment_name, None
         if name is None:
             number = found.experiment_id
         if name is None and number is None:

@@ -29,19 +29,19 @@ __all__ = ["TensorBoard", "TensorBoardDelivery", "open_delivery"]
 
 @dataclass(frozen=True)
 class TensorBoard:
-    """Show runs in TensorBoard: a folder for each run in `folder`, to be seen with `tensorboard --logdir FOLDER`.
+    """Show runs in TensorBoard: a folder for each run in `log_dir`, to be seen with `tensorboard --logdir LOG_DIR`.
 
     Needs the package `tensorboard`, which is imported by the shipper only. Event files hold values of 32 bits.
 
     Args:
-        folder: where; made if there is none, relative to the working directory.
+        log_dir: the folder of the runs' folders; made if there is none, relative to the working directory.
         upload: checkpoints to put there too: "none", "best+last" or "all". They are linked where that is possible.
         patience_s: seconds that a folder which cannot be written is tried again after the training has ended.
 
     Raises TrackerError for a value that makes no sense.
     """
 
-    folder: str | Path = "tensorboard"
+    log_dir: str | Path = "tensorboard"
     upload: Upload = "none"
     patience_s: float = 600.0
 
@@ -56,12 +56,12 @@ class TensorBoard:
             raise TrackerError(
                 f"TensorBoard(patience_s={self.patience_s!r}): expected a number of seconds, 0 or more"
             )
-        if not isinstance(self.folder, str | Path) or not str(self.folder):
-            raise TrackerError(f"TensorBoard(folder={self.folder!r}): expected the path of a folder")
+        if not isinstance(self.log_dir, str | Path) or not str(self.log_dir):
+            raise TrackerError(f"TensorBoard(log_dir={self.log_dir!r}): expected the path of a folder")
 
     def destination(self) -> Destination:
         """The folder, whatever the working directory."""
-        place = str(Path(self.folder).expanduser().absolute())
+        place = str(Path(self.log_dir).expanduser().absolute())
         return Destination(place, {"folder": place})
 
 

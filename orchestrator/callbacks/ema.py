@@ -31,7 +31,7 @@ class EMA(Callback):
 
     Args:
         decay: from 0 to 1.
-        every: the average is updated after every so many updates.
+        every_updates: the average is updated after every so many updates.
         start: updates before the average begins.
         validate: whether validation evaluates the average, from its first update on.
         use_buffers: whether floating-point buffers (BatchNorm's statistics) are averaged likewise, others copied;
@@ -45,7 +45,7 @@ class EMA(Callback):
         self,
         decay: float = 0.999,
         *,
-        every: int = 1,
+        every_updates: int = 1,
         start: int = 0,
         validate: bool = False,
         use_buffers: bool = True,
@@ -53,10 +53,10 @@ class EMA(Callback):
     ) -> None:
         if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0.0 <= decay <= 1.0:
             raise ConfigurationError(f"EMA: decay is {decay!r}; expected a number from 0 to 1, such as 0.999")
-        check_whole("EMA: every", every, unit="update")
+        check_whole("EMA: every_updates", every_updates, unit="update")
         check_whole("EMA: start", start, least=0, unit="updates")
         self.decay = decay
-        self.every = every
+        self.every_updates = every_updates
         self.start = start
         self.validate = validate
         self.use_buffers = use_buffers
@@ -96,7 +96,7 @@ class EMA(Callback):
             return
         self.updates += 1
         past = self.updates - self.start
-        if past >= 1 and (past - 1) % self.every == 0:
+        if past >= 1 and (past - 1) % self.every_updates == 0:
             self._take_in()
 
     @torch.no_grad()

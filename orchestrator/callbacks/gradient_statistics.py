@@ -46,13 +46,13 @@ class GradientStatistics(Callback):
     loss; several devices are waited for, on the batches asked for.
 
     Args:
-        every: on every so many batches, from the first on.
+        every_batches: on every so many batches, from the first on.
         per_parameter: whether there are "grad/NAME/norm" and so on of each parameter too.
     """
 
-    def __init__(self, every: int = 100, per_parameter: bool = True) -> None:
-        check_whole("GradientStatistics: every", every, unit="batch")
-        self.every = every
+    def __init__(self, every_batches: int = 100, per_parameter: bool = True) -> None:
+        check_whole("GradientStatistics: every_batches", every_batches, unit="batch")
+        self.every_batches = every_batches
         self.per_parameter = per_parameter
 
     def attach(self, trainer: Trainer) -> None:
@@ -61,7 +61,7 @@ class GradientStatistics(Callback):
         trainer.after(Trigger.BACKWARD)(self._after_backward)
 
     def _after_backward(self) -> None:
-        if self.trainer.batches % self.every == 0:
+        if self.trainer.batches % self.every_batches == 0:
             self._measure()
 
     def _measure(self) -> None:

@@ -27,12 +27,12 @@ class MemoryMonitor(Callback):
     since the process began; neither waits for the device.
 
     Args:
-        every: on every so many batches, from the first on.
+        every_batches: on every so many batches, from the first on.
     """
 
-    def __init__(self, every: int = 100) -> None:
-        check_whole("MemoryMonitor: every", every, unit="batch")
-        self.every = every
+    def __init__(self, every_batches: int = 100) -> None:
+        check_whole("MemoryMonitor: every_batches", every_batches, unit="batch")
+        self.every_batches = every_batches
 
     def attach(self, trainer: Trainer) -> None:
         """Hook `end_batch`, before the batch's values are folded into the epoch's."""
@@ -42,7 +42,7 @@ class MemoryMonitor(Callback):
 
     def _before_end_batch(self) -> None:
         trainer = self.trainer
-        if trainer.batches % self.every:
+        if trainer.batches % self.every_batches:
             return
         trainer.log("memory/rss_mb", self._process.memory_info().rss / _MB)
         if trainer.device.type == "cuda":

@@ -30,17 +30,17 @@ class ParameterDigests(Callback):
     a pass over the weights and, on a device, one wait for it.
 
     Args:
-        every: due is every so many batches, from the first on.
+        every_batches: due is every so many batches, from the first on.
     """
 
-    def __init__(self, every: int = 100) -> None:
-        check_whole("ParameterDigests: every", every, unit="batch")
-        self.every = every
+    def __init__(self, every_batches: int = 100) -> None:
+        check_whole("ParameterDigests: every_batches", every_batches, unit="batch")
+        self.every_batches = every_batches
 
     def on_batch_end(self, batch: int, metrics: Mapping[str, float]) -> None:
         """A digest, if one is due."""
         # After `end_batch` rather than `step`: every batch passes it once, accumulated or empty ones too.
-        if (self.trainer.batches - 1) % self.every == 0:
+        if (self.trainer.batches - 1) % self.every_batches == 0:
             self._note()
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:

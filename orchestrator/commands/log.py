@@ -168,7 +168,7 @@ def _write(lines: Iterator[str], *, lines_at_once: int) -> None:
         click.echo("\n".join(block))
 
 
-_MOVES = max(len(f"{arc.source.value} → {arc.dest.value} ({arc.trigger.value})") for arc in ARCS)
+_MOVES = max(len(str(arc)) for arc in ARCS)
 
 
 def _lines(transitions: Iterable[Transition]) -> Iterator[str]:

@@ -151,12 +151,11 @@ def _newest_batch(run: RunFolder) -> tuple[int | None, float | None]:
 
 
 def newest_metrics(run: RunFolder) -> list[Measured]:
-    """For each scope the newest epoch's metrics, in the order they were measured; training first."""
+    """For each scope the newest epoch's metrics; training first, then validations in the order of their loaders."""
     with closing(connect_to_read(run.journal)) as connection:
-        scopes = connection.execute("SELECT scope, name FROM scopes").fetchall()
+        scopes = connection.execute("SELECT scope, name FROM scopes ORDER BY scope").fetchall()
         found = [_newest_of_scope(connection, scope, name) for scope, name in scopes]
-    measured = [one for one in found if one is not None]
-    return sorted(measured, key=lambda measured: (measured.scope != TRAIN, measured.scope))
+    return sorted((one for one in found if one is not None), key=lambda measured: measured.scope != TRAIN)
 
 
 def _newest_of_scope(connection: Connection, scope: int, name: str) -> Measured | None:

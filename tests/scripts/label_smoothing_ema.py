@@ -35,7 +35,7 @@ trainer = Trainer(
     metrics={"accuracy": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()},
     scheduler=torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=12, power=2),
     clip_grad_norm=1.0,
-    callbacks=[EarlyStopping("val/loss", patience=2), average, GradientStatistics(every=5)],
+    callbacks=[EarlyStopping("val/loss", patience=2), average, GradientStatistics(every_batches=5)],
     checkpoint=Checkpointing(best="val/loss", keep_last=1),
     track=None,
     name="smoothing",

@@ -140,7 +140,8 @@ class Logging(Callback):
 
     def _after_resume(self) -> None:
         trainer = self.trainer
-        done = f"{trainer.batches} batches done" if trainer.batches else "nothing done yet"
+        # How many are done as well, since the epochs of the table are counted from 1, and places from 0.
+        done = f"{self._amount()} done" if trainer.batches else "nothing done yet"
         self._say("resume", f"resumed at {self._place()} ({trainer.state.value}), {done}")
 
     def _teller(self, trigger: Trigger) -> Callable[[], None]:
