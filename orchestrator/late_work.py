@@ -313,6 +313,8 @@ class LateTrainingWork(LateWork, TrainingWork):
 
     def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
         total, each = numerics.norms(grads) if grads else (torch.zeros((), device=self.device), None)
+        if grads and self._clip_grad_norm is None and (few := numerics.norm_of_few(grads)) is not None:
+            total = few  # as where nothing comes late
         flag = self._flag()
         if scaler is None:
             numerics.flag_nonfinite(flag, [total])

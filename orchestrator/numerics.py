@@ -33,6 +33,7 @@ __all__ = [
     "gradients",
     "nonfinite_counts",
     "norm",
+    "norm_of_few",
     "norms",
     "rescale",
     "step_unless",
@@ -104,7 +105,7 @@ def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:
     """
     if not grads:
         return torch.zeros(()), 0.0
-    total = None if to_clip else _norm_of_few(grads)
+    total = None if to_clip else norm_of_few(grads)
     if total is None:
         total, _ = norms(grads)
     value = total.item()
@@ -127,7 +128,7 @@ def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return total, each
 
 
-def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
+def norm_of_few(grads: list[Tensor]) -> Tensor | None:
     """The norm of plain tensors of one device, of which a copy costs less than a norm of each; None of others."""
     if sum(map(Tensor.numel, grads)) > _FEW or set(map(type, grads)) != _PLAIN:
         return None

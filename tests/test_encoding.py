@@ -38,8 +38,8 @@ def same(one: Any, other: Any) -> bool:
         return same_tensor(one, other)
     if isinstance(one, np.ndarray):
         return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
-    if isinstance(one, np.generic):
-        return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    if isinstance(one, np.generic):  # as arrays: np.str_("") gives four bytes of whatever comes after it
+        return one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
     if isinstance(one, float):
         return struct.pack("d", one) == struct.pack("d", other)
     if isinstance(one, complex):

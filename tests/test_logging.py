@@ -785,6 +785,4 @@ def test_ctrl_c_is_answered_at_once_and_the_second_tells_the_way_back(
         assert ": signal SIGINT\n" in said
         assert "resume goes back" not in said
     else:
-        assert (
-            ": KeyboardInterrupt\n  resume goes back to 000000000-a1-IDLE and does 1 batch again\n" in said
-        )
+        assert ": KeyboardInterrupt\n  resume goes back to 000000000-a1-IDLE and does 1 batch again\n" in said
