@@ -3,8 +3,8 @@
 What dispatch.py times (--training: what training.py does, but for delivering and Lightning) is run for so many batches
 and for twice as many, in a process that valgrind counts in; the difference is what the batches take. Counting is
 switched on when everything is imported and has run once. interlock's main thread is the loop; its other one writes the
-journal four times a second by the clock. A program in valgrind is some fifty times as slow, so here it writes every
-fifty times as many seconds, once in as many batches as it would.
+journal four times a second by the clock. A program in valgrind is some fifty times as slow, so what goes by the clock
+(that, looking for requests, and how long a thread waits for the interpreter) is made fifty times as rare here.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ def count(options: argparse.Namespace) -> None:
     """In valgrind: run each contender, and have a part of the counts written after each run, and between them."""
     import torch
 
+    from orchestrator import attempt
     from tracking import writer
 
     torch.set_num_threads(1)
     writer._PERIOD_S *= SLOWER
+    attempt._LOOKS_NS *= SLOWER
+    sys.setswitchinterval(sys.getswitchinterval() * SLOWER)
     contenders = chosen(options)
     for run in contenders.values():
         run(options.warm)

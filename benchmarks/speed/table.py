@@ -51,7 +51,7 @@ PARTS = {
     ],
     "Real training, convolutions, instructions": [
         *("instructions.py", "--training", "--convolutions", "--width", "32", "--size", "24"),
-        *("--warm", "10", "--batches", "40", "--rounds", "1"),
+        *("--warm", "5", "--batches", "20", "--rounds", "1"),
     ],
     "Validation": ["evaluation.py"],
     "Checkpoints": ["checkpoint.py"],
