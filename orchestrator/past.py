@@ -346,7 +346,7 @@ def _set_aside(trainer: Trainer) -> Iterator[None]:
     if not training.tainted and carried is not None:
         aside = replicas(training.snapshots.capture(carried))
     run, past = trainer.run, trainer._past
-    names = ("attempt", "ended", "left", "halted_in", "divergence", "tainted")
+    names = ("attempt", "ended", "left", "halted_in", "expected", "divergence", "tainted")
     kept: dict[str, Any] = {name: getattr(training, name) for name in names}
     requests = training.requests.copy()
     situation_halt = training.work.situation.halt

@@ -3,7 +3,8 @@
 import math
 import sqlite3
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from states.table import ARCS, Trigger
 from tracking.frames import PENDING
-from tracking.packing import Packer
+from tracking.packing import MetricValues, Packer
 from tracking.recorder import Chunk, Recorder
 from tracking.schema import create_journal
 
@@ -29,7 +30,7 @@ batches = st.lists(
         st.integers(0, 1),  # the scope
         st.integers(0, 1),  # the phase
         st.booleans(),  # each begins when the one before is complete
-        st.integers(1, 30),  # how often it is repeated
+        st.integers(1, 30) | st.sampled_from([50, 101, 120]),  # how often it is repeated
     ),
     min_size=1,
     max_size=8,
@@ -54,14 +55,19 @@ def recorded(folder: Path, what: list[Batch]) -> Chunk:
     return chunk
 
 
-def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
+@contextmanager
+def begun(journal: Path) -> Iterator[tuple[sqlite3.Connection, Packer]]:
     create_journal(journal, run_id="r", name="r", created_ns=0)
     with closing(sqlite3.connect(journal)) as connection:
         connection.execute(
             """INSERT INTO attempts (attempt, first_seq, started_ns, pid, host, process_started, command, params,
                                      versions, device) VALUES (1, 1, 0, 1, '', 0, '', '', '', '')"""
         )
-        packer = Packer(connection, 1, ARC_NAMES, ["train", "validation/val"], ["", "generator"])
+        yield connection, Packer(connection, 1, ARC_NAMES, ["train", "validation/val"], ["", "generator"])
+
+
+def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
+    with begun(journal) as (connection, packer):
         if one_by_one:
             packer.records(chunk.records)
         else:
@@ -80,3 +86,36 @@ def test_many_are_packed_as_each_would_be(what: list[Batch]) -> None:
         whole = packed(Path(name) / "a", chunk, one_by_one=False)
         assert whole == packed(Path(name) / "b", chunk, one_by_one=True)
         assert len(whole[0]) == sum(len(arcs) * times for arcs, *_, times in what)
+
+
+measured = st.lists(
+    st.tuples(
+        st.sampled_from(["train", "validation/val", "validation/other"]),
+        st.lists(st.sampled_from([f"k{at}" for at in range(12)]), min_size=1, max_size=11, unique=True),
+        st.sampled_from([0.5, -0.0, math.inf, -math.inf, math.nan]),
+        st.integers(1, 30) | st.sampled_from([50, 101, 120]),  # how often it is measured
+    ),
+    max_size=8,
+)
+
+
+@given(measured)
+def test_values_come_out_as_they_went_in(
+    what: list[tuple[str, list[str], float, int]],
+) -> None:
+    values, expected = [], []
+    for scope, keys, last, times in what:
+        for _ in range(times):
+            seq = len(values) + 1
+            numbers = (*(seq * 10.0 + at for at in range(len(keys) - 1)), last)
+            values.append(MetricValues(seq, scope, seq // 9, seq % 9, seq, tuple(keys), numbers, seq * 1000))
+            expected += [
+                (seq, scope, seq // 9, seq % 9, seq, key, "nan" if number != number else number, seq * 1000)
+                for key, number in zip(keys, numbers, strict=True)
+            ]
+    with tempfile.TemporaryDirectory() as name, begun(Path(name) / "a") as (connection, packer):
+        packer.metrics(values)
+        found = connection.execute(
+            "SELECT seq, scope, epoch, batch, step, key, value, time_ns FROM all_metrics ORDER BY id"
+        ).fetchall()
+    assert found == expected

@@ -380,6 +380,20 @@ def test_a_resume_that_is_not_the_same_is_said_at_the_first_loss_that_differs(
         assert any("done again" in record.message for record in journal.logs())
 
 
+def test_a_replay_in_between_does_not_end_the_comparison(tmp_path: Path) -> None:
+    drift = [0.0]
+    crash(drifting(tmp_path, drift), 10)
+    again = drifting(tmp_path, drift)
+    again.start(resume="auto")
+    again.advance()
+    assert again.replay(0, 0).divergence is None
+    assert again.divergence is None
+    drift[0] = 1e-6
+    with pytest.warns(UserWarning, match=r"epoch 1, batch \d+ \(FORWARD\), done again, has a loss of"):
+        again.fit()
+    assert again.divergence is not None
+
+
 def test_a_resume_that_is_the_same_says_nothing(tmp_path: Path) -> None:
     crash(drifting(tmp_path, [0.0]), 10)
     again = drifting(tmp_path, [0.0], on_divergence="halt")

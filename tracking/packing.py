@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,8 @@ def to_number(stored: SqlNumber) -> float | None:
 
 _Row = list[tuple[str, object]]
 _MANY = 16 * SIZE  # bytes: fewer transitions are written one by one
+_TOGETHER = 50
+"""Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
 
 
 def _durations(length: int) -> list[str]:
@@ -50,10 +52,10 @@ def _stored(loss: float) -> SqlNumber:
     return loss if loss == loss else None if is_pending(loss) else "nan"
 
 
-def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str]) -> str:
+def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str], rows: int = 1) -> str:
     """A statement that binds `columns` alone: binding a value takes as long as much of the insertion."""
-    values = [*map(str, shared.values()), *"?" * len(columns)]
-    return f"INSERT INTO {table} ({', '.join([*shared, *columns])}) VALUES ({', '.join(values)})"
+    row = f"({', '.join([*map(str, shared.values()), *'?' * len(columns)])})"
+    return f"INSERT INTO {table} ({', '.join([*shared, *columns])}) VALUES {', '.join([row] * rows)}"
 
 
 class MetricValues(NamedTuple):
@@ -143,9 +145,21 @@ class Packer:
             "scope": self._scopes[block.scope],
             "word": self._word_of(block.arcs, block.phases, block.loss_at),
         }
-        self._connection.executemany(
-            _insert("packed_transitions", shared, columns), zip(*values, strict=True)
-        )
+        self._write("packed_transitions", shared, columns, zip(*values, strict=True))
+
+    def _write(
+        self,
+        table: str,
+        shared: Mapping[str, int],
+        columns: Sequence[str],
+        rows: Iterable[tuple[object, ...]],
+    ) -> None:
+        """Insert rows of `columns`; for each statement the training's thread is asked for the interpreter's lock."""
+        left = iter(rows)
+        several = _insert(table, shared, columns, _TOGETHER)
+        while len(some := list(islice(left, _TOGETHER))) == _TOGETHER:
+            self._connection.execute(several, list(chain.from_iterable(some)))
+        self._connection.executemany(_insert(table, shared, columns), some)
 
     def metrics(self, measured: Iterable[MetricValues]) -> None:
         """Write metric values."""
@@ -161,16 +175,14 @@ class Packer:
     def _measured(self, scope: str, keys: tuple[str, ...], alike: Iterable[MetricValues]) -> None:
         shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
         columns = ("seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
-        self._connection.executemany(
-            _insert("packed_metrics", shared, columns),
-            (
-                # A sum is NaN where a value is (or where infinities cancel out): then each is looked at.
-                (seq, epoch, batch, step, time_ns, *values)
-                if (total := sum(values)) == total
-                else (seq, epoch, batch, step, time_ns, *map(from_number, values))
-                for seq, _, epoch, batch, step, _, values, time_ns in alike
-            ),
+        rows = (
+            # A sum is NaN where a value is (or where infinities cancel out): then each is looked at.
+            (seq, epoch, batch, step, time_ns, *values)
+            if (total := sum(values)) == total
+            else (seq, epoch, batch, step, time_ns, *map(from_number, values))
+            for seq, _, epoch, batch, step, _, values, time_ns in alike
         )
+        self._write("packed_metrics", shared, columns, rows)
 
     def late_loss(self, seq: int, loss: float) -> None:
         """Fill in the loss of a `forward` that is in the journal already; nothing if `seq` is none."""

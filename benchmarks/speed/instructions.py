@@ -10,6 +10,7 @@ journal four times a second by the clock. A program in valgrind is some fifty ti
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import shutil
@@ -84,6 +85,8 @@ def count(options: argparse.Namespace) -> None:
         run(options.warm)  # what valgrind translates anew, and Python specializes
         for number in range(options.rounds):
             for length in (options.batches, 2 * options.batches):
+                gc.collect()
+                gc.freeze()  # else one look through all of torch, in one run and not the other, is a tenth of a batch's
                 tell("dump", "between")
                 run(length)
                 tell("dump", f"{name}/{number}/{length}")
