@@ -172,7 +172,7 @@ def test_a_server_that_never_answers(
     assert shipper.returncode == 1
     first, last = log_of(run).splitlines()
     assert "gives no answer: Read timed out" in first
-    assert f"Deliver them with: interlock sync {run.id}" in last
+    assert f"deliver them with: interlock sync {run.id}" in last
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
     proxy.choose = nothing
     assert sync(run, timeout=60).complete, log_of(run)
