@@ -176,8 +176,8 @@ def _other_validation_data(manifest: Mapping[str, Any], state: TrainingState) ->
     saved = manifest.get("validation_data", {})
     return [
         f"the validation data of {name!r} is other than it was, and so is what follows from it (the best checkpoint, "
-        f"early stopping, a scheduler that monitors it): {'; '.join(lines)}. "
-        f"{likely_causes(saved[name], now)}"
+        f"early stopping, a scheduler that monitors it): "
+        + ". ".join(filter(None, ("; ".join(lines), likely_causes(saved[name], now))))
         for name, now in (state.fingerprints()["validation_data"] if saved else {}).items()
         if (lines := compare_fingerprints(saved.get(name, {}), now))
     ]

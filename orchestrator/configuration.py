@@ -25,7 +25,7 @@ from orchestrator.errors import ConfigurationError, an, kind_of
 from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
-from orchestrator.signatures import check_call, check_callback
+from orchestrator.signatures import check_call, check_callback, is_ours
 from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.work import supervised
 from tracking.delivery import Tracker
@@ -277,7 +277,7 @@ def _check_spelling(callbacks: Sequence[Any], loaders: Collection[str], metrics:
 
 def _is_users(callback: Any) -> bool:
     """Whether it is of a class of the user's own, which may log any metric; see `Watched.read` for what then."""
-    return isinstance(callback, Callback) and not type(callback).__module__.startswith("orchestrator.")
+    return isinstance(callback, Callback) and not is_ours(type(callback))
 
 
 def _watched(callback: Any) -> str | None:

@@ -312,9 +312,9 @@ class LateTrainingWork(LateWork, TrainingWork):
         self._finite = self._finite and math.isfinite(loss[0])
 
     def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
-        total, each = numerics.norms(grads) if grads else (torch.zeros((), device=self.device), None)
-        if grads and self._clip_grad_norm is None and (few := numerics.norm_of_few(grads)) is not None:
-            total = few  # as where nothing comes late
+        total, each = torch.zeros((), device=self.device), None
+        if grads:
+            total, each = numerics.norms(grads, to_clip=self._clip_grad_norm is not None)
         flag = self._flag()
         if scaler is None:
             numerics.flag_nonfinite(flag, [total])

@@ -33,7 +33,6 @@ __all__ = [
     "gradients",
     "nonfinite_counts",
     "norm",
-    "norm_of_few",
     "norms",
     "rescale",
     "step_unless",
@@ -105,9 +104,9 @@ def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:
     """
     if not grads:
         return torch.zeros(()), 0.0
-    total = None if to_clip else norm_of_few(grads)
+    total = None if to_clip else _norm_of_few(grads)
     if total is None:
-        total, _ = norms(grads)
+        total, _ = norms(grads, to_clip=True)
     value = total.item()
     if not math.isfinite(value):
         total = torch.nn.utils.get_total_norm([grad.double() for grad in grads])
@@ -115,20 +114,20 @@ def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:
     return total, value
 
 
-def norms(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+def norms(grads: list[Tensor], *, to_clip: bool) -> tuple[Tensor, Tensor | None]:
     """The 2-norm over all gradients (there is one at least), and, where they are alike, that of each.
 
-    Tensors where the gradients are, of no dimension and of one: nothing is waited for.
+    Tensors where the gradients are, of no dimension and of one: nothing is waited for. `to_clip` as in `norm`.
     """
+    total = None if to_clip else _norm_of_few(grads)
     if not _alike(grads):
-        return torch.nn.utils.get_total_norm(grads), None
+        return torch.nn.utils.get_total_norm(grads) if total is None else total, None
     # What get_total_norm does for them, which spends three times as long on finding that out.
     each = torch.stack(torch._foreach_norm(grads))
-    total: Tensor = torch.linalg.vector_norm(each)
-    return total, each
+    return torch.linalg.vector_norm(each) if total is None else total, each
 
 
-def norm_of_few(grads: list[Tensor]) -> Tensor | None:
+def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
     """The norm of plain tensors of one device, of which a copy costs less than a norm of each; None of others."""
     if sum(map(Tensor.numel, grads)) > _FEW or set(map(type, grads)) != _PLAIN:
         return None

@@ -11,7 +11,7 @@ from orchestrator.callbacks.base import Callback, overrides
 from orchestrator.errors import ConfigurationError
 from orchestrator.warning import warn
 
-__all__ = ["check_call", "check_callback", "check_hook"]
+__all__ = ["check_call", "check_callback", "check_hook", "is_ours"]
 
 _ARGUMENTS = {
     name: tuple(inspect.signature(method).parameters)
@@ -105,9 +105,7 @@ def check_callback(callback: Callback) -> None:
 
 def _never_called(kind: type[Callback]) -> Iterator[str]:
     """The methods that are named like hooks, are none, and are mentioned by no other method of the user's classes."""
-    written = [
-        base for base in kind.__mro__ if base not in Callback.__mro__ and not _is_ours(base.__module__)
-    ]
+    written = [base for base in kind.__mro__ if base not in Callback.__mro__ and not is_ours(base)]
     methods = {
         name: value
         for base in written
@@ -120,8 +118,9 @@ def _never_called(kind: type[Callback]) -> Iterator[str]:
             yield name
 
 
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] == __name__.partition(".")[0]
+def is_ours(kind: type) -> bool:
+    """Whether a class is one of this package."""
+    return kind.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _misfit(function: Callable[..., Any], arguments: tuple[str, ...]) -> TypeError | None:

@@ -99,14 +99,10 @@ class Looks:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._leaves: list[tuple[Any, int]] = (
-            [(weakref.ref(leaf), _version(leaf)) for leaf in batch]
-            if _is_plain(batch)
-            else [
-                (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, _NO_TENSOR)
-                for leaf in leaves(batch)
-            ]
-        )
+        self._leaves: list[tuple[Any, int]] = [
+            (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, _NO_TENSOR)
+            for leaf in (batch if _is_plain(batch) else leaves(batch))
+        ]
 
     def changed(self, batch: Any) -> bool:
         """Whether `batch`, which is the same one, does not look so any more."""
