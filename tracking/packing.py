@@ -156,8 +156,8 @@ class Packer:
     ) -> None:
         """Insert rows of `columns`; for each statement the training's thread is asked for the interpreter's lock."""
         left = iter(rows)
-        several = _insert(table, shared, columns, _TOGETHER)
         while len(some := list(islice(left, _TOGETHER))) == _TOGETHER:
+            several = _insert(table, shared, columns, _TOGETHER)
             self._connection.execute(several, list(chain.from_iterable(some)))
         self._connection.executemany(_insert(table, shared, columns), some)
 
