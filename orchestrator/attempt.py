@@ -343,9 +343,12 @@ class Attempt:
         purpose: str,
         metrics: Mapping[str, float],
         data: Mapping[str, Any],
+        *,
+        until_update: bool = False,
     ) -> SaveHandle:
         """Begin to write a checkpoint of `tree`; live tensors may change as soon as this returns.
 
+        `until_update`: those of the optimizers' state only once `finish_copy` has.
         `data` are the fingerprints of the data. A second save at one boundary is the first one.
         """
         if self._saved is not None and self._saved[0] == self.seq:
@@ -376,9 +379,17 @@ class Attempt:
             )
             self._retain()
 
-        handle = self._checkpoints.submit(name, tree, manifest, durable)
+        handle = self._checkpoints.submit(name, tree, manifest, durable, until_update=until_update)
         self._saved = (seq, handle)
         return handle
+
+    def finish_copy(self) -> bool:
+        """Wait until the newest checkpoint is copied; False where it could not be made, and another has to be."""
+        error = self._checkpoints.finish_copy()
+        if error is not None:
+            self._saved = None
+            self._tell(str(error))
+        return error is None
 
     def _retain(self) -> None:
         """Remove the checkpoints that the settings do not keep; only after a newer one is safe."""

@@ -32,12 +32,19 @@ class Save:
     def __init__(self) -> None:
         self._handle: Future[SaveHandle] = Future()
         self.stall_s: float | None = None
-        """Seconds that the training stood still for it; None before it is begun."""
+        """Seconds that the training has stood still for it; None before it is begun.
+
+        Where the copy goes on beside the training, the next update waits for the rest of it, and adds to them.
+        """
 
     def begun(self, handle: SaveHandle, stall_s: float = 0.0) -> None:
         """The state has been captured, which took `stall_s` seconds; `handle` follows the writing."""
         self.stall_s = stall_s
         self._handle.set_result(handle)
+
+    def waited(self, seconds: float) -> None:
+        """The training has waited for the rest of the copy."""
+        self.stall_s = (self.stall_s or 0.0) + seconds
 
     def abandoned(self, why: str) -> None:
         """It will not be made."""

@@ -303,6 +303,7 @@ class TrainingState:
         Forward is done again where the state is FORWARD; the loss it gives is returned, None elsewhere.
         """
         work, before = self._work, tree["forward"] or {}
+        work.end_copying()
         names = capture.parameter_names(work.model)
         self._restore_modules(tree, before)
         for optimizer, saved in zip(self._optimizers, tree["optimizers"], strict=True):

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from orchestrator import late, recovery
@@ -63,6 +64,8 @@ class Training:
         self.divergence: Divergence | None = None
         """The first loss of this attempt, or of the last seek, that was not the recorded one."""
         self.validation = Validation(evaluations)
+        self._runs = False
+        """Whether nobody but the loop, its work and its hooks gets a turn before the next transition."""
         self._saves = saves
         self._on_divergence = on_divergence
         self._forget_the_end()
@@ -133,7 +136,11 @@ class Training:
     def _run(self) -> bool:
         plain = not isinstance(self.work, LateWork) and self.expected is None
         writer = self.attempt.writer if self.attempt is not None and plain else None
-        self.loop.run(self.requests, self._look_up, writer)
+        self._runs = True
+        try:
+            self.loop.run(self.requests, self._look_up, writer)
+        finally:
+            self._runs = False
         return False
 
     def _fire_next(self) -> bool:
@@ -265,14 +272,25 @@ class Training:
                 self._purpose(stands) or purpose,
                 metrics,
                 data,
+                until_update=self._runs and state not in TERMINAL,
             )
         except BaseException as error:
             for save in saves:
                 save.abandoned(f"{type(error).__name__}: {error}")
             raise
+        if self._runs:
+            work.copying = partial(self._end_copying, saves)
         for save in saves:
             save.begun(handle, time.perf_counter() - began)
         self.attempt.restart_clock()
+
+    def _end_copying(self, saves: list[Save]) -> None:
+        """Wait until what `saves` have begun is copied."""
+        began = time.perf_counter()
+        if self.attempt is not None and not self.attempt.finish_copy():
+            self.requests.add_save(Save())
+        for save in saves:
+            save.waited(time.perf_counter() - began)
 
     def _purpose(self, state: State) -> str:
         """What a checkpoint of this moment is for, should the run be extended after its end."""

@@ -401,6 +401,8 @@ class TrainingWork(BatchWork):
         """What it copied, while the training stands in FORWARD."""
         self.computing = False
         """Whether a forward is under way."""
+        self.copying: Callable[[], None] | None = None
+        """Ends the copying of the optimizers' state for a checkpoint; called once, before that changes."""
         self._result: Tensor | None = None
 
     # -- one method for each trigger -------------------------------------------------------------
@@ -484,6 +486,8 @@ class TrainingWork(BatchWork):
 
     def step(self) -> None:
         """Apply the gradients of the window, or nothing where they or the loss are not finite."""
+        if self.copying is not None:
+            self.end_copying()
         optimizer, scaler = self.phases[self.phase].optimizer, self.precision.scalers[self.phase]
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -510,6 +514,12 @@ class TrainingWork(BatchWork):
             numerics.update(optimizer)
         if not self.skipped:
             self.place.updates += 1
+
+    def end_copying(self) -> None:
+        """Wait until a checkpoint that is being made has its copy of the optimizers' state."""
+        copying, self.copying = self.copying, None
+        if copying is not None:
+            copying()
 
     def was_skipped(self) -> bool:
         """Whether the last step is known to have applied nothing."""

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mlflow_server import Database, MLflowServer
+from orchestrator.snapshot import deferred
 from tracking.runs import RunFolder, create_run
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,6 +39,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_states_are_copied_later_too() -> None:
+    """As large ones are: every test of exactness is one of that as well."""
+    deferred._LEAST = 1
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -23,6 +24,7 @@ __all__ = [
     "compared",
     "installed",
     "keep",
+    "keep_memory",
     "read",
     "report",
 ]
@@ -81,6 +83,17 @@ class Row:
         if self.more is not None:
             text += f"; {self.more} more"
         return text if self.times is None else f"{text}; {self.times} times"
+
+
+def keep_memory() -> None:
+    """Let glibc give nothing back to the system."""
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            allocator.mallopt(parameter, 2**30)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def installed(module: str, name: str) -> bool:

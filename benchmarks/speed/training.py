@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import tempfile
@@ -25,7 +24,7 @@ from functools import partial
 
 import psutil
 import torch
-from measuring import Cost, alternate, arguments, compared, installed, report
+from measuring import Cost, alternate, arguments, compared, installed, keep_memory, report
 from torch import nn
 
 from orchestrator import MLflow, Trainer, seed_everything
@@ -79,17 +78,6 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-def keep_memory() -> None:
-    """Let glibc give nothing back to the system."""
-    allocator = ctypes.CDLL(None)
-    if hasattr(allocator, "mallopt"):
-        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            allocator.mallopt(parameter, 2**30)
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 
 def bare(model: Stamped, batches: Batches, *, looks: bool = False) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.snapshot.contents import WEIGHTS, divided
+from orchestrator.snapshot.deferred import Deferred, Due, can_wait
 from orchestrator.snapshot.encoding import Encoded
 from orchestrator.snapshot.tensor_file import Entry, layout, memory
 
@@ -26,6 +27,8 @@ class Staged:
     """See `divided`."""
     files: dict[str, memoryview]
     """The whole content of each file of tensors; each begins at a page of memory, as direct writing wants it."""
+    deferred: Deferred | None = None
+    """What is still to be copied into them."""
 
 
 class Staging:
@@ -46,8 +49,19 @@ class Staging:
         """Bytes allocated."""
         return self._memory.numel()
 
-    def copy(self, encoded: Encoded, weights: Sequence[str] = WEIGHTS) -> Staged:
-        """A copy of the tensors in CPU memory, complete when this returns."""
+    def copy(
+        self,
+        encoded: Encoded,
+        weights: Sequence[str] = WEIGHTS,
+        *,
+        later: str | None = None,
+        trusted: bool = True,
+    ) -> Staged:
+        """A copy of the tensors in CPU memory, complete when this returns.
+
+        But for those whose paths begin with `later`: where they can be copied later they are, and complete when
+        `Staged.deferred` is. If they are not `trusted` to stay as they are, it only finds out whether they do.
+        """
         files = divided(encoded.tensors, weights)
         tensors = [tensor for within in files.values() for tensor in within.values()]
         devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
@@ -58,11 +72,18 @@ class Staging:
         if arrangement != self._layout:
             self._arrange(files, pinned=bool(devices))
             self._layout = arrangement
+        due: list[Due] = []
         with torch.no_grad():
-            for place, tensor in zip(self._places, tensors, strict=True):
-                place.copy_(tensor, non_blocking=True)
+            names = (name for within in files.values() for name in within)
+            for name, place, tensor in zip(names, self._places, tensors, strict=True):
+                waits = later is not None and name.startswith(later) and can_wait(tensor)
+                if waits:
+                    due.append(Due(name, place, tensor))
+                if not (waits and trusted):
+                    place.copy_(tensor, non_blocking=True)
         _wait_for(devices)
-        return Staged(encoded.document, weights, dict(self._files))
+        deferred = Deferred(due, made=not trusted) if due else None
+        return Staged(encoded.document, weights, dict(self._files), deferred)
 
     def release(self) -> None:
         """Give the memory back."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from orchestrator.snapshot.deferred import Deferred
 from orchestrator.snapshot.encoding import decode, encode
 from orchestrator.snapshot.filesystem import DISK, FileSystem
 from orchestrator.snapshot.manifest import check_manifest
@@ -19,11 +20,17 @@ from orchestrator.snapshot.storage import write_checkpoint
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
 
-__all__ = ["CheckpointWriter", "SaveHandle", "WriterClosedError"]
+__all__ = ["ChangedMeanwhileError", "CheckpointWriter", "SaveHandle", "WriterClosedError"]
+
+_OF_OPTIMIZERS = "optimizers/"
 
 
 class WriterClosedError(InterlockError):
     """The writer was closed, or belongs to the process that this one was forked from."""
+
+
+class ChangedMeanwhileError(InterlockError):
+    """An optimizer's state was written to between the boundary of a save and the next update."""
 
 
 class SaveHandle:
@@ -98,6 +105,9 @@ class CheckpointWriter:
         self._handle: SaveHandle | None = None
         self._thread: threading.Thread | None = None
         self._failed: list[SaveHandle] = []
+        self._deferred: Deferred | None = None
+        self._trusted: bool | None = None
+        """Whether nothing but updates writes to the optimizers' state, by what was seen of it; None: nothing yet."""
         self._closed = False
         forget_in_children(self)
 
@@ -107,12 +117,18 @@ class CheckpointWriter:
         tree: Any,
         manifest: Mapping[str, Any],
         on_durable: Callable[[Path], None] | None = None,
+        *,
+        until_update: bool = False,
     ) -> SaveHandle:
         """Take a copy of `tree` and begin to write it; everything in `tree` may change as soon as this returns.
 
         Costs the caller one copy of the tensors. Where an earlier save is still being written, that is waited
         for first, so nothing is skipped; its failure does not stop this one. Copies from a device are complete
         on return. `on_durable(path)` is called once the checkpoint cannot be lost any more.
+
+        `until_update`: the optimizers' state is not written to before `finish_copy` is called. It may be copied until
+        then, by the thread that writes, which saves the caller that part of the copy. The first such save copies it at
+        once, and `finish_copy` sees whether that is so.
 
         Raises EncodingError for what cannot be stored and WriterClosedError. What goes wrong
         later is raised by the handle's `wait`, and kept in `failure` until then.
@@ -121,7 +137,9 @@ class CheckpointWriter:
         encoded = encode(tree)
         kept = decode(check_manifest(manifest), {})
         self._wait()
-        staged = self._staging.copy(encoded)
+        later = _OF_OPTIMIZERS if until_update and self._trusted is not False else None
+        staged = self._staging.copy(encoded, later=later, trusted=self._trusted is True)
+        self._deferred = staged.deferred
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
         thread = threading.Thread(target=self._write_yielding, args=arguments, name="interlock-checkpoint")
@@ -134,6 +152,19 @@ class CheckpointWriter:
             self._thread = None
             self._write(*arguments)
         return handle
+
+    def finish_copy(self) -> ChangedMeanwhileError | None:
+        """Wait until the copy of the newest save is complete; called before anything writes to an optimizer's state.
+
+        What its handle's `wait` raises where that was written to earlier: the save was not made, and everything is
+        copied at once from now on.
+        """
+        deferred, self._deferred = self._deferred, None
+        if deferred is None or self._handle is None:
+            return None
+        deferred.finish()
+        self._trusted = not deferred.changed
+        return None if deferred.made or self._trusted else _changed(self._handle.name, deferred.changed)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -161,7 +192,13 @@ class CheckpointWriter:
         manifest: Mapping[str, Any],
         on_durable: Callable[[Path], None] | None,
     ) -> None:
+        deferred = staged.deferred
         try:
+            if deferred is not None and not deferred.made:
+                deferred.work_through()
+                if deferred.changed:
+                    handle._fail(_changed(handle.name, deferred.changed))
+                    return
             path = write_checkpoint(
                 self._parent,
                 handle.name,
@@ -227,3 +264,11 @@ class CheckpointWriter:
             self.close()
         except Exception:  # the one that ended the block matters more
             return
+
+
+def _changed(name: str, paths: list[str]) -> ChangedMeanwhileError:
+    more = f" and {len(paths) - 1} more" * (len(paths) > 1)
+    return ChangedMeanwhileError(
+        f"checkpoint {name} was not made: found that {paths[0]}{more} changed while it was copied, expected only the "
+        "optimizer's step to change it; another is taken at the next boundary, and all are copied at once from now on"
+    )
