@@ -12,7 +12,7 @@ from orchestrator.snapshot import deferred
 from orchestrator.snapshot.deferred import Deferred, Due, can_wait
 from orchestrator.snapshot.info import readable
 from orchestrator.snapshot.storage import read_checkpoint
-from orchestrator.snapshot.writer import ChangedMeanwhileError
+from orchestrator.snapshot.writer import ChangedMeanwhileError, _is_state_of_optimizer
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -100,6 +100,18 @@ def test_only_large_contiguous_tensors_that_torch_counts_writes_to_can_wait(
     assert not can_wait(torch.zeros(99))
     assert not can_wait(torch.zeros(10, 20).t())
     assert not can_wait(uncounted)
+
+
+def test_of_an_optimizer_only_its_state_waits_not_its_parameters() -> None:
+    paths = [
+        "optimizers/0/state/0.weight/exp_avg",
+        "optimizers/1/shared/buffer",
+        "optimizers/0/parameters/optimizer/group0/param0",
+        "optimizers/0/groups/0/settings/lr",
+        "model/parameters/optimizers/0/state/weight",
+        "callbacks/EMA/weights/state/0",
+    ]
+    assert [path for path in paths if _is_state_of_optimizer(path)] == paths[:2]
 
 
 class Records(Callback):

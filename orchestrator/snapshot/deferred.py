@@ -71,7 +71,8 @@ class Deferred:
                     return
                 # The loop takes long, or was broken off: the same is copied once more. Not the other way round: a copy
                 # that this thread is at may last until after the update.
-                self._left.extend(self._open)
+                with self._lock:
+                    self._left.extend(self._open)
                 self._done()
         except BaseException:
             self._complete.set()  # the loop must not wait for ever

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,12 @@ class Staging:
         encoded: Encoded,
         weights: Sequence[str] = WEIGHTS,
         *,
-        later: str | None = None,
+        later: Callable[[str], bool] | None = None,
         trusted: bool = True,
     ) -> Staged:
         """A copy of the tensors in CPU memory, complete when this returns.
 
-        But for those whose paths begin with `later`: where they can be copied later they are, and complete when
+        But for those of whose paths `later` says so: where they can be copied later they are, and complete when
         `Staged.deferred` is. If they are not `trusted` to stay as they are, it only finds out whether they do.
         """
         files = divided(encoded.tensors, weights)
@@ -76,7 +76,7 @@ class Staging:
         with torch.no_grad():
             names = (name for within in files.values() for name in within)
             for name, place, tensor in zip(names, self._places, tensors, strict=True):
-                waits = later is not None and name.startswith(later) and can_wait(tensor)
+                waits = later is not None and later(name) and can_wait(tensor)
                 if waits:
                     due.append(Due(name, place, tensor))
                 if not (waits and trusted):

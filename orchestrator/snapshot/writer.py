@@ -22,8 +22,6 @@ from tracking.forks import forget_in_children
 
 __all__ = ["ChangedMeanwhileError", "CheckpointWriter", "SaveHandle", "WriterClosedError"]
 
-_OF_OPTIMIZERS = "optimizers/"
-
 
 class WriterClosedError(InterlockError):
     """The writer was closed, or belongs to the process that this one was forked from."""
@@ -137,7 +135,7 @@ class CheckpointWriter:
         encoded = encode(tree)
         kept = decode(check_manifest(manifest), {})
         self._wait()
-        later = _OF_OPTIMIZERS if until_update and self._trusted is not False else None
+        later = _is_state_of_optimizer if until_update and self._trusted is not False else None
         staged = self._staging.copy(encoded, later=later, trusted=self._trusted is True)
         self._deferred = staged.deferred
         handle = self._handle = SaveHandle(name)
@@ -264,6 +262,12 @@ class CheckpointWriter:
             self.close()
         except Exception:  # the one that ended the block matters more
             return
+
+
+def _is_state_of_optimizer(path: str) -> bool:
+    """Not so the parameters that an optimizer has beside the model's: any code may write to those."""
+    first, _, rest = path.partition("/")
+    return first == "optimizers" and rest.partition("/")[2].startswith(("state/", "shared/"))
 
 
 def _changed(name: str, paths: list[str]) -> ChangedMeanwhileError:
