@@ -37,7 +37,7 @@ NAMES = {
 }
 INTERVALS = {2: (20,), 10: (50, 150), 60: (250,)}
 """Batches between the checkpoints of the others, for each T: some sqrt(2 T C) apart, C being what a save costs."""
-BATCHES = {2: 1_000, 10: 2_500, 60: 12_000}
+BATCHES = {2: 1_000, 10: 2_500, 60: 20_000}
 AT_60 = ("interlock", "ignite")
 """Those that are killed every 60 s too, by default: it takes more than two minutes each."""
 
