@@ -28,7 +28,10 @@ class WriterClosedError(InterlockError):
 
 
 class ChangedMeanwhileError(InterlockError):
-    """An optimizer's state was written to between the boundary of a save and the next update."""
+    """An optimizer's state was written to between the boundary of a save and the next update.
+
+    Raised by the save's `wait`. It was not made; another is taken at the next boundary.
+    """
 
 
 class SaveHandle:
