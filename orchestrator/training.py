@@ -261,6 +261,7 @@ class Training:
         work, state, began = self.work, self.state, time.perf_counter()
         stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
         metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
+        until_update = self._runs and state not in TERMINAL
         try:
             data = (
                 self.snapshots.fingerprints()
@@ -272,13 +273,13 @@ class Training:
                 self._purpose(stands) or purpose,
                 metrics,
                 data,
-                until_update=self._runs and state not in TERMINAL,
+                until_update=until_update,
             )
         except BaseException as error:
             for save in saves:
                 save.abandoned(f"{type(error).__name__}: {error}")
             raise
-        if self._runs:
+        if until_update:
             work.copying = partial(self._end_copying, saves)
         for save in saves:
             save.begun(handle, time.perf_counter() - began)

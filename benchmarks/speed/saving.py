@@ -33,11 +33,12 @@ _WIDTH = 1024
 _TURN = 7
 """Batches from one save to the next: two are measured, in three it is written and removed, two are as without."""
 _CLEAN = 4
+_CONTENDERS = 4
 COPY = "one copy into allocated memory"
 
 
 class Saves:
-    """The contenders, and when batches and updates of the training began and ended."""
+    """The contenders, when each batch of the training began, and how long it stood still for each save."""
 
     def __init__(self, trainer: Trainer, root: Path) -> None:
         self._trainer, self._root = trainer, root
@@ -58,7 +59,7 @@ class Saves:
         turn, offset = divmod(len(self.began) - 1, _TURN)
         if offset == 0:
             began = time.perf_counter()
-            save = list(self.contenders.values())[turn % len(self.contenders)]()
+            save = list(self.contenders.values())[turn % _CONTENDERS]()
             took = time.perf_counter() - began
             self._still.append(lambda: took if save is None else save.stall_s or 0.0)
         elif offset == _CLEAN:
@@ -103,8 +104,8 @@ class Saves:
         took = [end - begin for begin, end in zip(self.began, self.began[1:], strict=False)]
         found: dict[str, dict[str, list[float]]] = {"still": {}, "later": {}}
         for number, at in enumerate(range(0, len(took) - _TURN + 1, _TURN)):
-            name = list(self.contenders)[number % len(self.contenders)]
-            if number < len(self.contenders):
+            name = list(self.contenders)[number % _CONTENDERS]
+            if number < _CONTENDERS:
                 continue
             alone = statistics.mean(took[at + _CLEAN + 1 : at + _TURN])
             found["still"].setdefault(name, []).append(self._still[number]() * 1000)
@@ -118,7 +119,7 @@ def rows(layers: int, samples: int, rounds: int, threads: int) -> list[Row]:
     model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(layers)))
     batch = torch.randn(samples, _WIDTH), torch.randn(samples, _WIDTH)
     optimizer = torch.optim.AdamW(model.parameters())
-    data = [batch] * (_TURN * 4 * (rounds + 1) + 1)
+    data = [batch] * (_TURN * _CONTENDERS * (rounds + 1) + 1)
     options: Any = {"epochs": 1, "checkpoint": None, "log": None, "track": None}
     with (
         tempfile.TemporaryDirectory() as root,

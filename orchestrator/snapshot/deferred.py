@@ -19,16 +19,13 @@ _LEAST = 1 << 18  # bytes: a smaller one is copied sooner than it is handed to s
 _PIECE = 1 << 24
 _PATIENCE_S = 5.0
 
+_Piece = tuple[Tensor, Tensor]  # to, from
+
 
 class Due(NamedTuple):
     """A tensor of the state, by its path, and the memory that it is to be copied to, of the same layout."""
 
     path: str
-    place: Tensor
-    tensor: Tensor
-
-
-class _Piece(NamedTuple):
     place: Tensor
     tensor: Tensor
 
@@ -63,9 +60,9 @@ class Deferred:
         try:
             while True:
                 while (taken := self._take()) is not None:
-                    number, piece = taken
+                    number, (place, tensor) = taken
                     # Not by torch, which would want several threads for it, beside those of the training.
-                    np.copyto(np.asarray(memory(piece.place)), np.asarray(memory(piece.tensor)))
+                    np.copyto(np.asarray(memory(place)), np.asarray(memory(tensor)))
                     self._done(number)
                 if self._complete.wait(_PATIENCE_S):
                     return
@@ -81,8 +78,8 @@ class Deferred:
     def finish(self) -> None:
         """Help with what is left, and wait until all of it is complete."""
         while (taken := self._take()) is not None:
-            number, piece = taken
-            piece.place.copy_(piece.tensor)
+            number, (place, tensor) = taken
+            place.copy_(tensor)
             self._done(number)
         self._done()
         self._complete.wait()
@@ -111,11 +108,7 @@ class Deferred:
 
 
 def _pieces(due: Sequence[Due]) -> list[_Piece]:
-    return [
-        _Piece(place, tensor)
-        for one in due
-        for place, tensor in zip(_cut(one.place), _cut(one.tensor), strict=True)
-    ]
+    return [piece for one in due for piece in zip(_cut(one.place), _cut(one.tensor), strict=True)]
 
 
 def _cut(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Saving in the background: the loop waits for one copy, a thread writes it to disk."""
+"""Saving in the background: the loop waits for a copy, or for part of one, a thread writes it to disk."""
 
 from __future__ import annotations
 
