@@ -100,6 +100,17 @@ def test_the_document_has_each_contender_as_pinned_and_each_state() -> None:
     assert set(table.KILLED_IN) <= set(rows)
 
 
+def test_what_is_pinned_twice_is_pinned_alike() -> None:
+    # pip is given both files and refuses to install what they disagree about.
+    def pins(file: Path) -> dict[str, str]:
+        lines = (line.split("==") for line in file.read_text().splitlines() if "==" in line)
+        return {re.sub("[-_.]+", "-", name).lower(): pinned for name, pinned in lines}
+
+    required, constrained = pins(SCRIPTS / "requirements.txt"), pins(SCRIPTS.parents[1] / "constraints.txt")
+    assert required.keys() & constrained.keys()
+    assert {name: constrained.get(name, pinned) for name, pinned in required.items()} == required
+
+
 FORGETFUL = """
 import random, numpy, task, torch
 from torch import nn
