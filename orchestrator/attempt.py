@@ -256,9 +256,12 @@ class Attempt:
     def _close_batch(self, now: int) -> None:
         work = self._work
         work.close_batch()
-        if work.metrics:
-            place = work.place
-            self._metrics(place.epoch, place.batch, place.batches, work.metrics, work.validated, now)
+        values, place = work.metrics, work.place
+        if work.validated:
+            self._metrics(place.epoch, place.batch, place.batches, values, work.validated, now)
+        elif values:
+            seq = self._line.seq
+            self._journal.metrics("train", place.epoch, place.batch, place.batches, values, now, seq=seq)
         if now >= self._look_at:
             self._look(now)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,6 +87,7 @@ class EpochMetrics:
         self._functions = {
             name: m for name, m in metrics.items() if not isinstance(m, AccumulatingMetric) and callable(m)
         }
+        self._not_averaged = {*self._accumulating, "batch_time"}
         self._averages: dict[str, Average] = {}
         self.samples = 0
 
@@ -129,15 +130,18 @@ class EpochMetrics:
                 metric.update(outputs, targets)
         return values
 
-    def add(self, values: Mapping[str, float], samples: int) -> None:
-        """Fold the values of one batch of `samples` samples into the averages."""
+    def add(self, values: Mapping[str, float], samples: int, without: Collection[str] = ()) -> None:
+        """Fold the values of one batch of `samples` samples, those named in `without` left out, into the averages."""
         self.samples += samples
+        if without:
+            values = {name: value for name, value in values.items() if name not in without}
+        averages = self._averages
         for name, value in values.items():
-            if name in self._accumulating:
-                continue
-            average = self._averages.get(name)
+            average = averages.get(name)
             if average is None:
-                average = self._averages[name] = Average()
+                if name in self._not_averaged:
+                    continue
+                average = averages[name] = Average()
             average.total += value * samples
             average.weight += samples
 

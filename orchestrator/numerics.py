@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,8 +42,6 @@ __all__ = [
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_AS_IT_IS = contextlib.nullcontext()
-
 
 class Precision:
     """Autocast for the forward pass and, for fp16, a gradient scaler for each phase.
@@ -64,11 +62,12 @@ class Precision:
                 )
             self.scalers = tuple(torch.amp.GradScaler(device.type) for _ in range(phases))
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context that `forward` runs in."""
+    def apply(self, forward: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        """What `forward` returns for `model` and `batch`, in this precision."""
         if self._dtype is None:
-            return _AS_IT_IS
-        return torch.autocast(self._device, dtype=self._dtype)
+            return forward(model, batch)
+        with torch.autocast(self._device, dtype=self._dtype):
+            return forward(model, batch)
 
 
 def _computes_in_half() -> bool:
@@ -82,17 +81,23 @@ def _computes_in_half() -> bool:
 
 def gradients(optimizer: Optimizer) -> list[Tensor]:
     """The gradients that `optimizer` would apply, each as a dense tensor that shares their memory."""
-    found = []
+    found: list[Tensor] = []
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            grad = parameter.grad
+        grads = list(map(_grad, group["params"]))
+        if set(map(type, grads)) == _PLAIN and not any(map(_is_sparse, grads)):
+            found += grads
+            continue
+        for parameter, grad in zip(group["params"], grads, strict=True):
             if grad is None:
                 continue
             if grad.is_sparse:
-                grad = parameter.grad = grad.coalesce()
-                grad = grad._values()
+                parameter.grad = grad.coalesce()
+                grad = parameter.grad._values()
             found.append(grad)
     return found
+
+
+_grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
 
 def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from orchestrator import numerics
-from orchestrator.data import BatchStream, Looks, carrying, count_samples, first_samples, to_device
+from orchestrator.data import BatchStream, Looks, carrying, first_samples, received, to_device
 from orchestrator.errors import ConfigurationError, LossError, NonFiniteError, kind_of
 from orchestrator.metrics import RESERVED, EpochMetrics, as_float
 from orchestrator.phase import Forward, Phase
@@ -201,9 +201,8 @@ class BatchWork:
     def take(self, batch: Any) -> None:
         """Make `batch`, as the stream gives it, the one at hand."""
         self.tell_of_changed_data()
-        self.data = to_device(batch, self.device)
-        self._looks, self._replaced = Looks(self.data), False
-        self.samples = 0 if batch is None else count_samples(batch)
+        self.data, self._looks, self.samples = received(batch, self.device)
+        self._replaced = False
         self.situation.empty = self.samples == 0
         self.situation.has_batch = self.stream.has_next
         if self.wants_example and self.samples:
@@ -315,8 +314,8 @@ class EvaluationWork(BatchWork):
 
     def forward(self) -> None:
         """Model and loss, without gradients."""
-        with self._no_grad, self.precision.autocast():
-            result = self._forward(self.model, self.data)
+        with self._no_grad:
+            result = self.precision.apply(self._forward, self.model, self.data)
         self._count_loss(*_read_loss(result, training=False, forward=self._forward), "")
 
     def end_batch(self) -> None:
@@ -435,11 +434,10 @@ class TrainingWork(BatchWork):
 
         `counted`: its gradients are in the window already.
         """
-        s = self.situation
-        coming = 0 if s.empty or counted else 1
-        full = not s.empty and self.window.count + coming >= self.accumulate
+        s, count = self.situation, self.window.count
+        full = not s.empty and (count if counted else count + 1) >= self.accumulate
         s.window_closes = full or not s.has_batch
-        s.pending = self.window.count > 0
+        s.pending = count > 0
         s.another_phase = not s.empty and self.phase + 1 < len(self.phases)
 
     def forward(self) -> None:
@@ -457,8 +455,7 @@ class TrainingWork(BatchWork):
             self.guard.keep()
         self.computing = True
         try:
-            with self.precision.autocast():
-                result = phase.forward(self.model, self.data)
+            result = self.precision.apply(phase.forward, self.model, self.data)
         finally:
             self.computing = False
         loss, outputs, targets = _read_loss(result, True, phase.forward, self._named)
@@ -593,13 +590,9 @@ class TrainingWork(BatchWork):
         self, values: Mapping[str, float], samples: int, skipped: bool, validated: Mapping[str, float]
     ) -> None:
         # Where non-finite batches are to be left out, they are left out of the averages too.
-        averaged = dict(values)
-        averaged.pop("batch_time", None)
-        if validated:
-            averaged = {name: value for name, value in averaged.items() if name not in validated}
         if skipped or self.guard is not None:
-            averaged = {name: value for name, value in averaged.items() if math.isfinite(value)}
-        self.epoch_metrics.add(averaged, samples)
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.epoch_metrics.add(values, samples, validated)
 
     def _add_note(self, text: str) -> None:
         """Note something of the transition under way, before what its hooks have noted."""

@@ -39,11 +39,11 @@ from orchestrator.data import (
     DataError,
     Looks,
     compare_fingerprints,
-    count_samples,
     first_samples,
     likely_causes,
     to_device,
 )
+from orchestrator.data.batches import count_samples
 from orchestrator.data.fingerprint import digest
 from orchestrator.data.generators import find_generators
 from orchestrator.data.randomness import SideStream, mixed, put_globals, seed_globals, take_globals

@@ -1,6 +1,6 @@
 """The batches of a loader, addressed by (epoch, index), the same ones every time."""
 
-from orchestrator.data.batches import Looks, count_samples, first_samples, to_device
+from orchestrator.data.batches import Looks, first_samples, received, to_device
 from orchestrator.data.errors import DataError
 from orchestrator.data.fingerprint import compare_fingerprints, likely_causes
 from orchestrator.data.stream import BatchStream
@@ -10,8 +10,8 @@ __all__ = [
     "DataError",
     "Looks",
     "compare_fingerprints",
-    "count_samples",
     "first_samples",
     "likely_causes",
+    "received",
     "to_device",
 ]

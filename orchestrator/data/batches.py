@@ -5,14 +5,14 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from operator import attrgetter
+from operator import attrgetter, call
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["Looks", "count_samples", "described", "first_samples", "leaves", "pinned", "to_device"]
+__all__ = ["Looks", "described", "first_samples", "leaves", "pinned", "received", "to_device"]
 
 
 _MOST_PARTS = 8
@@ -98,26 +98,54 @@ class Looks:
     written past torch is not seen: by way of `.data`, or of a NumPy array.
     """
 
-    def __init__(self, batch: Any) -> None:
-        self._leaves: list[tuple[Any, int]] = [
-            (weakref.ref(leaf), _version(leaf)) if isinstance(leaf, torch.Tensor) else (leaf, _NO_TENSOR)
-            for leaf in (batch if _is_plain(batch) else leaves(batch))
-        ]
+    def __init__(self, batch: Any, plain: bool | None = None) -> None:
+        self._plain = _is_plain(batch) if plain is None else plain
+        self._leaves: list[Any]
+        """Tensors as weak references."""
+        if self._plain:
+            self._leaves = list(map(weakref.ref, batch))
+            try:
+                self._versions = list(map(_counted, batch))
+            except RuntimeError:  # an inference tensor, of which torch does not count writes
+                self._versions = list(map(_version, batch))
+            return
+        there = leaves(batch)
+        self._leaves = [weakref.ref(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in there]
+        self._versions = [_version(leaf) if isinstance(leaf, torch.Tensor) else _NO_TENSOR for leaf in there]
 
     def changed(self, batch: Any) -> bool:
         """Whether `batch`, which is the same one, does not look so any more."""
         now = leaves(batch)
-        return len(now) != len(self._leaves) or not all(map(_looks_so, now, self._leaves))
+        return len(now) != len(self._leaves) or not all(map(_looks_so, now, self._leaves, self._versions))
 
     def written(self) -> list[torch.Tensor]:
         """The tensors that were written to in place since."""
+        if self._plain:
+            try:
+                if list(map(_counted, map(call, self._leaves))) == self._versions:
+                    return []
+            except (AttributeError, RuntimeError):  # one is gone, or not counted
+                pass
         found = []
-        for then, version in self._leaves:
+        for then, version in zip(self._leaves, self._versions, strict=True):
             if version >= 0 and (tensor := then()) is not None and tensor._version != version:
                 found.append(tensor)
         return found
 
 
+def received(batch: Any, device: torch.device) -> tuple[Any, Looks, int]:
+    """`batch` on `device`, how it looks there, and how many samples it holds."""
+    if not _is_plain(batch):
+        moved = to_device(batch, device)
+        return moved, Looks(moved), count_samples(batch)
+    # As nearly every batch is: what the functions above do, less what they ask of any.
+    first = batch[0]
+    at_hand = device.type == "cpu" and all(map(_is_on_cpu, batch))
+    moved = type(batch)(batch) if at_hand else to_device(batch, device)
+    return moved, Looks(moved, plain=True), first.size(0) if first.ndim else 1
+
+
+_counted = attrgetter("_version")
 _is_on_cpu = attrgetter("is_cpu")
 _TENSOR = {torch.Tensor}
 
@@ -127,8 +155,7 @@ def _is_plain(batch: Any) -> bool:
     return type(batch) in (list, tuple) and set(map(type, batch)) == _TENSOR
 
 
-def _looks_so(leaf: Any, before: tuple[Any, int]) -> bool:
-    then, version = before
+def _looks_so(leaf: Any, then: Any, version: int) -> bool:
     if version == _NO_TENSOR:
         return then is leaf
     return then() is leaf and _version(leaf) == version

@@ -110,7 +110,7 @@ class BatchStream:
 
         Raises DataError where there is none; an exception of the data set or a worker passes through.
         """
-        if not self.has_next:
+        if self._epoch is None or not self._source.has_next(self._position):
             raise DataError(
                 f"there is no batch {self._position} in epoch {self._epoch}; look at has_next before fetching"
                 if self._epoch is not None
