@@ -400,7 +400,7 @@ def test_tables_of_the_journal(run: RunFolder) -> None:
         about = dict(journal.execute("SELECT key, value FROM run"))
     assert {name for name in found if f"`{name}`" not in FORMATS} == set()
     assert about.keys() == {"id", "name", "created_ns", "format"}
-    assert about["format"] == "2"
+    assert about["format"] == "3"
 
 
 def test_files_of_a_run(run: RunFolder) -> None:

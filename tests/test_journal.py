@@ -835,9 +835,9 @@ def test_files_that_are_no_journal(run: RunFolder) -> None:
 def test_a_newer_format_is_refused(run: RunFolder, lease: Lease) -> None:
     connection = sqlite3.connect(run.journal)
     with connection:
-        connection.execute("UPDATE run SET value = '3' WHERE key = 'format'")
+        connection.execute("UPDATE run SET value = '4' WHERE key = 'format'")
     connection.close()
-    with pytest.raises(JournalFormatError, match="found journal format 3, expected 2"):
+    with pytest.raises(JournalFormatError, match="found journal format 4, expected 3"):
         Journal.open(run)
     with pytest.raises(JournalFormatError):
         begin(run, lease)

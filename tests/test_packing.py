@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from states.table import ARCS, Trigger
 from tracking.frames import PENDING
+from tracking.packed import transitions_between
 from tracking.packing import MetricValues, Packer
 from tracking.recorder import Chunk, Recorder
 from tracking.schema import create_journal
@@ -74,7 +75,7 @@ def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
             packer.transitions(chunk)
         found = connection.execute("SELECT * FROM all_transitions ORDER BY seq").fetchall()
         rows = connection.execute(
-            "SELECT seq, scope, epoch, batch FROM packed_transitions ORDER BY seq"
+            f"SELECT seq, scope, epoch, batch, word FROM {transitions_between()} ORDER BY seq"
         ).fetchall()
         return [found, rows]
 

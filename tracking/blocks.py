@@ -1,78 +1,341 @@
-"""Transitions by the thousand: frames of the flight recorder as columns, for the batches that went as most go."""
+"""Packed rows by the thousand: what the flight recorder and the queue of values hold, as columns and as blocks."""
 
-from collections.abc import Collection
+import struct
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from tracking.frames import LOSS, PRESENT, SIZE, STEPS, STEPS_IN_A_FRAME, TAGS, TIMES, WORDS, Record, decode
+from tracking.frames import (
+    LOSS,
+    PENDING,
+    PRESENT,
+    SIZE,
+    STEPS,
+    STEPS_IN_A_FRAME,
+    TAGS,
+    TIMES,
+    WORDS,
+    Record,
+    decode,
+)
+from tracking.packed import (
+    BATCH_DIGITS,
+    BLOCK_ROWS,
+    EXPONENT_DIGITS,
+    MANTISSA_DIGITS,
+    NUMBER_DIGITS,
+    SEQ_DIGITS,
+    WORD_DIGITS,
+)
 
-__all__ = ["Block", "blocks"]
+__all__ = ["Alike", "Block", "MetricBlock", "blocks", "metric_blocks"]
+
+LEAST_ROWS = 16
+"""So many consecutive packed rows make a block."""
+
+_MOST_DIGITS = 3800
+"""In a block: its row then fits on one of SQLite's pages, where it is read without being copied."""
+
+WordOf = Callable[[tuple[int, ...], tuple[int, ...], int], int]
+"""The word of (arcs, phases, the position of the loss or -1)."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Packed rows that share their word, as columns; all lists are of one length.
+class Alike:
+    """Packed rows that share their word and scope, as columns; all lists are of one length."""
 
-    Of a row: the first transition's `seq` and `time_ns`, how long each took (`durations`), and the loss of the one
-    at `loss_at` (-1: of none).
-    """
-
-    arcs: tuple[int, ...]
-    phases: tuple[int, ...]
+    word: int
     scope: int
-    loss_at: int
     seq: list[int]
     epoch: list[int]
     batch: list[int]
     time_ns: list[int]
     durations: list[list[int]]
     loss: list[float]
+    """Empty where the word has none."""
     all_numbers: bool
     """No loss is NaN."""
 
 
-def blocks(data: bytes, skip: int, forwards: Collection[int]) -> tuple[list[Block], list[Record]]:
-    """The rows that the frames in `data` make, and the transitions that are in none of them.
+@dataclass(frozen=True)
+class Block:
+    """Consecutive packed rows of one scope and epoch, as a row of `transition_blocks`."""
+
+    seq: int
+    last: int
+    rows: int
+    scope: int
+    epoch: int
+    batch: int
+    time_ns: int
+    length: int
+    lead: int
+    width: int
+    record: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class MetricBlock:
+    """Consecutive packed rows of values of one scope and epoch, as a row of `metric_blocks` less its id."""
+
+    rows: int
+    scope: int
+    epoch: int
+    seq: int
+    batch: int
+    step: int
+    time_ns: int
+    length: int
+    lead: int
+    span: int
+    record: int
+    data: bytes
+
+
+def blocks(
+    data: bytes, skip: int, forwards: Collection[int], word_of: WordOf
+) -> tuple[list[Block], list[Alike], list[Record]]:
+    """The blocks that the frames in `data` make, the packed rows that are in none, and transitions one by one.
 
     Those are what follows the first `skip` transitions of the first frame, where that is more than 0, and those with
     notes.
     """
-    words = np.frombuffer(data, "<i8").reshape(-1, WORDS)
-    losses = np.frombuffer(data, "<f8").reshape(-1, WORDS)[:, LOSS]
-    scope, texts = words[:, TAGS] & 0xFFFF, words[:, TAGS] >> 16 & 0xFFFF
-    left = (scope != 0xFFFF) & (texts == 0)
-    left[0] &= skip == 0
+    columns = np.ascontiguousarray(np.frombuffer(data, "<i8").reshape(-1, WORDS).T)
+    scope, texts = columns[TAGS] & 0xFFFF, columns[TAGS] >> 16 & 0xFFFF
+    whole = (scope != 0xFFFF) & (texts == 0)
+    whole[0] &= skip == 0
     rest = next(decode(data[:SIZE], forwards))[0][skip:] if skip else []
     for at in np.flatnonzero((scope != 0xFFFF) & (texts > 0)).tolist():
         rest += next(decode(data[at * SIZE : (at + 1 + int(texts[at])) * SIZE], forwards))[0]
 
-    found = []
-    steps = words[:, STEPS : STEPS + STEPS_IN_A_FRAME]
-    while left.any():
-        one = int(np.argmax(left))
-        same = left & (scope == scope[one]) & (steps == steps[one]).all(axis=1)
-        left &= ~same
-        found.append(_block(words[same], losses[same], forwards))
-    return found, rest
+    frames = _Frames(columns, scope, whole, forwards, word_of)
+    found: list[Block] = []
+    for first, beyond in _runs(whole & frames.storable, frames.follows()):
+        found += frames.blocks(first, beyond)
+        whole[first:beyond] = False
+    return found, list(frames.alike(whole)), rest
 
 
-def _block(words: np.ndarray, losses: np.ndarray, forwards: Collection[int]) -> Block:
-    """The block of frames that are alike."""
-    steps = [step for step in words[0, STEPS : STEPS + STEPS_IN_A_FRAME].tolist() if step & PRESENT]
-    arcs = tuple(step & 0xFFFF for step in steps)
-    times = words[:, TIMES : TIMES + len(steps)]
-    loss_at = next((at for at, arc in enumerate(arcs) if arc in forwards), -1)
-    return Block(
-        arcs=arcs,
-        phases=tuple(step >> 16 & 0xFFFF for step in steps),
-        scope=int(words[0, TAGS] & 0xFFFF),
-        loss_at=loss_at,
-        seq=words[:, 0].tolist(),
-        epoch=words[:, 1].tolist(),
-        batch=words[:, 2].tolist(),
-        time_ns=times[:, 0].tolist(),
-        durations=[words[:, LOSS + 1].tolist(), *np.diff(times, axis=1).T.tolist()],
-        loss=losses.tolist() if loss_at >= 0 else [],
-        all_numbers=not np.isnan(losses).any(),
+class _Frames:
+    """Frames of the flight recorder as the columns of their words, with the journal's word of each."""
+
+    def __init__(
+        self,
+        columns: np.ndarray,
+        scope: np.ndarray,
+        whole: np.ndarray,
+        forwards: Collection[int],
+        word_of: WordOf,
+    ) -> None:
+        self._seq, self._epoch, self._batch = columns[:TAGS]
+        self._scope, self._time, self._loss = scope, columns[TIMES], columns[LOSS]
+        frames = len(scope)
+        self._word, self._length = np.zeros(frames, np.int64), np.zeros(frames, np.int64)
+        self._carries = np.zeros(frames, np.bool_)
+        steps = columns[STEPS : STEPS + STEPS_IN_A_FRAME]
+        left = whole.copy()
+        while left.any():
+            one = int(np.argmax(left))
+            same = left.copy()
+            for step in steps:
+                same &= step == step[one]
+            left &= ~same
+            found = [step for step in steps[:, one].tolist() if step & PRESENT]
+            arcs, phases = (
+                tuple(step & 0xFFFF for step in found),
+                tuple(step >> 16 & 0xFFFF for step in found),
+            )
+            loss_at = next((at for at, arc in enumerate(arcs) if arc in forwards), -1)
+            self._word[same], self._length[same] = word_of(arcs, phases, loss_at), len(found)
+            self._carries[same] = loss_at >= 0
+        self._durations = np.diff(columns[TIMES : TIMES + STEPS_IN_A_FRAME], axis=0, prepend=0)
+        self._durations[0] = columns[LOSS + 1]
+        self._durations[np.arange(STEPS_IN_A_FRAME)[:, None] >= self._length] = 0
+        self.storable = (self._word < 10**WORD_DIGITS) & (self._durations >= 0).all(axis=0)
+        """What a block's digits can say."""
+
+    def follows(self) -> np.ndarray:
+        """Of each frame but the first: can it stand in a block behind the one before?"""
+        batches = np.diff(self._batch)
+        found: np.ndarray = (
+            (self._seq[1:] == self._seq[:-1] + self._length[:-1])
+            & (self._scope[1:] == self._scope[:-1])
+            & (self._epoch[1:] == self._epoch[:-1])
+            & (batches >= 0)
+            & (batches <= 1)
+            & (self._time[1:] >= self._time[:-1])
+        )
+        return found
+
+    def blocks(self, first: int, beyond: int) -> Iterator[Block]:
+        """Those of frames that follow each other."""
+        run = slice(first, beyond)
+        seq, batch, time_ns, lengths = (x[run] for x in (self._seq, self._batch, self._time, self._length))
+        length = int(lengths.max())
+        durations = self._durations[:length, run]
+        width, lead = len(str(durations.max())), len(str(time_ns[-1] - time_ns[0]))
+        record = lead + SEQ_DIGITS + BATCH_DIGITS + WORD_DIGITS + length * width + NUMBER_DIGITS
+        pieces = _Pieces(len(seq), record)
+        pieces.put(lead, pieces.since(time_ns))
+        pieces.put(SEQ_DIGITS, pieces.since(seq))
+        pieces.put(BATCH_DIGITS, pieces.since(batch))
+        pieces.put(WORD_DIGITS, self._word[run])
+        pieces.put(width, durations)
+        pieces.put_numbers(np.where(self._carries[run], self._loss[run], _PENDING_BITS))
+        for begin, end, digits in pieces.digits():
+            yield Block(
+                seq=int(seq[begin]),
+                last=int(seq[end - 1] + lengths[end - 1]) - 1,
+                rows=end - begin,
+                scope=int(self._scope[first]),
+                epoch=int(self._epoch[first]),
+                batch=int(batch[begin]),
+                time_ns=int(time_ns[begin]),
+                length=length,
+                lead=lead,
+                width=width,
+                record=record,
+                data=digits,
+            )
+
+    def alike(self, left: np.ndarray) -> Iterator[Alike]:
+        """The packed rows of the frames that are `left`, those of one word and scope together."""
+        while left.any():
+            one = int(np.argmax(left))
+            same = left & (self._scope == self._scope[one]) & (self._word == self._word[one])
+            left &= ~same
+            losses = self._loss[same].view("<f8")
+            yield Alike(
+                word=int(self._word[one]),
+                scope=int(self._scope[one]),
+                seq=self._seq[same].tolist(),
+                epoch=self._epoch[same].tolist(),
+                batch=self._batch[same].tolist(),
+                time_ns=self._time[same].tolist(),
+                durations=self._durations[: self._length[one], same].tolist(),
+                loss=losses.tolist() if self._carries[one] else [],
+                all_numbers=not np.isnan(losses).any(),
+            )
+
+
+def metric_blocks(
+    columns: Sequence[Sequence[int]], values: Sequence[tuple[float, ...]]
+) -> Iterator[tuple[int, int, list[MetricBlock]]]:
+    """What of rows of values is in blocks, in their order: from which row to before which, and the blocks.
+
+    `columns` are the rows' seq, scope, epoch, batch, step, time and keyset, which is -1 for what is to be in none.
+    """
+    seq, scope, epoch, batch, step, time_ns, keyset = (
+        np.full(len(column), column[0], np.int64)
+        if column[0] == column[-1] and column.count(column[0]) == len(column)
+        else np.frombuffer(struct.pack(f"{len(column)}q", *column), np.int64)
+        for column in columns
     )
+    storable = (keyset >= 0) & (keyset < 10**WORD_DIGITS) & (batch >= 0)
+    batches = np.diff(batch)
+    follows = (
+        (scope[1:] == scope[:-1])
+        & (epoch[1:] == epoch[:-1])
+        & (batches >= 0)
+        & (batches <= 1)
+        & (np.diff(step) == batches)
+        & (np.diff(seq) >= 0)
+        & (np.diff(time_ns) >= 0)
+    )
+    for first, beyond in _runs(storable, follows):
+        run = slice(first, beyond)
+        rows: Sequence[tuple[float, ...]] = values[run]
+        length = max(map(len, rows))
+        if keyset[first] != keyset[run].min() or keyset[first] != keyset[run].max():
+            rows = [(*row, *[0.0] * (length - len(row))) for row in rows]
+        packed = struct.pack(f"{len(rows) * length}d", *chain.from_iterable(rows))
+        numbers = np.frombuffer(packed).reshape(-1, length).T.copy()
+        numbers[np.isnan(numbers)] = np.nan  # of one kind, which is not that of a loss that has not come yet
+        lead, span = (len(str(column[beyond - 1] - column[first])) for column in (time_ns, seq))
+        record = lead + span + BATCH_DIGITS + WORD_DIGITS + length * NUMBER_DIGITS
+        pieces = _Pieces(beyond - first, record)
+        pieces.put(lead, pieces.since(time_ns[run]))
+        pieces.put(span, pieces.since(seq[run]))
+        pieces.put(BATCH_DIGITS, pieces.since(batch[run]))
+        pieces.put(WORD_DIGITS, keyset[run])
+        for value in numbers:
+            pieces.put_numbers(value.view(np.int64))
+        found = []
+        for begin, end, digits in pieces.digits():
+            at = first + begin
+            found.append(
+                MetricBlock(
+                    rows=end - begin,
+                    scope=int(scope[at]),
+                    epoch=int(epoch[at]),
+                    seq=int(seq[at]),
+                    batch=int(batch[at]),
+                    step=int(step[at]),
+                    time_ns=int(time_ns[at]),
+                    length=length,
+                    lead=lead,
+                    span=span,
+                    record=record,
+                    data=digits,
+                )
+            )
+        yield first, beyond, found
+
+
+def _runs(storable: np.ndarray, follows: np.ndarray) -> list[tuple[int, int]]:
+    """Where enough rows follow each other: from which, and to before which."""
+    if not len(storable):
+        return []
+    linked = follows & storable[1:] & storable[:-1]
+    ends = [*(np.flatnonzero(~linked) + 1).tolist(), len(storable)]
+    return [(first, end) for first, end in zip([0, *ends], ends, strict=False) if end - first >= LEAST_ROWS]
+
+
+class _Pieces:
+    """Rows as decimal digits, cut into blocks of nearly one size."""
+
+    def __init__(self, rows: int, record: int) -> None:
+        number = -(-rows // min(BLOCK_ROWS, _MOST_DIGITS // record))
+        size = -(-rows // number)
+        self._starts = list(range(0, rows, size))
+        self._sizes = [min(size, rows - start) for start in self._starts]
+        self._columns = np.empty((record, rows), np.uint8)
+        self._at = 0
+
+    def since(self, values: np.ndarray) -> np.ndarray:
+        """How much more they are than in the first row of their block."""
+        more: np.ndarray = values - np.repeat(values[self._starts], self._sizes)
+        return more
+
+    def put(self, digits: int, values: np.ndarray) -> None:
+        """The next digits of each row: `digits` for its value, or for each where `values` has several rows of them."""
+        values = np.atleast_2d(values)
+        values = values.astype(np.uint32 if digits < 10 else np.uint64)  # of 32 bits twice as fast
+        beyond = self._at + digits * len(values)
+        for at in reversed(range(digits)):
+            rest = values // 10
+            self._columns[self._at + at : beyond : digits] = values - rest * 10
+            values = rest
+        self._at = beyond
+
+    def put_numbers(self, bits: np.ndarray) -> None:
+        """The next digits of each row: those of a double, given as its bits in an integer."""
+        bits = bits.view(np.uint64)
+        mantissa = bits & ((1 << 52) - 1)
+        upper = mantissa // 10 ** (MANTISSA_DIGITS // 2)
+        self.put(EXPONENT_DIGITS, bits >> 52)
+        self.put(MANTISSA_DIGITS // 2, upper)
+        self.put(MANTISSA_DIGITS // 2, mantissa - upper * 10 ** (MANTISSA_DIGITS // 2))
+
+    def digits(self) -> Iterator[tuple[int, int, bytes]]:
+        """Of each block its rows, from which to before which, and their digits."""
+        self._columns += ord("0")
+        rows = np.ascontiguousarray(self._columns.T)
+        for start, size in zip(self._starts, self._sizes, strict=True):
+            yield start, start + size, rows[start : start + size].tobytes()
+
+
+_PENDING_BITS = int(np.array(PENDING, "<f8").view("<i8"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tracking.packing import ROW_LENGTH
+from tracking.packed import NEWEST_METRICS, ROW_LENGTH, metrics_between, one_of_metrics
 from tracking.rows import TRAIN
 from tracking.runs import RunFolder
 from tracking.schema import Connection, connect_to_read
@@ -32,17 +32,20 @@ _BEFORE = {"died": "died", "stopped": "been stopped", "failed": "failed", "done"
 _VALIDATION = (("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"))
 
 _FINITE = "typeof({0}) = 'real' AND {0} - {0} = 0"
-_STANDS = "AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"
+_STANDS = "(attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"
 _FROM = f"""
-    FROM packed_metrics AS packed
+    FROM {metrics_between("?1", "?2 - 1")} AS packed
         CROSS JOIN attempts ON attempts.attempt = packed.attempt
         CROSS JOIN scopes ON scopes.scope = packed.scope
-    WHERE packed.id >= ?1 AND packed.id < ?2 {_STANDS}
+    WHERE {_STANDS}
 """
 _EPOCHS = f"""
     SELECT scopes.name, keyset, packed.seq, {", ".join(f"v{pos}" for pos in range(ROW_LENGTH))}
     {_FROM} AND batch < 0 AND epoch % ?3 = 0
 """
+
+
+_ENDED = one_of_metrics("1", "packed.batch >= 0 AND packed.seq < ?1", "step")
 
 
 def _batches(width: int) -> str:
@@ -116,19 +119,16 @@ class _Reading:
         for keyset, key in connection.execute("SELECT keyset, key FROM keysets ORDER BY keyset, pos"):
             self._keys[keyset].append(key)
         self._batches = _batches(max(map(len, self._keys.values()), default=1))
-        newest = connection.execute("SELECT max(id) FROM packed_metrics").fetchone()[0] or 0
-        self._end = newest + 1
-        self._per_point = 1 + self._newest_of("step", "batch >= 0") // _MOST_POINTS
-        self._per_epoch = 1 + self._newest_of("epoch", "batch < 0") // _MOST_POINTS
+        self._end = connection.execute(NEWEST_METRICS).fetchone()[0] + 1
+        self._per_point = 1 + self._newest_of("step", "packed.batch >= 0") // _MOST_POINTS
+        self._per_epoch = 1 + self._newest_of("epoch", "packed.batch < 0") // _MOST_POINTS
         self._means: dict[tuple[str, str], dict[int, _Mean]] = defaultdict(lambda: defaultdict(_Mean))
         self._found: dict[str, dict[str, Curve]] = defaultdict(lambda: defaultdict(Curve))
 
     def _newest_of(self, column: str, where: str) -> int:
         """The newest row's; steps and epochs go up, but for the attempts that went back in them."""
-        row = self._connection.execute(
-            f"SELECT {column} FROM packed_metrics WHERE {where} ORDER BY id DESC LIMIT 1"
-        ).fetchone()
-        return int(row[0]) if row else 0
+        row = self._connection.execute(one_of_metrics("1", where, column)).fetchone()
+        return int(row[1]) if row else 0
 
     def all(self) -> dict[str, dict[str, Curve]]:
         step_at = 0
@@ -161,11 +161,8 @@ class _Reading:
 
     def _add_epoch(self, scope: str, keyset: int, seq: int, values: Sequence[Any], step_at: int) -> int:
         """`step_at` is where the epoch before ended; where this one did."""
-        ended = self._connection.execute(
-            "SELECT step FROM packed_metrics WHERE batch >= 0 AND seq < ? ORDER BY id DESC LIMIT 1",
-            (seq,),
-        ).fetchone()
-        step_at = max(step_at, ended[0]) if ended else step_at
+        ended = self._connection.execute(_ENDED, (seq,)).fetchone()
+        step_at = max(step_at, ended[1]) if ended else step_at
         for key, value in zip(self._keys[keyset], values, strict=False):
             if isinstance(value, float) and math.isfinite(value) and key not in _LEFT_OUT:
                 curve = self._found[key]["train" if scope == TRAIN else _name(scope)]
@@ -189,27 +186,23 @@ def resumes(run: RunFolder) -> list[Resume]:
         for attempt, position, first_seq, kept_until, _ in attempts:
             if not position or (kept_until is not None and kept_until < first_seq):
                 continue
+            condition = f"packed.batch >= 0 AND packed.attempt = ?2 AND {_STANDS}"
             first = connection.execute(
-                f"""SELECT step FROM packed_metrics AS packed JOIN attempts USING (attempt)
-                    WHERE packed.id >= ? AND batch >= 0 AND attempt = ? {_STANDS} ORDER BY packed.id LIMIT 1""",
+                one_of_metrics("?1", condition, "step", oldest=True),
                 (_first_of(connection, attempt), attempt),
             ).fetchone()
             if first is not None:
-                found.append(Resume(attempt, first[0] - 1, after.get(attempt - 1, "")))
+                found.append(Resume(attempt, first[1] - 1, after.get(attempt - 1, "")))
     return found
 
 
 def _first_of(connection: Connection, attempt: int) -> int:
     """The first id of the attempt's values, by bisection: attempts go up with ids."""
-    low, high = connection.execute(
-        "SELECT coalesce(min(id), 0), coalesce(max(id), 0) + 1 FROM packed_metrics"
-    ).fetchone()
+    low, high = 1, connection.execute(NEWEST_METRICS).fetchone()[0] + 1
     while low < high:
         middle = (low + high) // 2
-        row = connection.execute(
-            "SELECT attempt FROM packed_metrics WHERE id >= ? ORDER BY id LIMIT 1", (middle,)
-        ).fetchone()
-        if row is not None and row[0] < attempt:
+        row = connection.execute(one_of_metrics("?1", "TRUE", "attempt", oldest=True), (middle,)).fetchone()
+        if row is not None and row[1] < attempt:
             low = middle + 1
         else:
             high = middle

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tracking.masking import mask_text, mask_tree
+from tracking.packed import NEWEST_SEQ
 from tracking.runs import RunFolder
-from tracking.schema import JournalError, connect_to_read
+from tracking.schema import FORMAT, JournalError, check_format, connect_to_read, without_blocks
 
 __all__ = ["JOURNAL", "forget_checkpoints", "journal_from_copy", "write_journal_copy"]
 
@@ -55,6 +56,8 @@ def write_journal_copy(run: RunFolder, file: Path, secrets: Iterable[str] = ()) 
 
 def _mask(copy: Path, secrets: Collection[str]) -> int:
     with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
+        if check_format(connection, copy) < FORMAT:
+            without_blocks(connection)
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA secure_delete = ON")  # what was written over is not left in the file
         connection.create_function("masked", 1, _of(lambda text: mask_text(text, secrets)))
@@ -70,11 +73,7 @@ def _mask(copy: Path, secrets: Collection[str]) -> int:
                         f"WHERE {column} IS NOT NULL AND {column} != '' AND {column} != {function}({column})"
                     )
         connection.execute("COMMIT")
-        rows = connection.execute(
-            """SELECT seq + (SELECT max(pos) FROM words WHERE words.word = packed_transitions.word)
-               FROM packed_transitions ORDER BY seq DESC LIMIT 1"""
-        ).fetchall()
-        return int(rows[0][0]) if rows else 0
+        return int(connection.execute(NEWEST_SEQ).fetchone()[0])
 
 
 def _of(function: Callable[[str], str]) -> Callable[[Any], Any]:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, groupby, islice
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from states.table import Trigger
 from tracking.frames import SIZE, Record, is_pending
+from tracking.packed import (
+    BATCH_DIGITS,
+    EXPONENT_DIGITS,
+    MANTISSA_DIGITS,
+    NEWEST_METRICS,
+    ROW_LENGTH,
+    SEQ_DIGITS,
+    WORD_DIGITS,
+)
 from tracking.recorder import Chunk
 
 if TYPE_CHECKING:
-    from tracking.blocks import Block
+    from tracking.blocks import Alike, Block
 
-__all__ = ["ROW_LENGTH", "MetricValues", "Packer", "from_number", "to_number"]
-
-ROW_LENGTH = 8
-"""Most transitions, and most metric values, in one packed row."""
+__all__ = ["MetricValues", "Packer", "from_number", "to_number"]
 
 # Columns that are NULL are left out: sqlite3 binds a None five times as slowly as a number.
 _PLACE = ("seq", "attempt", "scope", "word", "epoch", "batch", "time_ns")
@@ -40,6 +48,7 @@ def to_number(stored: SqlNumber) -> float | None:
 
 _Row = list[tuple[str, object]]
 _MANY = 16 * SIZE  # bytes: fewer transitions are written one by one
+_MANY_VALUES = 16  # rows: fewer are written one by one
 _TOGETHER = 50
 """Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
 
@@ -56,6 +65,14 @@ def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str], rows:
     """A statement that binds `columns` alone: binding a value takes as long as much of the insertion."""
     row = f"({', '.join([*map(str, shared.values()), *'?' * len(columns)])})"
     return f"INSERT INTO {table} ({', '.join([*shared, *columns])}) VALUES {', '.join([row] * rows)}"
+
+
+def _each(number_of: Callable[[Any], int], names: Sequence[Any]) -> Sequence[int]:
+    """The number of each of `names`."""
+    if names.count(names[0]) == len(names):  # which compares objects that are the same, as most are, at once
+        return [number_of(names[0])] * len(names)
+    found = {name: number_of(name) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
 
 
 class MetricValues(NamedTuple):
@@ -98,6 +115,7 @@ class Packer:
         self._patterns = self._stored_patterns()
         self._words: dict[tuple[tuple[int, ...], tuple[int, ...], int], int] = {}
         self._keysets = self._stored_keysets()
+        self._newest_id: int | None = None
 
     def scope(self, name: str) -> int:
         """The number of a scope, given to it now if it has none."""
@@ -115,9 +133,11 @@ class Packer:
             return
         from tracking.blocks import blocks  # numpy is not for those who only look on
 
-        found, rest = blocks(chunk.data, chunk.skip, self._forwards)
+        found, alike, rest = blocks(chunk.data, chunk.skip, self._forwards, self._word_of)
         for block in found:
             self._block(block)
+        for rows in alike:
+            self._alike(rows)
         self.records(rest)
 
     def records(self, records: Iterable[Record]) -> None:
@@ -129,22 +149,16 @@ class Packer:
             )
 
     def _block(self, block: Block) -> None:
-        columns = ["seq", "epoch", "batch", "time_ns", *_durations(len(block.arcs))]
-        values: list[Iterable[object]] = [
-            block.seq,
-            block.epoch,
-            block.batch,
-            block.time_ns,
-            *block.durations,
-        ]
-        if block.loss_at >= 0:
+        row = dict(vars(block), scope=self._scopes[block.scope], attempt=self._attempt)
+        self._connection.execute(_insert("transition_blocks", {}, list(row)), list(row.values()))
+
+    def _alike(self, rows: Alike) -> None:
+        columns = ["seq", "epoch", "batch", "time_ns", *_durations(len(rows.durations))]
+        values: list[Iterable[object]] = [rows.seq, rows.epoch, rows.batch, rows.time_ns, *rows.durations]
+        if rows.loss:
             columns.append("loss")
-            values.append(block.loss if block.all_numbers else map(_stored, block.loss))
-        shared = {
-            "attempt": self._attempt,
-            "scope": self._scopes[block.scope],
-            "word": self._word_of(block.arcs, block.phases, block.loss_at),
-        }
+            values.append(rows.loss if rows.all_numbers else map(_stored, rows.loss))
+        shared = {"attempt": self._attempt, "scope": self._scopes[rows.scope], "word": rows.word}
         self._write("packed_transitions", shared, columns, zip(*values, strict=True))
 
     def _write(
@@ -161,8 +175,26 @@ class Packer:
             self._connection.execute(several, list(chain.from_iterable(some)))
         self._connection.executemany(_insert(table, shared, columns), some)
 
-    def metrics(self, measured: Iterable[MetricValues]) -> None:
+    def metrics(self, measured: Sequence[MetricValues]) -> None:
         """Write metric values."""
+        if len(measured) < _MANY_VALUES:
+            self._one_by_one(measured)
+            return
+        from tracking.blocks import metric_blocks
+
+        seq, scopes, epoch, batch, step, keys, values, time_ns = zip(*measured, strict=True)
+        scope = _each(self.scope, scopes)
+        keyset = _each(lambda keys: self._keyset(keys) if len(keys) <= ROW_LENGTH else -1, keys)
+        done = 0
+        for first, beyond, found in metric_blocks((seq, scope, epoch, batch, step, time_ns, keyset), values):
+            self._one_by_one(measured[done:first])  # in their order, which is that of the ids
+            for block in found:
+                row = dict(vars(block), id=self._next_id(block.rows), attempt=self._attempt)
+                self._connection.execute(_insert("metric_blocks", {}, list(row)), list(row.values()))
+            done = beyond
+        self._one_by_one(measured[done:])
+
+    def _one_by_one(self, measured: Sequence[MetricValues]) -> None:
         for (scope, keys), alike in groupby(measured, attrgetter("scope", "keys")):
             if len(keys) <= ROW_LENGTH:
                 self._measured(scope, keys, alike)
@@ -174,15 +206,22 @@ class Packer:
 
     def _measured(self, scope: str, keys: tuple[str, ...], alike: Iterable[MetricValues]) -> None:
         shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
-        columns = ("seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
+        columns = ("id", "seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
         rows = (
             # A sum is NaN where a value is (or where infinities cancel out): then each is looked at.
-            (seq, epoch, batch, step, time_ns, *values)
+            (self._next_id(), seq, epoch, batch, step, time_ns, *values)
             if (total := sum(values)) == total
-            else (seq, epoch, batch, step, time_ns, *map(from_number, values))
+            else (self._next_id(), seq, epoch, batch, step, time_ns, *map(from_number, values))
             for seq, _, epoch, batch, step, _, values, time_ns in alike
         )
         self._write("packed_metrics", shared, columns, rows)
+
+    def _next_id(self, rows: int = 1) -> int:
+        """The first of the ids of so many packed rows of values."""
+        if self._newest_id is None:
+            self._newest_id = int(self._connection.execute(NEWEST_METRICS).fetchone()[0])
+        self._newest_id += rows
+        return self._newest_id - rows + 1
 
     def late_loss(self, seq: int, loss: float) -> None:
         """Fill in the loss of a `forward` that is in the journal already; nothing if `seq` is none."""
@@ -192,6 +231,32 @@ class Packer:
                AND EXISTS (SELECT 1 FROM words WHERE words.word = packed_transitions.word
                            AND words.pos = ?2 - packed_transitions.seq AND words.loss)""",
             (from_number(loss), seq),
+        )
+        self._late_in_block(seq, loss)
+
+    def _late_in_block(self, seq: int, loss: float) -> None:
+        block = self._connection.execute(
+            """SELECT seq, record, lead, data FROM transition_blocks
+               WHERE seq = (SELECT max(seq) FROM transition_blocks WHERE seq <= ?1) AND last >= ?1""",
+            (seq,),
+        ).fetchone()
+        if block is None:
+            return
+        first, record, lead, data = block
+        since = [int(data[at + lead : at + lead + SEQ_DIGITS]) for at in range(0, len(data), record)]
+        row = bisect_right(since, seq - first) - 1
+        at = row * record + lead + SEQ_DIGITS + BATCH_DIGITS
+        word, pos = int(data[at : at + WORD_DIGITS]), seq - first - since[row]
+        if not self._connection.execute(
+            "SELECT 1 FROM words WHERE word = ? AND pos = ? AND loss", (word, pos)
+        ).fetchone():
+            return
+        (bits,) = struct.unpack("<Q", struct.pack("<d", loss))
+        end = (row + 1) * record
+        digits = b"%0*d%0*d" % (EXPONENT_DIGITS, bits >> 52, MANTISSA_DIGITS, bits & (1 << 52) - 1)
+        self._connection.execute(
+            "UPDATE transition_blocks SET data = ? WHERE seq = ?",
+            (data[: end - len(digits)] + digits + data[end:], first),
         )
 
     def _rows(self, records: Iterable[Record]) -> list[_Row]:

@@ -5,27 +5,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from states.table import State, Trigger
-from tracking.packing import ROW_LENGTH, to_number
+from tracking.packed import NEWEST_SEQ, ROW_LENGTH, last_row, transitions_between, unpacked_transitions
+from tracking.packing import to_number
 from tracking.rows import TRAIN, Loss
-from tracking.schema import UNPACKED_TRANSITIONS
 
 __all__ = ["LOSSES_AT_ONCE", "Query", "Stretch", "find_row", "losses_of", "of_epoch", "stretches"]
 
 Query = Callable[..., list[Any]]
 """Runs an SQL statement with its arguments in a read transaction of its own; the rows."""
 
-LOSSES_AT_ONCE = 16_384
-"""How many are read in a transaction: short ones let the writer's WAL be emptied."""
+LOSSES_AT_ONCE = 4096
+"""How many are read in a transaction, or a few more: short ones let the writer's WAL be emptied."""
 
 _AT_THE_END = frozenset({State.EPOCH_END, State.DONE})
 
+_READ = frozenset({"seq", "scope", "word", "epoch", "batch", "loss"})
 _LOSSES = f"""
     SELECT packed.seq + pattern.pos, packed.epoch, packed.batch, pattern.phase, packed.loss
-    FROM packed_transitions AS packed
+    FROM {transitions_between(f"?3 - {ROW_LENGTH - 1}", "?4", _READ)} AS packed
         CROSS JOIN words AS pattern ON pattern.word = packed.word AND pattern.loss AND pattern.trigger = ?1
-    WHERE packed.scope = ?2 AND packed.seq > ?3 - {ROW_LENGTH} AND packed.seq <= ?4
-        AND packed.seq + pattern.pos > ?3 AND packed.seq + pattern.pos <= ?4
-    LIMIT {LOSSES_AT_ONCE}"""
+    WHERE packed.scope = ?2 AND packed.seq + pattern.pos BETWEEN ?3 AND ?4
+    ORDER BY packed.seq, pattern.pos"""
+_LAST = last_row("?1", "?2", "packed.scope = ?3", "epoch", "batch")
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ def losses_of(query: Query, stands: Sequence[Stretch], after: int, until: int | 
         last = stretch.last if until is None else min(until, stretch.last)
         done = max(after, stretch.first - 1)
         while done < last:
-            rows = query(_LOSSES, Trigger.FORWARD.value, scope, done, last)
-            for seq, epoch, batch, phase, loss in rows:
+            upto = min(done + LOSSES_AT_ONCE * ROW_LENGTH, last)
+            for seq, epoch, batch, phase, loss in query(
+                _LOSSES, Trigger.FORWARD.value, scope, done + 1, upto
+            ):
                 yield Loss(seq, epoch, batch, phase, loss if loss.__class__ is float else to_number(loss))
-            if len(rows) < LOSSES_AT_ONCE:
-                break
-            done = rows[-1][0]
+            done = upto
 
 
 def find_row(
@@ -71,14 +72,13 @@ def find_row(
         batch = last.batch if last else None
     first = search.first_from(_Key(epoch, -1 if batch is None else batch))
     found = query(
-        f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
-                WHERE packed.seq >= ?1 AND packed.seq < ?2 AND packed.scope = ?3
-                    AND packed.word IN (SELECT word FROM words WHERE dest = ?4)
+        f"""SELECT * FROM ({unpacked_transitions("?1", "?2")}
+                WHERE packed.scope = ?3 AND packed.word IN (SELECT word FROM words WHERE dest = ?4)
                     AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)
                     AND pattern.dest = ?4 AND (?5 IS NULL OR pattern.phase = ?5))
-            WHERE NOT superseded LIMIT 1""",
+            WHERE NOT superseded ORDER BY seq LIMIT 1""",
         first,
-        beyond,
+        beyond - 1,
         search.scope,
         state.value,
         phase,
@@ -98,14 +98,8 @@ def of_epoch(query: Query, epoch: int, standing: bool) -> list[Stretch]:
         low, high = stretch.first, stretch.last + 1
         while low < high:
             middle = (low + high) // 2
-            rows = query(
-                """SELECT epoch FROM packed_transitions
-                   WHERE seq >= ? AND seq <= ? AND scope = ? ORDER BY seq DESC LIMIT 1""",
-                stretch.first,
-                middle,
-                scope,
-            )
-            if rows and rows[0][0] >= epoch:
+            rows = query(_LAST, stretch.first, middle, scope)
+            if rows and rows[0][1] >= epoch:
                 high = middle
             else:
                 low = middle + 1
@@ -131,15 +125,9 @@ class _Search:
         """The place of the last packed row of the training that stands and begins at or before `seq`."""
         for stretch in reversed(self._stretches):
             if stretch.first <= seq:
-                rows = self._query(
-                    """SELECT epoch, batch FROM packed_transitions
-                       WHERE seq >= ? AND seq <= ? AND scope = ? ORDER BY seq DESC LIMIT 1""",
-                    stretch.first,
-                    min(seq, stretch.last),
-                    self.scope,
-                )
+                rows = self._query(_LAST, stretch.first, min(seq, stretch.last), self.scope)
                 if rows:
-                    return _Key(*rows[0])
+                    return _Key(*rows[0][1:])
         return None
 
     def first_from(self, key: _Key) -> int:
@@ -165,8 +153,7 @@ def _training(query: Query) -> int:
 def stretches(query: Query, standing: bool) -> list[Stretch]:
     """The stretches of the attempts, oldest first, or what stands of them; none is empty."""
     attempts = query("SELECT first_seq, kept_until FROM attempts ORDER BY attempt")
-    newest = query("SELECT coalesce(max(seq), 0) FROM packed_transitions")[0][0] + ROW_LENGTH
-    begins = [*(first for first, _ in attempts), newest]
+    begins = [*(first for first, _ in attempts), query(NEWEST_SEQ)[0][0] + 1]
     found = [
         Stretch(first, beyond - 1 if kept is None or not standing else min(beyond - 1, kept))
         for (first, kept), beyond in zip(attempts, begins[1:], strict=True)

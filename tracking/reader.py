@@ -3,12 +3,23 @@
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from states.language import Chain
 from states.table import State, Trigger
 from tracking.frames import STEPS_IN_A_FRAME, Record, is_pending
-from tracking.packing import ROW_LENGTH, to_number
+from tracking.packed import (
+    BLOCK_ROWS,
+    NEWEST_METRICS,
+    NEWEST_SEQ,
+    ROW_LENGTH,
+    last_row,
+    transitions_between,
+    unpacked_transitions,
+    values_of,
+)
+from tracking.packing import to_number
 from tracking.places import Stretch, find_row, losses_of, of_epoch, stretches
 from tracking.recorder import RecorderError
 from tracking.recorder_view import RecorderView, read_recorder
@@ -25,20 +36,34 @@ from tracking.rows import (
     Transition,
 )
 from tracking.runs import RunFolder
-from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read, explained
+from tracking.schema import Connection, connect_to_read, explained
 
 __all__ = ["Journal"]
 
-_PAGE = 4096  # rows a read transaction: short ones let the writer's WAL be emptied
-_LAST = 2**63 - 1
+_PAGE = 4096  # transitions, or rows of values, a read transaction: short ones let the writer's WAL be emptied
+_MANY = 65536  # of the transitions where little is read of each
 _LATEST = 512  # frames of the recorder: more than are usually not in the journal yet
 
-_PACKED = """
+_PACKED = f"""
     SELECT packed.seq, packed.attempt, scopes.name, packed.epoch, packed.batch, packed.word, attempts.kept_until
-    FROM packed_transitions AS packed
+    FROM {transitions_between("?1", "?2", {"seq", "attempt", "scope", "epoch", "batch", "word"})} AS packed
         CROSS JOIN attempts ON attempts.attempt = packed.attempt
         CROSS JOIN scopes ON scopes.scope = packed.scope
-    WHERE packed.seq > ? ORDER BY packed.seq LIMIT 16384"""
+    ORDER BY packed.seq"""
+_TRANSITIONS = f"""
+    SELECT * FROM ({unpacked_transitions(f"?1 - {ROW_LENGTH - 1}", "?2")}) WHERE seq BETWEEN ?1 AND ?2 ORDER BY seq"""
+_OF_METRICS = """
+        CROSS JOIN attempts ON attempts.attempt = packed.attempt
+        CROSS JOIN scopes ON scopes.scope = packed.scope
+    WHERE packed.id <= ?2 AND (?3 IS NULL OR scopes.name = ?3) AND (?4 IS NULL OR packed.epoch = ?4)"""
+_METRICS = f"""
+    SELECT packed.id, packed.attempt, attempts.kept_until, scopes.name, packed.epoch,
+        seq, batch, step, time_ns, keyset, {", ".join(f"v{pos}" for pos in range(ROW_LENGTH))}
+    FROM packed_metrics AS packed {_OF_METRICS} AND packed.id >= ?1"""
+_METRIC_BLOCKS = f"""
+    SELECT packed.id, packed.attempt, attempts.kept_until, scopes.name, packed.epoch,
+        rows, seq, batch, step, time_ns, length, lead, span, record, data
+    FROM metric_blocks AS packed {_OF_METRICS} AND packed.id > ?1 - {BLOCK_ROWS}"""
 
 _ATTEMPT_COLUMNS = (
     "attempt, position, first_seq, started_ns, ended_ns, pid, host, process_started, end_state, outcome, "
@@ -97,11 +122,7 @@ class Journal:
 
     def newest_seq(self) -> int:
         """The seq of the newest transition in the journal, superseded or not; 0 if there is none."""
-        rows = self._all(
-            """SELECT seq + (SELECT max(pos) FROM words WHERE words.word = packed_transitions.word)
-               FROM packed_transitions ORDER BY seq DESC LIMIT 1"""
-        )
-        return int(rows[0][0]) if rows else 0
+        return int(self._all(NEWEST_SEQ)[0][0])
 
     def transitions(
         self,
@@ -149,7 +170,9 @@ class Journal:
         """
         chains: dict[int, Chain] = {}
         after = 0
-        while rows := self._all(_PACKED, after):
+        while (newest := self.newest_seq()) > after:
+            rows = self._all(_PACKED, after + 1, min(after + _MANY, newest))
+            after = min(after + _MANY, newest)
             if any(row[5] not in chains for row in rows):
                 chains = self._chains()
             for first, attempt, scope, epoch, batch, word, kept_until in rows:
@@ -164,7 +187,6 @@ class Journal:
                     stands, superseded = chain.cut(kept_until - first + 1)
                     yield Packed(first, kept_until, attempt, scope, epoch, batch, stands, False)
                     yield Packed(kept_until + 1, last, attempt, scope, epoch, batch, superseded, True)
-            after = rows[-1][0]
         if live:
             for found in self.transitions(after=self.newest_seq(), include_superseded=True, live=True):
                 place = (found.attempt, found.scope, found.epoch, found.batch)
@@ -185,15 +207,14 @@ class Journal:
         view, drained = (self._recorder(_LATEST) if live else None), self.newest_seq()
         if view is not None and view.records and view.records[0].seq > drained + 1:
             view, drained = self._recorder(), self.newest_seq()  # a writer that is far behind
-        rows = self._all(
-            f"""SELECT * FROM ({UNPACKED_TRANSITIONS}
-                    WHERE scopes.name = ?
-                        AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)
-                    ORDER BY packed.seq DESC, pattern.pos DESC)
-                WHERE NOT superseded LIMIT 1""",
-            scope,
-        )
-        newest = [_transition(row) for row in rows]
+        standing = """packed.scope = (SELECT scope FROM scopes WHERE name = ?3)
+            AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)"""
+        row = self._all(last_row("?1", "?2", standing), 1, drained, scope)
+        first = row[0][0] if row else 1
+        there = self._all(_TRANSITIONS, first, first + ROW_LENGTH - 1) if row else []
+        newest = [
+            found for found in map(_transition, there) if found.scope == scope and not found.superseded
+        ][-1:]
         newest += [found for found in self._recorded(view, drained) if found.scope == scope]
         return max(newest, key=lambda found: found.seq, default=None)
 
@@ -250,31 +271,41 @@ class Journal:
         limit: int | None = None,
     ) -> Iterator[Metric]:
         """Metric values with an id greater than `after`, in the order of id (which is that of insertion)."""
-        left = limit
-        while left is None or left > 0:
-            # One row more than `after` names may hold values beyond it, hence the first condition.
-            rows = self._all(
-                f"""SELECT id, attempt, scope, epoch, batch, step, key, value, time_ns, superseded
-                    FROM ({UNPACKED_METRICS} WHERE packed.id >= ?1 / {ROW_LENGTH})
-                    WHERE id > ?1 AND (?2 IS NULL OR scope = ?2) AND (?3 IS NULL OR epoch = ?3)
-                        AND (?4 IS NULL OR key = ?4) AND (?5 OR NOT superseded) LIMIT ?6""",
-                after,
-                scope,
-                epoch,
-                key,
-                include_superseded,
-                _PAGE if left is None else min(left, _PAGE),
-            )
-            for row in rows:
-                yield _metric(row)
-            if len(rows) < (_PAGE if left is None else min(left, _PAGE)):
-                return
-            after = rows[-1][0]
-            left = None if left is None else left - len(rows)
+        found = self._measured(after, scope, epoch, key, include_superseded)
+        yield from found if limit is None else islice(found, limit)
+
+    def _measured(
+        self, after: int, scope: str | None, epoch: int | None, key: str | None, include_superseded: bool
+    ) -> Iterator[Metric]:
+        keysets: dict[int, list[str]] = {}
+        first = after // ROW_LENGTH  # that packed row may hold values beyond it
+        while (newest := self.newest_metrics()) >= first:
+            last = min(first + _PAGE - 1, newest)
+            rows = self._all(_METRICS, first, last, scope, epoch)
+            blocks = self._all(_METRIC_BLOCKS, first, last, scope, epoch)
+            if blocks or any(row[9] not in keysets for row in rows):
+                keysets = self._keysets()
+            for attempt, kept_until, name, in_epoch, row in _in_order(rows, blocks):
+                packed, seq, batch, step, time_ns, keyset, values = row
+                gone = kept_until is not None and seq > kept_until
+                if not first <= packed <= last or (gone and not include_superseded):
+                    continue
+                place = (attempt, name, in_epoch, batch, step)
+                for at, own in enumerate(keysets.get(keyset, ())):
+                    number = packed * ROW_LENGTH + at
+                    if number > after and (key is None or own == key):
+                        yield Metric(number, *place, own, float(values[at]), time_ns, gone)
+            first = last + 1
+
+    def _keysets(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for keyset, key in self._all("SELECT keyset, key FROM keysets ORDER BY keyset, pos"):
+            found.setdefault(keyset, []).append(key)
+        return found
 
     def newest_metrics(self) -> int:
         """The id of the newest packed row of metric values, superseded or not; 0 if there is none."""
-        return int(self._all("SELECT coalesce(max(id), 0) FROM packed_metrics")[0][0])
+        return int(self._all(NEWEST_METRICS)[0][0])
 
     def checkpoints(
         self, *, include_removed: bool = False, include_superseded: bool = False
@@ -307,18 +338,10 @@ class Journal:
             raise explained(self.run.journal, error) from error
 
     def _journaled(self, after: int, until: int | None = None) -> Iterator[Transition]:
-        while True:
-            rows = self._all(
-                f"""SELECT * FROM ({UNPACKED_TRANSITIONS} WHERE packed.seq > ?1 - {ROW_LENGTH} AND packed.seq <= ?2)
-                    WHERE seq > ?1 AND seq <= ?2 LIMIT {_PAGE}""",
-                after,
-                _LAST if until is None else until,
-            )
-            for row in rows:
+        while (last := min(after + _PAGE, self.newest_seq() if until is None else until)) > after:
+            for row in self._all(_TRANSITIONS, after + 1, last):
                 yield _transition(row)
-            if len(rows) < _PAGE:
-                return
-            after = rows[-1][0]
+            after = last
 
     def _recorder(self, newest: int | None = None) -> RecorderView | None:
         if not self._all("SELECT 1 FROM attempts WHERE outcome IS NULL LIMIT 1"):
@@ -401,9 +424,19 @@ def _from_record(record: Record, view: RecorderView) -> Transition:
     )
 
 
-def _metric(row: tuple[Any, ...]) -> Metric:
-    metric, attempt, scope, epoch, batch, step, key, value, time_ns, superseded = row
-    return Metric(metric, attempt, scope, epoch, batch, step, key, float(value), time_ns, bool(superseded))
+def _in_order(
+    rows: list[Any], blocks: list[Any]
+) -> Iterator[tuple[int, int | None, str, int, tuple[Any, ...]]]:
+    """(attempt, kept until, scope, epoch, row as of `values_of`) of packed rows, in the order of their ids."""
+    pieces = [*((row, False) for row in rows), *((row, True) for row in blocks)]
+    pieces.sort(key=lambda piece: piece[0][0])
+    for row, is_block in pieces:
+        first, attempt, kept_until, scope, epoch = row[:5]
+        if is_block:
+            for one in values_of((first, *row[5:])):
+                yield attempt, kept_until, scope, epoch, one
+        else:
+            yield attempt, kept_until, scope, epoch, (first, *row[5:10], row[10:])
 
 
 def _attempt(row: tuple[Any, ...]) -> Attempt:

@@ -150,8 +150,7 @@ class Loss(NamedTuple):
     loss: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(NamedTuple):
     """One value. `id` goes up with insertion; `batch` is -1 for metrics of a whole epoch."""
 
     id: int

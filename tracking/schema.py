@@ -2,8 +2,9 @@
 
 Transitions and metrics are packed. A row of `packed_transitions` holds up to 8 consecutive transitions of
 one (attempt, scope, epoch, batch); which ones they were is a pattern, a *word*, stored once in `words`. A
-row of `packed_metrics` holds up to 8 values; which ones is a *keyset*. The views unpack them: they are what
-readers use, with any tool that reads SQLite.
+row of `packed_metrics` holds up to 8 values; which ones is a *keyset*. Where many come at once, up to 64 such rows
+are one row of `transition_blocks` or `metric_blocks` (`tracking.packed`). The views unpack them: they are for
+readers with any tool that reads SQLite.
 
 A NaN cannot be stored in SQLite (it becomes NULL), so it is stored as the text 'nan'. NULL is "no value".
 Values have columns without a type, so that SQLite gives back the very number (-0.0 included).
@@ -17,16 +18,16 @@ from pathlib import Path
 
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
+from tracking.packed import ordinals, unpacked_metrics, unpacked_transitions
 from tracking.rows import Parent
 
 __all__ = [
     "FORMAT",
-    "UNPACKED_METRICS",
-    "UNPACKED_TRANSITIONS",
     "Connection",
     "JournalDamagedError",
     "JournalError",
     "JournalFormatError",
+    "check_format",
     "connect_to_read",
     "connect_to_write",
     "create_journal",
@@ -34,13 +35,14 @@ __all__ = [
     "filesystem_type",
     "is_local",
     "newest_checkpoint",
-    "since_first",
+    "without_blocks",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the tables and views below, stored in `run` under 'format'.
 
-In format 1 each transition of a row had a time of its own (t1 to t7). Rows that were written so are read as they are.
+In format 1 each transition of a row had a time of its own (t1 to t7), and before format 3 there were no blocks. What
+was written so is read as it is.
 """
 
 _TRANSITION_COLUMNS = (
@@ -48,50 +50,36 @@ _TRANSITION_COLUMNS = (
 )
 _METRIC_COLUMNS = "id, attempt, scope, epoch, batch, step, key, value, time_ns"
 
-
-def _pick(columns: list[str]) -> str:
-    cases = " ".join(f"WHEN {pos} THEN {column}" for pos, column in enumerate(columns))
-    return f"CASE pattern.pos {cases} END"
-
-
-def since_first(pos: int) -> str:
-    """The ns from a row's first transition to the one at `pos`, in SQL; NULL where the row is shorter."""
-    return f"coalesce(packed.t{pos}, {' + '.join(f'packed.d{at}' for at in range(1, pos + 1))})"
-
-
-UNPACKED_TRANSITIONS = f"""
-    SELECT packed.seq + pattern.pos AS seq, packed.attempt AS attempt, scopes.name AS scope,
-        packed.epoch AS epoch, packed.batch AS batch, pattern.phase AS phase, pattern.trigger AS trigger,
-        pattern.source AS source, pattern.dest AS dest,
-        packed.time_ns + {_pick(["0", *(since_first(pos) for pos in range(1, 8))])} AS time_ns,
-        {_pick([f"packed.d{pos}" for pos in range(8)])} AS duration_ns,
-        CASE WHEN pattern.loss THEN packed.loss END AS loss,
-        CASE WHEN pattern.last THEN packed.note END AS note,
-        attempts.kept_until IS NOT NULL AND packed.seq + pattern.pos > attempts.kept_until AS superseded
-    FROM packed_transitions AS packed
-        CROSS JOIN attempts ON attempts.attempt = packed.attempt
-        CROSS JOIN scopes ON scopes.scope = packed.scope
-        CROSS JOIN words AS pattern ON pattern.word = packed.word
+_VIEWS = f"""
+CREATE VIEW all_transitions AS {unpacked_transitions()} ORDER BY 1;
+CREATE VIEW transitions AS
+    SELECT {_TRANSITION_COLUMNS} FROM ({unpacked_transitions()}) WHERE NOT superseded ORDER BY seq;
+CREATE VIEW all_metrics AS {unpacked_metrics()} ORDER BY 1;
+CREATE VIEW metrics AS SELECT {_METRIC_COLUMNS} FROM ({unpacked_metrics()}) WHERE NOT superseded ORDER BY id;
 """
-"""One row for each transition. (CROSS JOIN fixes the order of the loops, and so the order of the rows.)"""
 
-UNPACKED_METRICS = f"""
-    SELECT packed.id * 8 + pattern.pos AS id, packed.attempt AS attempt, scopes.name AS scope,
-        packed.epoch AS epoch, packed.batch AS batch, packed.step AS step, pattern.key AS key,
-        {_pick([f"packed.v{pos}" for pos in range(8)])} AS value, packed.time_ns AS time_ns,
-        packed.seq AS seq,
-        attempts.kept_until IS NOT NULL AND packed.seq > attempts.kept_until AS superseded
-    FROM packed_metrics AS packed
-        CROSS JOIN attempts ON attempts.attempt = packed.attempt
-        CROSS JOIN scopes ON scopes.scope = packed.scope
-        CROSS JOIN keysets AS pattern ON pattern.keyset = packed.keyset
+_BLOCKS = """
+CREATE {temporary}TABLE transition_blocks (
+    seq INTEGER PRIMARY KEY, -- of the first transition
+    last INTEGER NOT NULL,   -- seq of the last one
+    rows INTEGER NOT NULL,   -- packed rows; each has `record` digits of `data`
+    attempt INTEGER NOT NULL, scope INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    batch INTEGER NOT NULL, time_ns INTEGER NOT NULL, -- of the first row
+    length INTEGER NOT NULL, -- durations of a row
+    lead INTEGER NOT NULL, width INTEGER NOT NULL, record INTEGER NOT NULL, -- digits: see docs/formats.md
+    data BLOB NOT NULL
+);
+CREATE {temporary}TABLE metric_blocks (
+    id INTEGER PRIMARY KEY,  -- of the first row; the others' follow
+    rows INTEGER NOT NULL, attempt INTEGER NOT NULL, scope INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    seq INTEGER NOT NULL, batch INTEGER NOT NULL, step INTEGER NOT NULL, time_ns INTEGER NOT NULL, -- of the first row
+    length INTEGER NOT NULL, -- values of a row
+    lead INTEGER NOT NULL, span INTEGER NOT NULL, record INTEGER NOT NULL,
+    data BLOB NOT NULL
+);
+CREATE {temporary}TABLE ordinals (n INTEGER PRIMARY KEY, two REAL NOT NULL, power REAL NOT NULL);
 """
-"""One row for each value."""
-
-_TRANSITION_VIEWS = f"""
-CREATE VIEW all_transitions AS {UNPACKED_TRANSITIONS};
-CREATE VIEW transitions AS SELECT {_TRANSITION_COLUMNS} FROM all_transitions WHERE NOT superseded;
-"""
+_ORDINALS = "INSERT INTO ordinals VALUES (?, ?, ?)"
 
 _TABLES = f"""
 CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -163,21 +151,18 @@ CREATE TABLE logs (
     message TEXT NOT NULL
 );
 
-{_TRANSITION_VIEWS}
-CREATE VIEW all_metrics AS {UNPACKED_METRICS};
-CREATE VIEW metrics AS SELECT {_METRIC_COLUMNS} FROM all_metrics WHERE NOT superseded;
+{_BLOCKS.format(temporary="")}
+{_VIEWS}
 """
-
 
 _MIGRATION = f"""
 BEGIN IMMEDIATE;
-DROP VIEW transitions;
-DROP VIEW all_transitions;
-{_TRANSITION_VIEWS}
+DROP VIEW transitions; DROP VIEW all_transitions; DROP VIEW metrics; DROP VIEW all_metrics;
+{_BLOCKS.format(temporary="")}
+{_VIEWS}
 UPDATE run SET value = '{FORMAT}' WHERE key = 'format';
-COMMIT;
 """
-"""From format 1."""
+"""From formats 1 and 2; the numbers of `ordinals`, and then the commit, are for who runs it."""
 
 
 class JournalError(InterlockError):
@@ -249,6 +234,7 @@ def create_journal(
             told = {f"parent_{key}": value for key, value in vars(parent).items() if value is not None}
             identity |= {key: str(value) for key, value in told.items()}
         connection.executescript("BEGIN IMMEDIATE;" + _TABLES)
+        connection.executemany(_ORDINALS, ordinals())
         connection.executemany("INSERT INTO run VALUES (?, ?)", identity.items())
         connection.execute("COMMIT")
     except sqlite3.Error as error:
@@ -266,8 +252,10 @@ def connect_to_write(path: Path, *, busy_s: float = 1.0) -> tuple[Connection, st
     try:
         connection.execute("PRAGMA synchronous = FULL")
         notice = _choose_mode(connection, path)
-        if _check_format(connection, path) < FORMAT:
+        if check_format(connection, path) < FORMAT:
             connection.executescript(_MIGRATION)
+            connection.executemany(_ORDINALS, ordinals())
+            connection.execute("COMMIT")
     except sqlite3.Error as error:
         connection.close()
         raise explained(path, error) from error
@@ -280,14 +268,15 @@ def connect_to_write(path: Path, *, busy_s: float = 1.0) -> tuple[Connection, st
 def connect_to_read(path: Path, *, busy_s: float = 5.0) -> Connection:
     """A connection that cannot write; usable while another process writes.
 
-    Where neither the folder can be written nor a writer is alive, the file is read as it stands.
+    Where neither the folder can be written nor a writer is alive, the file is read as it stands. Tables that an older
+    format has not are there, empty, as temporary ones.
     Raises JournalError if there is no journal, JournalDamagedError if it is none, JournalFormatError if
     it is of a newer format.
     """
     connection = _connect(path, "mode=ro", busy_s)
     try:
         try:
-            _check_format(connection, path)
+            found = check_format(connection, path)
         except sqlite3.OperationalError:
             # A file in WAL mode needs its -shm file, which cannot be made in a folder that is read-only.
             # With no WAL to replay the main file is all there is, and nobody can be writing to it.
@@ -295,7 +284,9 @@ def connect_to_read(path: Path, *, busy_s: float = 5.0) -> Connection:
                 raise
             connection.close()
             connection = _connect(path, "mode=ro&immutable=1", busy_s)
-            _check_format(connection, path)
+            found = check_format(connection, path)
+        if found < FORMAT:
+            without_blocks(connection)
     except sqlite3.Error as error:
         connection.close()
         raise explained(path, error) from error
@@ -303,6 +294,11 @@ def connect_to_read(path: Path, *, busy_s: float = 5.0) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def without_blocks(connection: sqlite3.Connection) -> None:
+    """Let a journal of an older format, which has no blocks, be read as one that has none."""
+    connection.executescript(_BLOCKS.format(temporary="TEMP "))
 
 
 def _connect(path: Path, options: str, busy_s: float) -> Connection:
@@ -354,7 +350,8 @@ def _not_here(path: Path) -> JournalError:
     )
 
 
-def _check_format(connection: sqlite3.Connection, path: Path) -> int:
+def check_format(connection: sqlite3.Connection, path: Path) -> int:
+    """The format of the journal in `path`. Raises JournalFormatError where a newer interlock wrote it."""
     row = connection.execute("SELECT value FROM run WHERE key = 'format'").fetchone()
     found = row[0] if row else "none"
     if found not in map(str, range(1, FORMAT + 1)):

@@ -8,12 +8,13 @@ from itertools import takewhile
 
 from states.table import TERMINAL, Arc, State, Trigger
 from tracking.frames import Record
-from tracking.packing import ROW_LENGTH, Packer
+from tracking.packed import NEWEST_SEQ, ROW_LENGTH, last_row, unpacked_transitions
+from tracking.packing import Packer
 from tracking.recorder import Recorder, RecorderError
 from tracking.recorder_view import RecorderView, read_recorder
 from tracking.rows import TRAIN, AttemptStart, Outcome
 from tracking.runs import Lease, LeaseHeldError, RunFolder
-from tracking.schema import UNPACKED_TRANSITIONS, Connection, JournalError, connect_to_write
+from tracking.schema import Connection, JournalError, connect_to_write
 
 __all__ = ["DIED", "Settled", "settle"]
 
@@ -137,7 +138,7 @@ def end_attempt(
     ended_ns: int,
 ) -> None:
     """Fill in the end of an attempt whose transitions are all in the journal."""
-    row = last_row(connection, attempt, TRAIN)
+    row = last_of(connection, attempt, TRAIN)
     state = row.dest if row else _first_state(attempt)
     connection.execute(
         """UPDATE attempts SET ended_ns = ?, end_state = ?, outcome = ?, reason = ?, exception = ?
@@ -148,11 +149,7 @@ def end_attempt(
 
 def newest_seq(connection: sqlite3.Connection) -> int:
     """The seq of the newest transition in the journal, superseded or not; 0 if there is none."""
-    row = connection.execute(
-        """SELECT seq + (SELECT max(pos) FROM words WHERE words.word = packed_transitions.word)
-           FROM packed_transitions ORDER BY seq DESC LIMIT 1"""
-    ).fetchone()
-    return int(row[0]) if row else 0
+    return int(connection.execute(NEWEST_SEQ).fetchone()[0])
 
 
 @dataclass(frozen=True)
@@ -165,17 +162,21 @@ class LastRow:
     time_ns: int
 
 
-def last_row(connection: sqlite3.Connection, attempt: int, scope: str) -> LastRow | None:
+def last_of(connection: sqlite3.Connection, attempt: int, scope: str) -> LastRow | None:
     """The last transition of `scope` in `attempt`; None if there is none."""
+    found = connection.execute(
+        last_row(
+            "(SELECT first_seq FROM attempts WHERE attempt = ?1)",
+            "?2",
+            "packed.attempt = ?1 AND packed.scope = (SELECT scope FROM scopes WHERE name = ?3)",
+        ),
+        (attempt, newest_seq(connection), scope),
+    ).fetchone()
+    if found is None:
+        return None
     row = connection.execute(
-        f"""SELECT epoch, batch, dest, time_ns FROM ({UNPACKED_TRANSITIONS}
-                WHERE packed.seq = (
-                    SELECT seq FROM packed_transitions
-                    WHERE seq >= (SELECT first_seq FROM attempts WHERE attempt = ?1)
-                        AND attempt = ?1 AND scope = (SELECT scope FROM scopes WHERE name = ?2)
-                    ORDER BY seq DESC LIMIT 1))
-            ORDER BY seq DESC LIMIT 1""",
-        (attempt, scope),
+        f"SELECT epoch, batch, dest, time_ns FROM ({unpacked_transitions('?1', '?1')}) ORDER BY seq DESC LIMIT 1",
+        found[:1],
     ).fetchone()
     return LastRow(row[0], row[1], State(row[2]), row[3]) if row else None
 
@@ -191,7 +192,7 @@ def _check_position(
     if not position:
         return
     if not connection.execute(
-        f"""SELECT 1 FROM ({UNPACKED_TRANSITIONS} WHERE packed.seq > ?1 - {ROW_LENGTH} AND packed.seq <= ?1)
+        f"""SELECT 1 FROM ({unpacked_transitions(f"?1 - {ROW_LENGTH - 1}", "?1")})
             WHERE seq = ?1 AND scope = ?2 AND NOT superseded""",
         (position, TRAIN),
     ).fetchone():
@@ -279,7 +280,7 @@ def _losses(view: RecorderView, newest: int, drained: list[Record]) -> list[str]
 def _last_rows(connection: Connection, attempt: int) -> dict[str, LastRow]:
     """The last transition of each scope that the attempt has been in."""
     names = [name for (name,) in connection.execute("SELECT name FROM scopes ORDER BY scope")]
-    found = {name: last_row(connection, attempt, name) for name in names}
+    found = {name: last_of(connection, attempt, name) for name in names}
     return {name: row for name, row in found.items() if row is not None}
 
 

@@ -28,10 +28,10 @@ from tracking.inputs import DataSender
 from tracking.journal import Attempt, Journal
 from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
-from tracking.packing import ROW_LENGTH
+from tracking.packed import NEWEST_METRICS, ROW_LENGTH, unpacked_metrics
 from tracking.rows import Metric, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
-from tracking.schema import UNPACKED_METRICS, connect_to_read
+from tracking.schema import connect_to_read
 from tracking.source import Source, keep_source, read_sources, script_of, source_tags
 from tracking.system_metrics import SystemSender
 from tracking.thinning import Pace
@@ -75,7 +75,7 @@ def _count_points(run: RunFolder, cursor: int) -> int:
     connection = connect_to_read(run.journal)
     try:
         rows = connection.execute(
-            f"""SELECT count(*) FROM ({UNPACKED_METRICS} WHERE packed.id >= ?1 / {ROW_LENGTH})
+            f"""SELECT count(*) FROM ({unpacked_metrics(f"?1 / {ROW_LENGTH}", f"({NEWEST_METRICS})")})
                 WHERE id > ?1 AND NOT superseded""",
             (cursor,),
         )

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from states.table import Arc, State, Trigger
-from tracking.packing import ROW_LENGTH
+from tracking.packed import NEWEST_SEQ, ROW_LENGTH, last_row, since_first, transitions_between
 from tracking.rows import TRAIN
 from tracking.runs import RunFolder
-from tracking.schema import Connection, connect_to_read, since_first
+from tracking.schema import Connection, connect_to_read
 
 __all__ = ["BETWEEN", "GONE", "VALIDATION", "Epochs", "Losses", "Stretch", "Tally", "Total", "tally"]
 
@@ -37,10 +37,10 @@ _GROUPS = f"""
         min(packed.loss) FILTER (WHERE {_FINITE}), max(packed.loss) FILTER (WHERE {_FINITE}),
         count(packed.loss) FILTER (WHERE NOT ({_FINITE})),
         {_LENGTHS}
-    FROM packed_transitions AS packed
+    FROM {transitions_between("?1", "?2 - 1")} AS packed
         CROSS JOIN attempts ON attempts.attempt = packed.attempt
         CROSS JOIN scopes ON scopes.scope = packed.scope
-    WHERE packed.seq >= ?1 AND packed.seq < ?2 GROUP BY 1, 2, 3, 4, 5
+    GROUP BY 1, 2, 3, 4, 5
 """
 _BEFORE_LOSSES, _BEFORE_LENGTHS = 10, 15
 _GONE_VALIDATION = "superseded validation"
@@ -142,8 +142,7 @@ def tally(run: RunFolder) -> Tally:
 class _Adding:
     def __init__(self, connection: Connection):
         self._connection = connection
-        newest = connection.execute("SELECT max(seq) FROM packed_transitions").fetchone()[0] or 0
-        self._end = newest + 1
+        self._end = connection.execute(NEWEST_SEQ).fetchone()[0] + 1
         self._words: dict[int, list[tuple[Arc, str]]] = defaultdict(list)
         for word, trigger, source, dest, phase in connection.execute(
             "SELECT word, trigger, source, dest, phase FROM words ORDER BY word, pos"
@@ -166,9 +165,9 @@ class _Adding:
             until = min(first + length, self._end)
             self._stretch(first, until)
             for seq, word in self._connection.execute(
-                f"""SELECT seq, word FROM packed_transitions WHERE seq >= ? AND seq < ?
-                    AND (word IN ({",".join(map(str, marked)) or "NULL"}) OR note LIKE '%skipped%')""",
-                (first, until),
+                f"""SELECT seq, word FROM {transitions_between("?1", "?2", {"seq", "word", "note"})}
+                    WHERE word IN ({",".join(map(str, marked)) or "NULL"}) OR note LIKE '%skipped%' ORDER BY seq""",
+                (first, until - 1),
             ):
                 (halts if word in marked else skips).append(seq)
         for row in self._cut_in_two():
@@ -178,7 +177,7 @@ class _Adding:
             elapsed = stretch.end_ns - stretch.start_ns
             stretch.ns[BETWEEN] = max(0, elapsed - sum(stretch.ns.values()))
         return Tally(
-            self._newest(),
+            self._end - 1,
             dict(self._totals),
             self._gone,
             self._stretches,
@@ -186,22 +185,12 @@ class _Adding:
             sorted([*halts, *skips]),
         )
 
-    def _newest(self) -> int:
-        last = self._connection.execute(
-            "SELECT word FROM packed_transitions WHERE seq = ?", (self._end - 1,)
-        ).fetchone()
-        return self._end - 1 if last is None else self._end - 2 + len(self._words[last[0]])
-
     def _highest_epoch(self) -> int:
         """Epochs go up within an attempt, so that only the ends of attempts need be looked at."""
-        ends = self._connection.execute(
-            """SELECT max((SELECT epoch FROM packed_transitions AS packed
-                WHERE packed.seq < coalesce((SELECT min(first_seq) FROM attempts AS later
-                    WHERE later.attempt > attempts.attempt), ?)
-                ORDER BY packed.seq DESC LIMIT 1)) FROM attempts""",
-            (self._end,),
-        )
-        return max(0, ends.fetchone()[0] or 0)
+        begins = [first for (first,) in self._connection.execute("SELECT first_seq FROM attempts").fetchall()]
+        newest = last_row("1", "?1", "TRUE", "epoch")
+        found = (self._connection.execute(newest, (end - 1,)).fetchone() for end in [*begins, self._end])
+        return max((row[1] for row in found if row is not None), default=0)
 
     def _stretch(self, first: int, until: int) -> None:
         here: dict[int, Stretch] = {}
@@ -262,10 +251,10 @@ class _Adding:
         ).fetchall():
             row = self._connection.execute(
                 f"""SELECT seq, attempt, (SELECT name FROM scopes WHERE scopes.scope = packed.scope),
-                    CASE WHEN epoch < 0 THEN -1 ELSE epoch / ? END, word,
+                    CASE WHEN epoch < 0 THEN -1 ELSE epoch / ?1 END, word,
                     {", ".join(f"d{pos}" for pos in range(ROW_LENGTH))}
-                    FROM packed_transitions AS packed WHERE seq <= ? AND seq < ? ORDER BY seq DESC LIMIT 1""",
-                (self._per_column, kept_until, self._end),
+                    FROM {transitions_between(f"?2 - {ROW_LENGTH - 1}", "?2")} AS packed ORDER BY seq DESC LIMIT 1""",
+                (self._per_column, min(kept_until, self._end - 1)),
             ).fetchone()
             if row is not None and row[0] + len(self._words[row[4]]) - 1 > kept_until:
                 yield kept_until, *row

@@ -12,9 +12,9 @@ from typing import Any
 
 from states.table import Trigger
 from tracking.journal import Attempt, Journal
-from tracking.packing import ROW_LENGTH
+from tracking.packed import ROW_LENGTH, since_first, transitions_between
 from tracking.runs import RunFolder
-from tracking.schema import Connection, connect_to_read, since_first
+from tracking.schema import Connection, connect_to_read
 from tracking.tally import BETWEEN, GONE, VALIDATION, Losses, Stretch, Tally, tally
 
 __all__ = ["timeline_data", "write_timeline"]
@@ -29,8 +29,9 @@ _ROWS = f"""
     SELECT packed.seq, packed.attempt, packed.scope, packed.word, packed.epoch, packed.batch, packed.time_ns,
         {", ".join(map(since_first, range(1, ROW_LENGTH)))},
         {", ".join(f"packed.d{pos}" for pos in range(ROW_LENGTH))}, packed.loss, packed.note
-    FROM packed_transitions AS packed
+    FROM {transitions_between("?1", "?2")} AS packed ORDER BY packed.seq
 """
+_LONG = frozenset({"seq", "word", *(f"d{pos}" for pos in range(ROW_LENGTH))})
 _TIMES, _DURATIONS, _LOSS, _NOTE = 7, 6 + ROW_LENGTH, 6 + 2 * ROW_LENGTH, 7 + 2 * ROW_LENGTH
 
 
@@ -61,7 +62,7 @@ def timeline_data(
         info, attempts = journal.run_info(), journal.attempts()
         last = journal.last_transition()
         base = min((s.start_ns for s in found.stretches), default=info.created_ns)
-        rows = _rows(connection, found)
+        rows, words = _rows(connection, found), _words(connection)
         return {
             "format": 1,
             "run": {"id": info.id, "name": info.name, "parent": info.parent.run if info.parent else None},
@@ -80,8 +81,8 @@ def timeline_data(
             "epochs": [[e.first, e.last, e.batches, _by_kind(e.ns), _losses(e.losses)] for e in found.epochs],
             "stretches": [_stretch(s, base) for s in found.stretches],
             "scopes": dict(connection.execute("SELECT scope, name FROM scopes").fetchall()),
-            "words": _words(connection),
-            "rows": _columns(rows, base, hide),
+            "words": words,
+            "rows": _columns(rows, {word: len(pattern) for word, pattern in words.items()}, base, hide),
             "complete": _complete(connection, found, len(rows)),
         }
 
@@ -153,9 +154,9 @@ def _rows(connection: Connection, found: Tally) -> list[Sequence[Any]]:
     def keep(rows: Iterable[Sequence[Any]]) -> None:
         kept.update((row[0], row) for row in rows)
 
-    keep(connection.execute(f"{_ROWS} WHERE seq < ? ORDER BY seq DESC LIMIT ?", (end, _NEWEST)))
+    keep(_from_to(connection, end - _NEWEST * ROW_LENGTH, end - 1)[-_NEWEST:])
     oldest = min(kept, default=end)
-    keep(connection.execute(f"{_ROWS} WHERE seq < ? ORDER BY seq LIMIT ?", (oldest, _FIRST)))
+    keep(_from_to(connection, 1, min(_FIRST * ROW_LENGTH, oldest - 1))[:_FIRST])
     if len(kept) >= _NEWEST + _FIRST:
         for seq in found.events:
             keep(_around(connection, seq))
@@ -166,8 +167,13 @@ def _rows(connection: Connection, found: Tally) -> list[Sequence[Any]]:
 
 def _around(connection: Connection, seq: int) -> list[Sequence[Any]]:
     """The packed row that begins at `seq`, the one before and the one after."""
-    before = connection.execute(f"{_ROWS} WHERE seq < ? ORDER BY seq DESC LIMIT 1", (seq,)).fetchall()
-    return before + connection.execute(f"{_ROWS} WHERE seq >= ? ORDER BY seq LIMIT 2", (seq,)).fetchall()
+    before = _from_to(connection, seq - ROW_LENGTH, seq - 1)[-1:]
+    return before + _from_to(connection, seq, seq + ROW_LENGTH)[:2]
+
+
+def _from_to(connection: Connection, first: int, last: int) -> list[Sequence[Any]]:
+    """The packed rows that begin from `first` to `last`."""
+    return connection.execute(_ROWS, (first, last)).fetchall()
 
 
 def _slowest(connection: Connection, found: Tally) -> list[int]:
@@ -183,18 +189,20 @@ def _slowest(connection: Connection, found: Tally) -> list[int]:
             end = ends.get(stretch.first_seq, found.newest_seq + 1)
             end = end if end > stretch.first_seq else found.newest_seq + 1
             rows = connection.execute(
-                f"""SELECT packed.seq FROM packed_transitions AS packed JOIN words USING (word)
-                    WHERE packed.seq >= ? AND packed.seq < ? AND trigger = ?
-                        AND CASE pos {" ".join(f"WHEN {pos} THEN d{pos}" for pos in range(ROW_LENGTH))} END = ?
-                    LIMIT 1""",
-                (stretch.first_seq, end, trigger.value, stretch.slowest[trigger.value]),
+                f"""SELECT packed.seq FROM {transitions_between("?1", "?2", _LONG)} AS packed JOIN words USING (word)
+                    WHERE trigger = ?3
+                        AND CASE pos {" ".join(f"WHEN {pos} THEN d{pos}" for pos in range(ROW_LENGTH))} END = ?4
+                    ORDER BY packed.seq LIMIT 1""",
+                (stretch.first_seq, end - 1, trigger.value, stretch.slowest[trigger.value]),
             )
             seqs += [seq for (seq,) in rows]
     return seqs
 
 
-def _columns(rows: list[Sequence[Any]], base: int, hide: Callable[[str], str]) -> dict[str, Any]:
-    """The rows by columns, most of them as differences from the row before, which are short.
+def _columns(
+    rows: list[Sequence[Any]], lengths: Mapping[int, int], base: int, hide: Callable[[str], str]
+) -> dict[str, Any]:
+    """The rows by columns, most of them as differences from the row before, which are short; `lengths` are the words'.
 
     `d` has the durations of all rows in a row, `gaps` the nanoseconds between two transitions of one row where there
     are any, as [row, position, nanoseconds].
@@ -211,10 +219,7 @@ def _columns(rows: list[Sequence[Any]], base: int, hide: Callable[[str], str]) -
             columns[name].append(value - earlier)
         before = list(row[:_TIMES])
         ends = [0, *row[_TIMES:_DURATIONS]]
-        durations = row[_DURATIONS:_LOSS]
-        for pos, duration in enumerate(durations):
-            if duration is None:
-                break
+        for pos, duration in enumerate(row[_DURATIONS:_LOSS][: lengths[row[3]]]):
             columns["d"].append(duration)
             if pos and (gap := ends[pos] - ends[pos - 1] - duration):
                 columns["gaps"].append([number, pos, gap])
@@ -236,7 +241,9 @@ def _complete(connection: Connection, found: Tally, kept: int) -> bool:
     if kept < _NEWEST + _FIRST:
         return True
     counted = connection.execute(
-        "SELECT count(*) FROM packed_transitions WHERE seq <= ?", (found.newest_seq,)
+        """SELECT (SELECT count(*) FROM packed_transitions WHERE seq <= ?1)
+            + (SELECT coalesce(sum(rows), 0) FROM transition_blocks WHERE seq <= ?1)""",
+        (found.newest_seq,),
     ).fetchone()
     return bool(counted[0] == kept)
 

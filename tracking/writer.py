@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat, starmap
 from typing import TypeVar
 
 from states.table import ARCS
@@ -53,7 +54,7 @@ class _End:
 
 
 T = TypeVar("T")
-_Queued = MetricValues | CheckpointRow | _Removed | _Log | _End
+_Event = CheckpointRow | _Removed | _Log | _End
 
 
 def open_attempt(
@@ -126,9 +127,14 @@ class JournalWriter:
         self._lists = (scopes, phases)
         self._packer: Packer | None = None
         self._warn = warn or _warn
-        self._queue: deque[_Queued] = deque()
+        self._values: deque[MetricValues] = deque()
+        self._keys: tuple[str, ...] = ()
+        self._events: deque[_Event] = deque()
         self._late: deque[tuple[int, float]] = deque()
-        self._held: list[_Queued] = []  # taken from the queues by the thread, until they are durable
+        self._held_values: list[
+            MetricValues
+        ] = []  # taken from the queues by the thread, until they are durable
+        self._held_events: list[_Event] = []
         self._held_late: list[tuple[int, float]] = []
         self._trouble: Exception | None = None
         self._turn = threading.Condition()
@@ -154,7 +160,7 @@ class JournalWriter:
     @property
     def queued(self) -> int:
         """How many records wait in memory, transitions not counted."""
-        return len(self._held) + len(self._queue)
+        return len(self._held_values) + len(self._values) + len(self._held_events) + len(self._events)
 
     def metrics(
         self,
@@ -175,11 +181,12 @@ class JournalWriter:
         if values:
             if seq is None:
                 seq = self._recorder.next_seq
-            self._put(
-                MetricValues(
-                    seq, scope, epoch, batch, step, tuple(values), tuple(map(float, values.values())), time_ns
-                )
-            )
+            keys, numbers = tuple(values), tuple(map(float, values.values()))
+            if keys == self._keys:
+                keys = self._keys  # the same object, which is sooner compared
+            self._keys = keys
+            self._check_room()
+            self._values.append(MetricValues(seq, scope, epoch, batch, step, keys, numbers, time_ns))
 
     def log(self, level: str, message: str, time_ns: int | None = None) -> None:
         """Queue a message; `time_ns` is since 1970, default: now."""
@@ -254,10 +261,13 @@ class JournalWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _put(self, item: _Queued) -> None:
+    def _put(self, event: _Event) -> None:
+        self._check_room()
+        self._events.append(event)
+
+    def _check_room(self) -> None:
         if self._trouble and self.queued >= 2 * _MOST_QUEUED and (failure := self.failure):
             raise failure
-        self._queue.append(item)
 
     def _check_open(self) -> None:
         self._connection.check_ours()
@@ -295,10 +305,13 @@ class JournalWriter:
 
     def _drain(self) -> bool:
         """Write down what there is, in one transaction; did it work?"""
-        _move(self._queue, self._held)
+        _move(
+            self._events, self._held_events
+        )  # first, so that what was measured before an event comes with it
+        _move(self._values, self._held_values)
         _move(self._late, self._held_late)
         chunk, position = self._recorder.take()
-        if not (self._held or self._held_late or chunk):
+        if not (self._held_values or self._held_events or self._held_late or chunk):
             self._recovered()
             return True
         try:
@@ -309,14 +322,16 @@ class JournalWriter:
             for seq, loss in self._held_late:
                 if seq < known:
                     packer.late_loss(seq, loss)
-            self._write_queued(packer, self._held)
+            packer.metrics(self._held_values)
+            self._write_events(self._held_events)
             self._connection.execute("COMMIT")
         except Exception as error:  # a thread that died silently would stop the training without a word
             self._roll_back()
             self._failed(error)
             return False
         self._recorder.release(position)
-        self._held.clear()
+        self._held_values.clear()
+        self._held_events.clear()
         self._held_late.clear()
         self._recovered()
         return True
@@ -325,12 +340,11 @@ class JournalWriter:
         arcs = [(arc.trigger.value, arc.source.value, arc.dest.value) for arc in ARCS]
         return Packer(self._connection, self.attempt, arcs, *self._lists)
 
-    def _write_queued(self, packer: Packer, items: list[_Queued]) -> None:
-        packer.metrics(item for item in items if isinstance(item, MetricValues))
-        for item in items:
-            match item:
+    def _write_events(self, events: list[_Event]) -> None:
+        for event in events:
+            match event:
                 case CheckpointRow():
-                    self._write_checkpoint(item)
+                    self._write_checkpoint(event)
                 case _Removed(name, time_ns):
                     self._connection.execute(
                         "UPDATE checkpoints SET removed_ns = ? WHERE name = ?", (time_ns, name)
@@ -384,8 +398,7 @@ class JournalWriter:
 
 def _move(queue: deque[T], held: list[T]) -> None:
     """Move what is in `queue` now; other threads may append meanwhile, so it is not iterated over."""
-    for _ in range(len(queue)):
-        held.append(queue.popleft())
+    held.extend(starmap(queue.popleft, repeat((), len(queue))))
 
 
 def _warn(message: str) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 from long_run import PER_EPOCH
 from measuring import Figure, Row, arguments, report
 
+from tracking.packed import NEWEST_SEQ
+
 HERE = Path(__file__).parent
 SHORT = 2
 """Epochs of the run that the long one stands beside."""
@@ -66,10 +68,7 @@ def first_line(*command: object) -> float:
 def transitions(journal: Path) -> int:
     """How many the journal has."""
     with closing(sqlite3.connect(f"{journal.as_uri()}?mode=ro", uri=True)) as connection:
-        newest: int = connection.execute(
-            """SELECT seq + (SELECT max(pos) FROM words WHERE words.word = packed_transitions.word)
-               FROM packed_transitions ORDER BY seq DESC LIMIT 1"""
-        ).fetchone()[0]
+        newest: int = connection.execute(NEWEST_SEQ).fetchone()[0]
     return newest
 
 
@@ -80,11 +79,10 @@ def size_alone(journal: Path) -> int:
         with closing(sqlite3.connect(file, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute("ATTACH ? AS journal", (str(journal),))
-            table = connection.execute(
-                "SELECT sql FROM journal.sqlite_master WHERE name = 'packed_transitions'"
-            )
-            connection.execute(table.fetchone()[0])
-            connection.execute("INSERT INTO main.packed_transitions SELECT * FROM journal.packed_transitions")
+            for name in ("packed_transitions", "transition_blocks"):
+                table = connection.execute("SELECT sql FROM journal.sqlite_master WHERE name = ?", (name,))
+                connection.execute(table.fetchone()[0])
+                connection.execute(f"INSERT INTO main.{name} SELECT * FROM journal.{name}")
         return file.stat().st_size
 
 

@@ -22,6 +22,7 @@ from orchestrator.commands.standing import (
 )
 from states.table import State, Trigger
 from tracking.journal import TRAIN, Attempt, Checkpoint, Journal, LogRecord, RunInfo, Transition
+from tracking.packed import one_of_metrics
 from tracking.runs import Holder, RunFolder
 from tracking.schema import connect_to_read
 from tracking.tally import BETWEEN, VALIDATION, Total
@@ -31,6 +32,10 @@ __all__ = ["Moment", "Pace", "Work", "pace_of", "seize", "spent", "work_at_hand"
 _NEWEST = 2048  # transitions that are looked at
 _PACE_S = 60.0
 _MOST_WARNINGS = 3
+_OF_TRAINING = "packed.batch >= 0 AND packed.scope = (SELECT scope FROM scopes WHERE name = ?2)"
+_NEWEST_BATCH = one_of_metrics("1", f"packed.attempt = ?1 AND {_OF_TRAINING}", "step", "time_ns")
+_FIRST_BATCH = one_of_metrics("?1", _OF_TRAINING, "step", "time_ns", oldest=True)
+_FROM_ID = one_of_metrics("?1", "TRUE", "attempt", "time_ns", oldest=True)
 _UNUSUAL_S, _UNUSUAL = 1.0, 10.0
 """Work that takes longer than the first, and than so many times what it usually takes, is told apart."""
 
@@ -245,36 +250,23 @@ def _batches_in_epoch(standing: Standing) -> int:
 def _rate(run: RunFolder, attempt: int, now_ns: int | None) -> float | None:
     """Batches a second by the values of batches in the journal; a stall counts up to `now_ns`."""
     with closing(connect_to_read(run.journal)) as connection:
-        ids = connection.execute(
-            "SELECT coalesce(min(id), 0), coalesce(max(id), 0) FROM packed_metrics"
-        ).fetchone()
-        newest = connection.execute(
-            """SELECT step, time_ns FROM packed_metrics WHERE attempt = ? AND batch >= 0
-                AND scope = (SELECT scope FROM scopes WHERE name = ?) ORDER BY id DESC LIMIT 1""",
-            (attempt, TRAIN),
-        ).fetchone()
+        newest = connection.execute(_NEWEST_BATCH, (attempt, TRAIN)).fetchone()
         if newest is None:
             return None
-        since = newest[1] - int(_PACE_S * 1e9)
-        low, high = ids
+        since = newest[2] - int(_PACE_S * 1e9)
+        low, high = 1, newest[0]
         while low < high:  # ids go up with time, and with attempts
             middle = (low + high) // 2
-            row = connection.execute(
-                "SELECT id, attempt, time_ns FROM packed_metrics WHERE id >= ? ORDER BY id LIMIT 1", (middle,)
-            ).fetchone()
+            row = connection.execute(_FROM_ID, (middle,)).fetchone()
             if row[1] < attempt or row[2] < since:
                 low = row[0] + 1
             else:
                 high = middle
-        first = connection.execute(
-            """SELECT step, time_ns FROM packed_metrics WHERE id >= ? AND batch >= 0
-                AND scope = (SELECT scope FROM scopes WHERE name = ?) ORDER BY id LIMIT 1""",
-            (low, TRAIN),
-        ).fetchone()
-    elapsed = newest[1] - first[1]
-    if now_ns is not None and now_ns - newest[1] > 1e9:
-        elapsed = now_ns - first[1]
-    batches = newest[0] - first[0]
+        first = connection.execute(_FIRST_BATCH, (low, TRAIN)).fetchone()
+    elapsed = newest[2] - first[2]
+    if now_ns is not None and now_ns - newest[2] > 1e9:
+        elapsed = now_ns - first[2]
+    batches = newest[1] - first[1]
     return batches / elapsed * 1e9 if batches > 0 and elapsed > 0 else None
 
 

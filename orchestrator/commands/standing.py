@@ -7,9 +7,9 @@ from typing import Literal
 
 from states.table import State
 from tracking.journal import TRAIN, Attempt, Journal, Parent, Transition
-from tracking.packing import ROW_LENGTH
+from tracking.packed import ROW_LENGTH, one_of_metrics, unpacked_metrics, unpacked_transitions
 from tracking.runs import Holder, RunFolder, lease_holder
-from tracking.schema import UNPACKED_METRICS, UNPACKED_TRANSITIONS, Connection, connect_to_read
+from tracking.schema import Connection, connect_to_read
 
 __all__ = [
     "Life",
@@ -140,14 +140,16 @@ def standing_of(run: RunFolder, journal: Journal) -> Standing:
 def _newest_batch(run: RunFolder) -> tuple[int | None, float | None]:
     """The step and the loss of the newest batch that has been measured."""
     with closing(connect_to_read(run.journal)) as connection:
-        rows = connection.execute(
-            f"""{UNPACKED_METRICS} WHERE scopes.name = ? AND packed.batch >= 0 AND {_KEPT}
-                ORDER BY packed.id DESC LIMIT 64""",
-            (TRAIN,),
-        ).fetchall()
-    newest = rows[0][5] if rows else None
-    losses = [float(value) for *_, step, key, value, _, _, _ in rows if (step, key) == (newest, "loss")]
-    return newest, (losses[0] if losses else None)
+        condition = (
+            f"packed.scope = (SELECT scope FROM scopes WHERE name = ?1) AND packed.batch >= 0 AND {_KEPT}"
+        )
+        newest = connection.execute(
+            one_of_metrics("1", condition, "step", "epoch", "batch", "scope"), (TRAIN,)
+        ).fetchone()
+        if newest is None:
+            return None, None
+        last, step, epoch, batch, scope = newest
+        return step, _measured(connection, last, scope, epoch, batch).get("loss")
 
 
 def newest_metrics(run: RunFolder) -> list[Measured]:
@@ -160,21 +162,24 @@ def newest_metrics(run: RunFolder) -> list[Measured]:
 
 def _newest_of_scope(connection: Connection, scope: int, name: str) -> Measured | None:
     # Of the training, batches stand between the epochs; packed rows are small, so that these are soon passed over.
+    condition = f"packed.scope = ?1 AND (packed.batch = -1 OR ?2) AND {_KEPT}"
     newest = connection.execute(
-        f"""SELECT packed.id, packed.epoch, packed.batch FROM packed_metrics AS packed
-                CROSS JOIN attempts ON attempts.attempt = packed.attempt
-            WHERE packed.scope = ?1 AND (packed.batch = -1 OR ?2) AND {_KEPT} ORDER BY packed.id DESC LIMIT 1""",
-        (scope, name != TRAIN),
+        one_of_metrics("1", condition, "epoch", "batch"), (scope, name != TRAIN)
     ).fetchone()
     if newest is None:
         return None
     last, epoch, batch = newest
+    return Measured(name, epoch, batch, _measured(connection, last, scope, epoch, batch))
+
+
+def _measured(connection: Connection, last: int, scope: int, epoch: int, batch: int) -> dict[str, float]:
+    """What was measured at one moment; `last` is its last packed row."""
     rows = connection.execute(
-        f"""{UNPACKED_METRICS} WHERE packed.id > ?1 - {_MOST_ROWS} AND packed.id <= ?1
-                AND packed.scope = ?2 AND packed.epoch = ?3 AND packed.batch = ?4 AND {_KEPT} ORDER BY packed.id""",
+        f"""{unpacked_metrics(f"?1 - {_MOST_ROWS - 1}", "?1")}
+            WHERE packed.scope = ?2 AND packed.epoch = ?3 AND packed.batch = ?4 AND {_KEPT} ORDER BY 1""",
         (last, scope, epoch, batch),
     )
-    return Measured(name, epoch, batch, {key: float(value) for *_, key, value, _, _, _ in rows})
+    return {key: float(value) for *_, key, value, _, _, _ in rows}
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,8 @@ def places_of(run: RunFolder, seqs: Collection[int]) -> dict[int, Place]:
     with closing(connect_to_read(run.journal)) as connection:
         found = (
             connection.execute(
-                f"""SELECT epoch, batch, dest FROM ({UNPACKED_TRANSITIONS}
-                        WHERE packed.seq > ?1 - {ROW_LENGTH} AND packed.seq <= ?1) WHERE seq = ?1""",
+                f"""SELECT epoch, batch, dest FROM ({unpacked_transitions(f"?1 - {ROW_LENGTH - 1}", "?1")})
+                    WHERE seq = ?1""",
                 (seq,),
             ).fetchone()
             for seq in seqs
