@@ -304,7 +304,6 @@ class EvaluationWork(BatchWork):
         super().__init__(**common)
         self.model = model
         self._forward = forward
-        self._no_grad = torch.no_grad()  # made once: making one takes as long as entering it
         self.values: dict[str, float] = {}
 
     def begin_epoch(self) -> None:
@@ -314,8 +313,12 @@ class EvaluationWork(BatchWork):
 
     def forward(self) -> None:
         """Model and loss, without gradients."""
-        with self._no_grad:
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # what no_grad does, which makes two objects on the way
+        try:
             result = self.precision.apply(self._forward, self.model, self.data)
+        finally:
+            torch._C._set_grad_enabled(before)
         self._count_loss(*_read_loss(result, training=False, forward=self._forward), "")
 
     def end_batch(self) -> None:

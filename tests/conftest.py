@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from mlflow_server import Database, MLflowServer
 from orchestrator.snapshot import deferred
+from tracking import blocks
 from tracking.runs import RunFolder, create_run
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -45,6 +46,7 @@ def _one_thread() -> None:
 def _small_states_are_copied_later_too() -> None:
     """As large ones are: every test of exactness is one of that as well."""
     deferred._LEAST = 1
+    blocks.LEAST_ROWS = 16
 
 
 @pytest.fixture(autouse=True, scope="session")

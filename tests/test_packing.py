@@ -41,7 +41,7 @@ batches = st.lists(
 def recorded(folder: Path, what: list[Batch]) -> Chunk:
     recorder = Recorder.create(
         folder / "recorder.bin", attempt=1, next_seq=1, scopes=["train", "validation/val"],
-        phases=["", "generator"], capacity=4096,
+        phases=["", "generator"], capacity=16384,  # more than 8 times 120 batches can take
     )  # fmt: skip
     number = 0
     for arcs, loss, other, scope, phase, at_once, times in what:

@@ -24,6 +24,7 @@ from tracking.packed import (
     BATCH_DIGITS,
     BLOCK_ROWS,
     EXPONENT_DIGITS,
+    KEYSET_DIGITS,
     MANTISSA_DIGITS,
     NUMBER_DIGITS,
     SEQ_DIGITS,
@@ -32,10 +33,10 @@ from tracking.packed import (
 
 __all__ = ["Alike", "Block", "MetricBlock", "blocks", "metric_blocks"]
 
-LEAST_ROWS = 16
-"""So many consecutive packed rows make a block."""
+LEAST_ROWS = 96
+"""So many consecutive packed rows are written as blocks; of fewer, each is inserted sooner as a row of its own."""
 
-_MOST_DIGITS = 3800
+_MOST_DIGITS = 4000
 """In a block: its row then fits on one of SQLite's pages, where it is read without being copied."""
 
 WordOf = Callable[[tuple[int, ...], tuple[int, ...], int], int]
@@ -176,14 +177,13 @@ class _Frames:
         seq, batch, time_ns, lengths = (x[run] for x in (self._seq, self._batch, self._time, self._length))
         length = int(lengths.max())
         durations = self._durations[:length, run]
-        width, lead = len(str(durations.max())), len(str(time_ns[-1] - time_ns[0]))
+        width, lead = _width(durations.max()), _width(time_ns[-1] - time_ns[0])
         record = lead + SEQ_DIGITS + BATCH_DIGITS + WORD_DIGITS + length * width + NUMBER_DIGITS
         pieces = _Pieces(len(seq), record)
         pieces.put(lead, pieces.since(time_ns))
-        pieces.put(SEQ_DIGITS, pieces.since(seq))
-        pieces.put(BATCH_DIGITS, pieces.since(batch))
-        pieces.put(WORD_DIGITS, self._word[run])
-        pieces.put(width, durations)
+        place = pieces.since(seq) * 10**BATCH_DIGITS + pieces.since(batch)
+        pieces.put(8, place * 10**WORD_DIGITS + self._word[run])
+        pieces.put(width, *durations)
         pieces.put_numbers(np.where(self._carries[run], self._loss[run], _PENDING_BITS))
         for begin, end, digits in pieces.digits():
             yield Block(
@@ -234,7 +234,7 @@ def metric_blocks(
         else np.frombuffer(struct.pack(f"{len(column)}q", *column), np.int64)
         for column in columns
     )
-    storable = (keyset >= 0) & (keyset < 10**WORD_DIGITS) & (batch >= 0)
+    storable = (keyset >= 0) & (keyset < 10**KEYSET_DIGITS) & (batch >= 0)
     batches = np.diff(batch)
     follows = (
         (scope[1:] == scope[:-1])
@@ -254,13 +254,12 @@ def metric_blocks(
         packed = struct.pack(f"{len(rows) * length}d", *chain.from_iterable(rows))
         numbers = np.frombuffer(packed).reshape(-1, length).T.copy()
         numbers[np.isnan(numbers)] = np.nan  # of one kind, which is not that of a loss that has not come yet
-        lead, span = (len(str(column[beyond - 1] - column[first])) for column in (time_ns, seq))
-        record = lead + span + BATCH_DIGITS + WORD_DIGITS + length * NUMBER_DIGITS
+        lead, span = (_width(column[beyond - 1] - column[first]) for column in (time_ns, seq))
+        record = lead + span + BATCH_DIGITS + KEYSET_DIGITS + length * NUMBER_DIGITS
         pieces = _Pieces(beyond - first, record)
         pieces.put(lead, pieces.since(time_ns[run]))
         pieces.put(span, pieces.since(seq[run]))
-        pieces.put(BATCH_DIGITS, pieces.since(batch[run]))
-        pieces.put(WORD_DIGITS, keyset[run])
+        pieces.put(8, pieces.since(batch[run]) * 10**KEYSET_DIGITS + keyset[run])
         for value in numbers:
             pieces.put_numbers(value.view(np.int64))
         found = []
@@ -302,40 +301,52 @@ class _Pieces:
         size = -(-rows // number)
         self._starts = list(range(0, rows, size))
         self._sizes = [min(size, rows - start) for start in self._starts]
-        self._columns = np.empty((record, rows), np.uint8)
-        self._at = 0
+        self._eights: list[np.ndarray] = []
 
     def since(self, values: np.ndarray) -> np.ndarray:
         """How much more they are than in the first row of their block."""
         more: np.ndarray = values - np.repeat(values[self._starts], self._sizes)
         return more
 
-    def put(self, digits: int, values: np.ndarray) -> None:
-        """The next digits of each row: `digits` for its value, or for each where `values` has several rows of them."""
-        values = np.atleast_2d(values)
-        values = values.astype(np.uint32 if digits < 10 else np.uint64)  # of 32 bits twice as fast
-        beyond = self._at + digits * len(values)
-        for at in reversed(range(digits)):
-            rest = values // 10
-            self._columns[self._at + at : beyond : digits] = values - rest * 10
-            values = rest
-        self._at = beyond
+    def put(self, digits: int, *columns: np.ndarray) -> None:
+        """What comes next in each row: a number of 8 or 16 digits from each of the columns."""
+        for column in columns:
+            if digits > 8:
+                upper = column // _UPPER
+                self._eights += [upper, column - upper * _UPPER]
+            else:
+                self._eights.append(column)
 
     def put_numbers(self, bits: np.ndarray) -> None:
-        """The next digits of each row: those of a double, given as its bits in an integer."""
-        bits = bits.view(np.uint64)
-        mantissa = bits & ((1 << 52) - 1)
-        upper = mantissa // 10 ** (MANTISSA_DIGITS // 2)
-        self.put(EXPONENT_DIGITS, bits >> 52)
-        self.put(MANTISSA_DIGITS // 2, upper)
-        self.put(MANTISSA_DIGITS // 2, mantissa - upper * 10 ** (MANTISSA_DIGITS // 2))
+        """What comes next in each row: a double, given as its bits in an integer."""
+        self.put(EXPONENT_DIGITS, bits >> 52 & 0xFFF)
+        self.put(MANTISSA_DIGITS, bits & ((1 << 52) - 1))
 
     def digits(self) -> Iterator[tuple[int, int, bytes]]:
         """Of each block its rows, from which to before which, and their digits."""
-        self._columns += ord("0")
-        rows = np.ascontiguousarray(self._columns.T)
+        rows = np.ascontiguousarray(_ascii(np.array(self._eights, np.uint64)).T)
         for start, size in zip(self._starts, self._sizes, strict=True):
             yield start, start + size, rows[start : start + size].tobytes()
+
+
+_UPPER = 10**8
+
+
+def _ascii(numbers: np.ndarray) -> np.ndarray:
+    """The eight decimal digits of each, as eight bytes; all digits of all numbers are worked out side by side."""
+    fours = numbers // 10_000
+    fours |= numbers - fours * 10_000 << 32
+    twos = fours * 10_486 >> 20 & 0x7F_0000_007F  # a hundredth, of numbers of four digits
+    twos |= fours - twos * 100 << 16
+    ones = twos * 103 >> 10 & 0xF_000F_000F_000F  # a tenth, of numbers of two
+    ones |= twos - ones * 10 << 8
+    found: np.ndarray = (ones + 0x3030_3030_3030_3030).astype("<u8")
+    return found
+
+
+def _width(most: int) -> int:
+    """Digits that are room enough."""
+    return 8 if most < _UPPER else 16
 
 
 _PENDING_BITS = int(np.array(PENDING, "<f8").view("<i8"))

@@ -14,6 +14,7 @@ __all__ = [
     "BLOCK_ROWS",
     "BLOCK_SPAN",
     "EXPONENT_DIGITS",
+    "KEYSET_DIGITS",
     "MANTISSA_DIGITS",
     "NEWEST_METRICS",
     "NEWEST_SEQ",
@@ -42,10 +43,10 @@ BLOCK_ROWS = 64
 BLOCK_SPAN = BLOCK_ROWS * ROW_LENGTH
 """Most transitions in a block."""
 
-SEQ_DIGITS, BATCH_DIGITS, WORD_DIGITS = 3, 2, 4
-"""Digits of the transitions since a block's first, the batches since its first, a word or keyset."""
+SEQ_DIGITS, BATCH_DIGITS, WORD_DIGITS, KEYSET_DIGITS = 3, 2, 3, 6
+"""Digits of the transitions since a block's first, the batches since its first, a word, a keyset."""
 
-EXPONENT_DIGITS, MANTISSA_DIGITS = 4, 16
+EXPONENT_DIGITS, MANTISSA_DIGITS = 8, 16
 """Digits of the upper 12 bits of a double, which are its sign and its exponent, and of the lower 52."""
 
 NUMBER_DIGITS = EXPONENT_DIGITS + MANTISSA_DIGITS
@@ -114,7 +115,7 @@ _TRANSITIONS = {
 }
 """What the columns of `packed_transitions` are in a block."""
 
-_VALUES_AT = f"block.lead + block.span + {BATCH_DIGITS + WORD_DIGITS}"
+_VALUES_AT = f"block.lead + block.span + {BATCH_DIGITS + KEYSET_DIGITS}"
 _METRICS = {
     "id": "block.id + row.n",
     "attempt": "block.attempt",
@@ -123,7 +124,7 @@ _METRICS = {
     "epoch": "block.epoch",
     "batch": f"block.batch + {_field('block.lead + block.span', BATCH_DIGITS)}",
     "step": f"block.step + {_field('block.lead + block.span', BATCH_DIGITS)}",
-    "keyset": _field(f"block.lead + block.span + {BATCH_DIGITS}", WORD_DIGITS),
+    "keyset": _field(f"block.lead + block.span + {BATCH_DIGITS}", KEYSET_DIGITS),
     "time_ns": f"block.time_ns + {_field('0', 'block.lead')}",
     **{
         f"v{pos}": f"CASE WHEN block.length > {pos} THEN {_number(f'{_VALUES_AT} + {NUMBER_DIGITS * pos}')} END"
@@ -141,7 +142,7 @@ def values_of(row: tuple[Any, ...]) -> Iterator[tuple[int, int, int, int, int, i
     """
     first, rows, seq, batch, step, time_ns, length, lead, span, record, data = row
     after = lead + span
-    numbers = after + BATCH_DIGITS + WORD_DIGITS
+    numbers = after + BATCH_DIGITS + KEYSET_DIGITS
     cuts = [(at, at + EXPONENT_DIGITS, at + NUMBER_DIGITS) for at in range(numbers, record, NUMBER_DIGITS)]
     bits, doubles = struct.Struct(f"{length}Q"), struct.Struct(f"{length}d")
     for n in range(rows):

@@ -52,10 +52,9 @@ _METRIC_COLUMNS = "id, attempt, scope, epoch, batch, step, key, value, time_ns"
 
 _VIEWS = f"""
 CREATE VIEW all_transitions AS {unpacked_transitions()} ORDER BY 1;
-CREATE VIEW transitions AS
-    SELECT {_TRANSITION_COLUMNS} FROM ({unpacked_transitions()}) WHERE NOT superseded ORDER BY seq;
+CREATE VIEW transitions AS SELECT {_TRANSITION_COLUMNS} FROM all_transitions WHERE NOT superseded;
 CREATE VIEW all_metrics AS {unpacked_metrics()} ORDER BY 1;
-CREATE VIEW metrics AS SELECT {_METRIC_COLUMNS} FROM ({unpacked_metrics()}) WHERE NOT superseded ORDER BY id;
+CREATE VIEW metrics AS SELECT {_METRIC_COLUMNS} FROM all_metrics WHERE NOT superseded;
 """
 
 _BLOCKS = """
