@@ -43,8 +43,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _small_states_are_copied_later_too() -> None:
-    """As large ones are: every test of exactness is one of that as well."""
+def _little_goes_the_ways_of_much() -> None:
+    """Small states are copied later, and few batches written in blocks: every test of exactness is one of that too."""
     deferred._LEAST = 1
     blocks.LEAST_ROWS = 16
 
