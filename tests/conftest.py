@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from mlflow_server import Database, MLflowServer
 from orchestrator.snapshot import deferred
-from tracking import blocks
+from tracking import packed
 from tracking.runs import RunFolder, create_run
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -46,7 +46,7 @@ def _one_thread() -> None:
 def _little_goes_the_ways_of_much() -> None:
     """Small states are copied later, and few batches written in blocks: every test of exactness is one of that too."""
     deferred._LEAST = 1
-    blocks.LEAST_ROWS = 16
+    packed.LEAST_ROWS = 16
 
 
 @pytest.fixture(autouse=True, scope="session")

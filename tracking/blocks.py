@@ -7,6 +7,7 @@ from itertools import chain
 
 import numpy as np
 
+from tracking import packed
 from tracking.frames import (
     LOSS,
     PENDING,
@@ -32,9 +33,6 @@ from tracking.packed import (
 )
 
 __all__ = ["Alike", "Block", "MetricBlock", "blocks", "metric_blocks"]
-
-LEAST_ROWS = 96
-"""So many consecutive packed rows are written as blocks; of fewer, each is inserted sooner as a row of its own."""
 
 _MOST_DIGITS = 4000
 """In a block: its row then fits on one of SQLite's pages, where it is read without being copied."""
@@ -114,9 +112,10 @@ def blocks(
 
     frames = _Frames(columns, scope, whole, forwards, word_of)
     found: list[Block] = []
-    for first, beyond in _runs(whole & frames.storable, frames.follows()):
-        found += frames.blocks(first, beyond)
-        whole[first:beyond] = False
+    if len(whole) >= packed.LEAST_ROWS:
+        for first, beyond in _runs(whole & frames.storable, frames.follows()):
+            found += frames.blocks(first, beyond)
+            whole[first:beyond] = False
     return found, list(frames.alike(whole)), rest
 
 
@@ -251,8 +250,8 @@ def metric_blocks(
         length = max(map(len, rows))
         if keyset[first] != keyset[run].min() or keyset[first] != keyset[run].max():
             rows = [(*row, *[0.0] * (length - len(row))) for row in rows]
-        packed = struct.pack(f"{len(rows) * length}d", *chain.from_iterable(rows))
-        numbers = np.frombuffer(packed).reshape(-1, length).T.copy()
+        flat = struct.pack(f"{len(rows) * length}d", *chain.from_iterable(rows))
+        numbers = np.frombuffer(flat).reshape(-1, length).T.copy()
         numbers[np.isnan(numbers)] = np.nan  # of one kind, which is not that of a loss that has not come yet
         lead, span = (_width(column[beyond - 1] - column[first]) for column in (time_ns, seq))
         record = lead + span + BATCH_DIGITS + KEYSET_DIGITS + length * NUMBER_DIGITS
@@ -290,7 +289,9 @@ def _runs(storable: np.ndarray, follows: np.ndarray) -> list[tuple[int, int]]:
         return []
     linked = follows & storable[1:] & storable[:-1]
     ends = [*(np.flatnonzero(~linked) + 1).tolist(), len(storable)]
-    return [(first, end) for first, end in zip([0, *ends], ends, strict=False) if end - first >= LEAST_ROWS]
+    return [
+        (first, end) for first, end in zip([0, *ends], ends, strict=False) if end - first >= packed.LEAST_ROWS
+    ]
 
 
 class _Pieces:

@@ -15,6 +15,7 @@ __all__ = [
     "BLOCK_SPAN",
     "EXPONENT_DIGITS",
     "KEYSET_DIGITS",
+    "LEAST_ROWS",
     "MANTISSA_DIGITS",
     "NEWEST_METRICS",
     "NEWEST_SEQ",
@@ -36,6 +37,9 @@ __all__ = [
 
 ROW_LENGTH = 8
 """Most transitions, and most metric values, in one packed row."""
+
+LEAST_ROWS = 96
+"""So many consecutive packed rows are written as blocks; of fewer, each is inserted sooner as a row of its own."""
 
 BLOCK_ROWS = 64
 """Most packed rows in a block."""

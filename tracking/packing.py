@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from states.table import Trigger
+from tracking import packed
 from tracking.frames import SIZE, Record, is_pending
 from tracking.packed import (
     BATCH_DIGITS,
@@ -48,7 +49,6 @@ def to_number(stored: SqlNumber) -> float | None:
 
 _Row = list[tuple[str, object]]
 _MANY = 16 * SIZE  # bytes: fewer transitions are written one by one
-_MANY_VALUES = 16  # rows: fewer are written one by one
 _TOGETHER = 50
 """Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
 
@@ -177,7 +177,7 @@ class Packer:
 
     def metrics(self, measured: Sequence[MetricValues]) -> None:
         """Write metric values."""
-        if len(measured) < _MANY_VALUES:
+        if len(measured) < packed.LEAST_ROWS:
             self._one_by_one(measured)
             return
         from tracking.blocks import metric_blocks
