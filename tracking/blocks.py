@@ -159,15 +159,8 @@ class _Frames:
 
     def follows(self) -> np.ndarray:
         """Of each frame but the first: can it stand in a block behind the one before?"""
-        batches = np.diff(self._batch)
-        found: np.ndarray = (
-            (self._seq[1:] == self._seq[:-1] + self._length[:-1])
-            & (self._scope[1:] == self._scope[:-1])
-            & (self._epoch[1:] == self._epoch[:-1])
-            & (batches >= 0)
-            & (batches <= 1)
-            & (self._time[1:] >= self._time[:-1])
-        )
+        found: np.ndarray = _goes_on(self._scope, self._epoch, self._batch, self._time)
+        found &= self._seq[1:] == self._seq[:-1] + self._length[:-1]
         return found
 
     def blocks(self, first: int, beyond: int) -> Iterator[Block]:
@@ -234,16 +227,7 @@ def metric_blocks(
         for column in columns
     )
     storable = (keyset >= 0) & (keyset < 10**KEYSET_DIGITS) & (batch >= 0)
-    batches = np.diff(batch)
-    follows = (
-        (scope[1:] == scope[:-1])
-        & (epoch[1:] == epoch[:-1])
-        & (batches >= 0)
-        & (batches <= 1)
-        & (np.diff(step) == batches)
-        & (np.diff(seq) >= 0)
-        & (np.diff(time_ns) >= 0)
-    )
+    follows = (np.diff(step) == np.diff(batch)) & (np.diff(seq) >= 0) & _goes_on(scope, epoch, batch, time_ns)
     for first, beyond in _runs(storable, follows):
         run = slice(first, beyond)
         rows: Sequence[tuple[float, ...]] = values[run]
@@ -281,6 +265,14 @@ def metric_blocks(
                 )
             )
         yield first, beyond, found
+
+
+def _goes_on(scope: np.ndarray, epoch: np.ndarray, batch: np.ndarray, time_ns: np.ndarray) -> np.ndarray:
+    """Of each row but the first: is it of the scope and epoch of the one before, its batch or the next, not sooner?"""
+    batches = np.diff(batch)
+    found: np.ndarray = (np.diff(scope) == 0) & (np.diff(epoch) == 0) & (batches >= 0) & (batches <= 1)
+    found &= np.diff(time_ns) >= 0
+    return found
 
 
 def _runs(storable: np.ndarray, follows: np.ndarray) -> list[tuple[int, int]]:

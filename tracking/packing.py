@@ -149,8 +149,11 @@ class Packer:
             )
 
     def _block(self, block: Block) -> None:
-        row = dict(vars(block), scope=self._scopes[block.scope], attempt=self._attempt)
-        self._connection.execute(_insert("transition_blocks", {}, list(row)), list(row.values()))
+        self._store("transition_blocks", dict(vars(block), scope=self._scopes[block.scope]))
+
+    def _store(self, table: str, row: dict[str, object]) -> None:
+        row["attempt"] = self._attempt
+        self._connection.execute(_insert(table, {}, list(row)), list(row.values()))
 
     def _alike(self, rows: Alike) -> None:
         columns = ["seq", "epoch", "batch", "time_ns", *_durations(len(rows.durations))]
@@ -189,8 +192,7 @@ class Packer:
         for first, beyond, found in metric_blocks((seq, scope, epoch, batch, step, time_ns, keyset), values):
             self._one_by_one(measured[done:first])  # in their order, which is that of the ids
             for block in found:
-                row = dict(vars(block), id=self._next_id(block.rows), attempt=self._attempt)
-                self._connection.execute(_insert("metric_blocks", {}, list(row)), list(row.values()))
+                self._store("metric_blocks", dict(vars(block), id=self._next_id(block.rows)))
             done = beyond
         self._one_by_one(measured[done:])
 

@@ -28,7 +28,7 @@ from tracking.inputs import DataSender
 from tracking.journal import Attempt, Journal
 from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
-from tracking.packed import NEWEST_METRICS, ROW_LENGTH, unpacked_metrics
+from tracking.packed import NEWEST_METRICS, ROW_LENGTH, metrics_between
 from tracking.rows import Metric, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import connect_to_read
@@ -71,12 +71,18 @@ def waiting(run: RunFolder, journal: Journal, sent: OutboxView, upload: Upload) 
     return Waiting(points, tuple(waiting_artifacts(run, journal, sent, upload)))
 
 
+_COUNTED = frozenset({"id", "attempt", "seq", "keyset"})
+
+
 def _count_points(run: RunFolder, cursor: int) -> int:
     connection = connect_to_read(run.journal)
     try:
         rows = connection.execute(
-            f"""SELECT count(*) FROM ({unpacked_metrics(f"?1 / {ROW_LENGTH}", f"({NEWEST_METRICS})")})
-                WHERE id > ?1 AND NOT superseded""",
+            f"""SELECT count(*) FROM {metrics_between(f"?1 / {ROW_LENGTH}", f"({NEWEST_METRICS})", _COUNTED)} AS packed
+                    CROSS JOIN attempts ON attempts.attempt = packed.attempt
+                    CROSS JOIN keysets AS pattern ON pattern.keyset = packed.keyset
+                WHERE packed.id * {ROW_LENGTH} + pattern.pos > ?1
+                    AND (attempts.kept_until IS NULL OR packed.seq <= attempts.kept_until)""",
             (cursor,),
         )
         return int(rows.fetchone()[0])

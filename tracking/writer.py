@@ -131,9 +131,8 @@ class JournalWriter:
         self._keys: tuple[str, ...] = ()
         self._events: deque[_Event] = deque()
         self._late: deque[tuple[int, float]] = deque()
-        self._held_values: list[
-            MetricValues
-        ] = []  # taken from the queues by the thread, until they are durable
+        # Taken from the queues by the thread, until they are durable.
+        self._held_values: list[MetricValues] = []
         self._held_events: list[_Event] = []
         self._held_late: list[tuple[int, float]] = []
         self._trouble: Exception | None = None
@@ -305,9 +304,8 @@ class JournalWriter:
 
     def _drain(self) -> bool:
         """Write down what there is, in one transaction; did it work?"""
-        _move(
-            self._events, self._held_events
-        )  # first, so that what was measured before an event comes with it
+        # Events first, so that what was measured before one comes with it.
+        _move(self._events, self._held_events)
         _move(self._values, self._held_values)
         _move(self._late, self._held_late)
         chunk, position = self._recorder.take()
