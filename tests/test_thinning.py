@@ -120,27 +120,27 @@ def test_a_window_ends_at_a_multiple_and_has_the_last_batches_step_and_time() ->
     assert later.points == (Point("batch/loss", 11, 11, 10.0), Point("batch/loss", 12, 12, 2.0))
 
 
-@pytest.mark.parametrize("rate", [0.5, 30.0, 50.0])
+@pytest.mark.parametrize("rate", [0.5, 15.0, 25.0])
 def test_a_steady_pace_is_not_thinned(rate: float) -> None:
     most, waiting = simulate(rate, takes=8_000.0, minutes=30)
     assert most == 1
     assert waiting <= rate
 
 
-@pytest.mark.parametrize("rate", [55.0, 600.0, 1_900.0])
-def test_after_the_first_ten_thousand_values_there_are_no_more_than_fifty_points_a_second(
+@pytest.mark.parametrize("rate", [28.0, 600.0, 1_900.0])
+def test_after_the_first_ten_thousand_values_there_are_no_more_than_twenty_five_points_a_second(
     rate: float,
 ) -> None:
     now = 0.0
     pace = Pace(lambda: now)
     chosen = {}
-    while now < 300:
+    while now < 400:
         pace.saw(round(now * rate))
         chosen[round(now * rate)] = pace.every(0)
         now += 0.25
     assert {every for values, every in chosen.items() if values <= 10_000} == {1}
     (steady,) = {every for values, every in chosen.items() if values > max(10_001, 21 * rate)}
-    assert rate / 50 <= steady < rate / 25
+    assert rate / 25 <= steady < rate / 12.5
 
 
 @given(rate=st.floats(1, 200_000), takes=st.floats(25, 50_000))

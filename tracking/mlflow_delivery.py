@@ -67,7 +67,7 @@ class MLflow:
         upload: checkpoints to upload: "best+last" (the ones before are removed again), "all", or "none".
         patience_s: seconds that a server which cannot be reached is tried again after the training has
             ended; after that `interlock sync` delivers what is left.
-        system_metrics: show what the machine is doing as `system/*`, every ten seconds while the run trains;
+        system_metrics: show what the machine is doing as `system/*`, every 10 to 20 s while the run trains;
             None: as MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and yes where it says nothing.
         log_model: log the final model (the one that is validated), as an MLflow model in the format pt2, or as
             its weights where torch.export cannot export it.

@@ -104,22 +104,33 @@ def select(
     """
     upto = 0
     points: list[Point] = []
+    names: dict[tuple[str, bool, str], str] = {}
     changed: dict[str, Mark] = {}
+    highest: dict[str, int] = {}
     thinned = Windows(dict(windows or {}), every)
     for row in rows:
-        upto = row.id
-        name = key(metric_name(row))
-        mark = changed.get(name) or marks.get(name) or Mark(row.attempt)
-        if row.attempt > mark.attempt:
-            mark = Mark(row.attempt, before=mark.highest, highest=mark.highest)
-        if row.step > mark.before:
-            time_ms = row.time_ns // 1_000_000
-            if row.scope == TRAIN and row.batch >= 0:
-                points += _means(thinned.add(name, row.step, time_ms, row.value))
+        upto, attempt, scope, _, batch, step, own, value, time_ns, _ = row
+        of_batch = batch >= 0 and scope == TRAIN
+        name = names.get((scope, of_batch, own))
+        if name is None:
+            name = names[scope, of_batch, own] = key(metric_name(row))
+        mark = changed.get(name)
+        if mark is None:
+            mark = changed[name] = marks.get(name) or Mark(attempt)
+            highest[name] = mark.highest
+        if attempt > mark.attempt:
+            mark = changed[name] = Mark(attempt, before=highest[name])
+        if step > mark.before:
+            if of_batch:
+                complete = thinned.add(name, step, time_ns // 1_000_000, value)
+                if complete:
+                    points += _means(complete)
             else:
-                points.append(Point(name, row.step, time_ms, row.value))
-        changed[name] = replace(mark, highest=max(mark.highest, row.step))
-    return Flight(upto, tuple(points), changed, thinned.open) if upto else None
+                points.append(Point(name, step, time_ns // 1_000_000, value))
+        if step > highest[name]:
+            highest[name] = step
+    reached = {name: replace(mark, highest=highest[name]) for name, mark in changed.items()}
+    return Flight(upto, tuple(points), reached, thinned.open) if upto else None
 
 
 def close_windows(upto: int, windows: Mapping[str, Window]) -> Flight | None:
@@ -394,7 +405,7 @@ def _read(path: Path, mode: str) -> OutboxView:
 
 
 def _text(windows: Mapping[str, Window]) -> str:
-    return json.dumps({key: [w.step, w.time_ms, w.total, w.count] for key, w in windows.items()})
+    return json.dumps({key: list(w) for key, w in windows.items()})
 
 
 def _windows(text: str) -> dict[str, Window]:

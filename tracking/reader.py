@@ -43,6 +43,7 @@ __all__ = ["Journal"]
 _PAGE = 4096  # transitions, or rows of values, a read transaction: short ones let the writer's WAL be emptied
 _MANY = 65536  # of the transitions where little is read of each
 _LATEST = 512  # frames of the recorder: more than are usually not in the journal yet
+_NEWEST = 16  # frames: enough for the newest transition of a scope, unless another one's follow it
 
 _PACKED = f"""
     SELECT packed.seq, packed.attempt, scopes.name, packed.epoch, packed.batch, packed.word, attempts.kept_until
@@ -203,6 +204,11 @@ class Journal:
 
     def last_transition(self, scope: str = TRAIN, *, live: bool = True) -> Transition | None:
         """The newest transition of `scope` that is not superseded; None if there is none. Takes no scan."""
+        view = self._recorder(_NEWEST) if live else None
+        if view is not None and not view.damaged and self._is_open(view.attempt):
+            for record in reversed(view.records):
+                if view.scopes[record.scope] == scope:
+                    return _from_record(record, view)
         # The recorder first, then how far the journal goes: what is drained meanwhile is in the rows.
         view, drained = (self._recorder(_LATEST) if live else None), self.newest_seq()
         if view is not None and view.records and view.records[0].seq > drained + 1:

@@ -116,6 +116,7 @@ class Shipment:
         self._pace = Pace()
         self._busy_since: float | None = None
         self._every = self._most_every = 1
+        self._more = False
         self._at_once = at_once
         self._refused: set[str] = set()
         self._next_tags = self._next_heartbeat = 0.0
@@ -342,11 +343,13 @@ class Shipment:
         self._outbox.arrived(flight, refused)
         self._busy_since = time.monotonic()
         self._pace.took(len(flight.points), self._busy_since - began)
-        return True
+        # What a training has measured meanwhile waits for the next time: few points take as long as many.
+        return self._more or self._at_once or attempt.outcome is not None
 
     def _next_flight(self) -> Flight | None:
         limit = min(_MOST_ROWS, self._at_server.most_points * self._every)
         rows = list(self._journal.metrics(after=self._outbox.cursor, limit=limit))
+        self._more = len(rows) == limit
         if not rows:
             return None
         self._every = self._pace_for(rows)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # a trainer imports this module to start the process, and nee
 
 __all__ = ["DeliveryStatus", "NotTrackedError", "SyncReport", "start_shipper", "status", "sync"]
 
-_PERIOD_S = 0.5
+_PERIOD_S = 1.0
 _log = logging.getLogger("interlock.shipper")
 
 
@@ -317,9 +317,10 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
     """Deliver until the run is over (or, unless `stay`, until there is nothing left); is all delivered?"""
     watch = _Watch(run, journal, target.token)
     from tracking.shipment import Shipment
+    from tracking.thrift import Thrift
 
     shipment = Shipment(run, target, outbox, journal, _notice, at_once=not stay)
-    roads = _Roads(shipment, target.patience_s)
+    roads, thrift = _Roads(shipment, target.patience_s), Thrift()
     told = ""
     try:
         while True:
@@ -328,12 +329,15 @@ def _ship(run: RunFolder, target: Target, journal: Journal, outbox: Outbox, *, s
                 return True
             over = attempt.outcome is not None
             roads.hurry(over or not stay)
-            moved = roads.move(attempt)
+            due = over or not stay or not roads.open or thrift.due
+            moved = due and roads.move(attempt)
             if roads.trouble != told:
                 told = roads.trouble
                 outbox.note(trouble=told)
             if moved:
                 continue
+            if due:
+                thrift.rest()
             if roads.open and not over and not stay and _trains(run):
                 return True
             if roads.open and over and roads.values.call(shipment.conclude, attempt):

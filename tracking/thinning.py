@@ -2,15 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 __all__ = ["Pace", "Window", "Windows"]
 
 _HORIZON_S = 20.0
 _CATCH_UP_S = 600.0
 _MOST_A_SECOND = 2000.0
-_STEADY_A_SECOND = 50.0
+_STEADY_A_SECOND = 25.0
 _FIRST = 10_000
 _FEWEST_A_SECOND = 10.0
 _LARGEST = 2**20
@@ -18,23 +18,18 @@ _NEARLY = 0.99  # a rate is measured in whole values
 _TELLING = 200  # points: sendings of fewer say more about the way to the server than about the server
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Values of one metric that will be one point: their mean, at the last one's step and time."""
 
     step: int
     time_ms: int
     total: float
-    count: int
+    number: int
 
     @property
     def mean(self) -> float:
         """A single value is itself, bit for bit."""
-        return self.total / self.count
-
-    def with_value(self, step: int, time_ms: int, value: float) -> "Window":
-        """The window when this value is in it too."""
-        return Window(max(self.step, step), max(self.time_ms, time_ms), self.total + value, self.count + 1)
+        return self.total / self.number
 
 
 class Windows:
@@ -48,24 +43,30 @@ class Windows:
         self._every = every
         self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
 
-    def add(self, name: str, step: int, time_ms: int, value: float) -> Iterator[tuple[str, Window]]:
+    def add(self, name: str, step: int, time_ms: int, value: float) -> Sequence[tuple[str, Window]]:
         """Put a value into its window; gives the windows that are complete."""
-        if step > self._edge:
-            yield from self._passed(step)
-        found = self.open.pop(name, None)
-        window = found.with_value(step, time_ms, value) if found else Window(step, time_ms, value, 1)
-        if step % self._every == 0:
-            yield name, window
+        complete = self._passed(step) if step > self._edge else ()
+        found = self.open.get(name)
+        if found is None:
+            window = Window(step, time_ms, value, 1)
         else:
-            self.open[name] = window
-            self._edge = min(self._edge, self._end(window.step))
+            last, last_ms, total, number = found
+            window = Window(max(last, step), max(last_ms, time_ms), total + value, number + 1)
+        if step % self._every == 0:
+            self.open.pop(name, None)
+            return (*complete, (name, window))
+        self.open[name] = window
+        if found is None:
+            self._edge = min(self._edge, self._end(step))
+        return complete
 
-    def _passed(self, step: int) -> Iterator[tuple[str, Window]]:
+    def _passed(self, step: int) -> Sequence[tuple[str, Window]]:
         """The windows that end before `step`: their metric is not of every batch."""
-        for name, window in list(self.open.items()):
-            if self._end(window.step) < step:
-                yield name, self.open.pop(name)
+        passed = [(name, window) for name, window in self.open.items() if self._end(window.step) < step]
+        for name, _ in passed:
+            del self.open[name]
         self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
+        return passed
 
     def _end(self, step: int) -> int:
         return -(-step // self._every) * self._every
@@ -79,7 +80,7 @@ class Pace:
 
     That is: what a training measures in a second (on average over the last twenty seconds), and a six-hundredth of what
     waits, are then no more points than 2,000, and no more than half of what the server was seen to take in a
-    second; and, once a run has measured 10,000 values, what it measures is no more points than 50 a second, because a
+    second; and, once a run has measured 10,000 values, what it measures is no more points than 25 a second, because a
     point costs some 0.1 ms of processor time, and charts show a few hundred. Up to there every batch is a point.
     """
 

@@ -38,6 +38,9 @@ _REPORTS_EVERY_S = 60.0
 _LONGEST_EXPORT_S = 1800.0
 _GLANCE_S = 0.2  # how long to wait at a time for a process that makes something
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
+_OF_A_PROCESSOR = (
+    200  # and making reports, which takes longer the longer the run is, that part of a processor
+)
 
 
 def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoint]:
@@ -121,23 +124,28 @@ class Uploads:
         """Whether other checkpoints are there than were told of last; set by `step`, cleared by who tells."""
         self._told: set[str] = set()
         self._job: _Job | None = None
+        self._at_once = at_once
         wait = 0.0 if at_once else 1.0
         self._next_round = time.monotonic() + wait * _ROUND_EVERY_S
         # The next machine is to know of the attempts of one that a run was brought to, however short they are.
         self._next_reports = time.monotonic() + wait * _REPORTS_EVERY_S * (fetched(run) is None)
         self._next_own = 0.0
+        self._children_s = _children_s()
         self._journal_upto = -1
         self._drop()
 
     def step(self, server: Delivery, attempt: Attempt) -> bool:
-        """Upload one file, or remove one checkpoint that is neither best nor last any more; was there one?"""
+        """Upload one file, or remove one checkpoint that is neither best nor last any more; was there one?
+
+        Where something is still being made, False while the run trains: there is time until the next call.
+        """
         if self._job is None:
             self._job = self._next_job(attempt)
         job = self._job
         if job is None:
             return self._prune(server)
         if job.maker is not None and not self._made(job, job.maker):
-            return True
+            return self._at_once or attempt.outcome is not None
         if job.path == MODEL:
             self._deliver_model(server, job)
             return True
@@ -199,7 +207,8 @@ class Uploads:
         if job.path == _REPORTS:
             if job.attempt:
                 self._outbox.note(reports_sent=job.attempt)
-            self._next_reports = now + max(_REPORTS_EVERY_S, pause)
+            made_s, self._children_s = _children_s() - self._children_s, _children_s()
+            self._next_reports = now + max(_REPORTS_EVERY_S, pause, _OF_A_PROCESSOR * made_s)
         elif job.path == _OWN:
             self._next_own = now + max(_OWN_EVERY_S, pause)
         else:
@@ -351,6 +360,12 @@ class Uploads:
         self._outbox.artifact_sent(MODEL, sum(file.stat().st_size for file in files.rglob("*")))
         shutil.rmtree(folder, ignore_errors=True)
         self._drop()
+
+
+def _children_s() -> float:
+    """The processor time of processes that this one had and that have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 def _pin(folder: Path, stage: Path) -> None:
