@@ -311,8 +311,9 @@ class LateTrainingWork(LateWork, TrainingWork):
     def _take_judgement(self, loss: Array) -> None:
         self._finite = self._finite and math.isfinite(loss[0])
 
-    def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
+    def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         total, each = torch.zeros((), device=self.device), None
+        grads = numerics.gradients(optimizer)
         if grads:
             total, each = numerics.norms(grads, to_clip=self._clip_grad_norm is not None)
         flag = self._flag()

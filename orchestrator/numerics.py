@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "gradients",
     "nonfinite_counts",
     "norm",
+    "norm_to_clip",
     "norms",
     "rescale",
     "step_unless",
@@ -100,23 +102,62 @@ def gradients(optimizer: Optimizer) -> list[Tensor]:
 _grad, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 
 
-def norm(grads: list[Tensor], *, to_clip: bool = True) -> tuple[Tensor, float]:
-    """The 2-norm over all gradients, in their own precision.
+def norm(optimizer: Optimizer) -> float:
+    """The 2-norm over the gradients of `optimizer`, in their own precision.
 
-    As a tensor without dimensions, and as a number. `to_clip`: bit for bit `torch.nn.utils.get_total_norm`, by which
-    others clip; else what takes the least time may differ from it in the last bits. Where it overflows though every
-    gradient is finite, it is taken again in double precision.
+    What takes the least time, so its last bits may differ from `norm_to_clip`'s, which is taken where it overflows.
+    """
+    value = _norm_in_place(optimizer)
+    return norm_to_clip(gradients(optimizer))[1] if value is None else value
+
+
+def norm_to_clip(grads: list[Tensor]) -> tuple[Tensor, float]:
+    """The 2-norm over all gradients, in their own precision: bit for bit `torch.nn.utils.get_total_norm`.
+
+    As a tensor without dimensions, and as a number. Where it overflows though every gradient is finite, it is taken
+    again in double precision.
     """
     if not grads:
         return torch.zeros(()), 0.0
-    total = None if to_clip else _norm_of_few(grads)
-    if total is None:
-        total, _ = norms(grads, to_clip=True)
+    total, _ = norms(grads, to_clip=True)
     value = total.item()
     if not math.isfinite(value):
         total = torch.nn.utils.get_total_norm([grad.double() for grad in grads])
         value = total.item()
     return total, value
+
+
+def _norm_in_place(optimizer: Optimizer) -> float | None:
+    """The norm of plain dense gradients of single precision on the processor; None of others, or where it overflows.
+
+    Few elements are copied into one tensor, which takes less than a product of each.
+    """
+    grads: list[Tensor] = []
+    for group in optimizer.param_groups:
+        grads += map(_grad, group["params"])
+    if set(map(type, grads)) != _PLAIN or not grads[0].is_cpu:
+        return None
+    try:
+        if sum(map(Tensor.numel, grads)) <= _FEW:
+            together = torch._C._nn.flatten_dense_tensors(grads)
+            square = together.dot(together)
+            if square.dtype is not torch.float32:
+                return None
+            # Rounded, so that it is what comes late from a device.
+            found: float = _SINGLE.unpack(_SINGLE.pack(math.sqrt(square.item())))[0]
+            return found if math.isfinite(found) else None
+        squares = 0.0
+        for grad in grads:
+            if grad.dtype is not torch.float32:
+                return None
+            flat = grad.view(-1)
+            squares += flat.dot(flat).item()
+    except RuntimeError:  # sparse, not contiguous, or of several devices
+        return None
+    return math.sqrt(squares) if math.isfinite(squares) else None
+
+
+_SINGLE = struct.Struct("f")
 
 
 def norms(grads: list[Tensor], *, to_clip: bool) -> tuple[Tensor, Tensor | None]:
@@ -133,15 +174,17 @@ def norms(grads: list[Tensor], *, to_clip: bool) -> tuple[Tensor, Tensor | None]
 
 
 def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
-    """The norm of plain tensors of one device, of which a copy costs less than a norm of each; None of others."""
+    """The norm of plain tensors of one device and single precision, so few that a copy costs less; None of others."""
     if sum(map(Tensor.numel, grads)) > _FEW or set(map(type, grads)) != _PLAIN:
         return None
     try:
         together: Tensor = torch._C._nn.flatten_dense_tensors(grads)
     except RuntimeError:
         return None
-    total: Tensor = torch.linalg.vector_norm(together)
-    return total
+    if together.dtype is not torch.float32:
+        return None
+    # A square root in single precision is not rounded right where MKL's is taken, so not what `_norm_in_place` finds.
+    return together.dot(together).double().sqrt_().float()
 
 
 _FEW, _PLAIN = 2**15, {Tensor}

@@ -491,14 +491,18 @@ class TrainingWork(BatchWork):
         optimizer, scaler = self.phases[self.phase].optimizer, self.precision.scalers[self.phase]
         if scaler is not None:
             scaler.unscale_(optimizer)
-        grads = numerics.gradients(optimizer)
-        numerics.rescale(grads, self._correction())
-        self._apply(optimizer, scaler, grads)
+        correction = self._correction()
+        if correction != 1.0:
+            numerics.rescale(numerics.gradients(optimizer), correction)
+        self._apply(optimizer, scaler)
         self.window.clear()
         self.situation.pending = False
 
-    def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, grads: list[Tensor]) -> None:
-        total, norm = numerics.norm(grads, to_clip=self._clip_grad_norm is not None)
+    def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        if self._clip_grad_norm is None:
+            norm = numerics.norm(optimizer)
+        else:
+            total, norm = numerics.norm_to_clip(numerics.gradients(optimizer))
         self.skipped = not (math.isfinite(norm) and self.window.finite)
         if self.skipped:
             self._skip(scaler is not None)

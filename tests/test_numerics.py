@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import trainings
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
 from orchestrator.errors import NonFiniteAgainError
-from orchestrator.numerics import backward, norm, update, zero
+from orchestrator.numerics import backward, norm, norm_to_clip, update, zero
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -120,7 +120,7 @@ def test_non_finite_gradients_under_a_finite_loss(tmp_path: Path) -> None:
 
 
 def test_a_norm_that_overflows_is_taken_again_in_double() -> None:
-    total, _ = norm([torch.full((4,), 3e38)])
+    total, _ = norm_to_clip([torch.full((4,), 3e38)])
     assert float(total) == pytest.approx(6e38)
 
 
@@ -159,7 +159,7 @@ def test_clipping_bounds_the_norm(tmp_path: Path) -> None:
 
     @trainer.after(Trigger.STEP)
     def _look() -> None:
-        norms.append(norm([p.grad for p in trainer.model.parameters()])[1])
+        norms.append(norm(trainer.optimizers[0]))
 
     history = trainer.fit().history
     assert max(norms) <= 1e-3 * (1 + 1e-5)
@@ -174,7 +174,7 @@ def test_the_norm_is_that_of_torch_bit_for_bit(kinds: list[torch.dtype]) -> None
         grads = [
             torch.randn(size, number + 1).to(kinds[number % len(kinds)]) for number in range(size % 7 + 1)
         ]
-        assert torch.equal(norm(grads)[0], torch.nn.utils.get_total_norm(grads))
+        assert torch.equal(norm_to_clip(grads)[0], torch.nn.utils.get_total_norm(grads))
 
 
 @pytest.mark.parametrize(
@@ -185,12 +185,39 @@ def test_the_norm_that_nobody_clips_by_is_the_same_but_for_rounding(
     kinds: list[torch.dtype], size: int
 ) -> None:
     grads = [torch.randn(size, size + number).to(kinds[number % len(kinds)]) for number in range(4)]
-    found = norm(grads, to_clip=False)[1]
+    found = norm(optimizer_of(grads))
     coarsest = max(torch.finfo(kind).eps for kind in kinds)
     exact = torch.nn.utils.get_total_norm([grad.double() for grad in grads]).item()
     assert found == pytest.approx(exact, rel=4 * coarsest)
-    assert norm([*grads, torch.tensor([math.nan])], to_clip=False)[1] != found
-    assert norm([torch.full((size,), 1e30)] * 2, to_clip=False)[1] == pytest.approx(1e30 * (2 * size) ** 0.5)
+    assert norm(optimizer_of([grad.T for grad in grads])) == pytest.approx(exact, rel=4 * coarsest)
+    assert norm(optimizer_of([*grads, None])) == pytest.approx(exact, rel=4 * coarsest)
+    assert norm(optimizer_of([grads[0]], [grads[1]], grads[2:])) == pytest.approx(exact, rel=4 * coarsest)
+    assert not math.isfinite(norm(optimizer_of([*grads, torch.tensor([math.nan])])))
+    assert not math.isfinite(norm(optimizer_of([*grads, torch.tensor([-math.inf])])))
+    huge = [torch.full((size * size,), 1e30)] * 2
+    assert norm(optimizer_of(huge)) == pytest.approx(1e30 * (2 * size * size) ** 0.5)
+
+
+def optimizer_of(*groups: list[torch.Tensor | None]) -> torch.optim.Optimizer:
+    """An optimizer of parameters with these gradients."""
+    found = []
+    for grads in groups:
+        parameters = [nn.Parameter(torch.zeros(1 if grad is None else grad.shape)) for grad in grads]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.data = parameter.data.to(grad.dtype)
+            parameter.grad = grad
+        found.append({"params": parameters})
+    return torch.optim.SGD(found, lr=0.1)
+
+
+def test_the_norm_of_sparse_gradients() -> None:
+    grads = [torch.randn(3, 4), torch.sparse_coo_tensor([[1, 1, 4]], torch.ones(3, 2), (6, 2))]
+    assert norm(optimizer_of(grads)) == pytest.approx((grads[0].square().sum() + 2 * 4 + 2).sqrt().item())
+
+
+def test_nothing_has_a_norm_of_zero() -> None:
+    assert norm(optimizer_of([None, None])) == 0.0
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

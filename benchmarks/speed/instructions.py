@@ -47,11 +47,11 @@ def chosen(options: argparse.Namespace) -> dict[str, Callable[[int], object]]:
 
         return {name.split(",")[0]: run for name, run in contenders().items()}
     import torch
-    from training import CONTENDERS, Stamped
+    from training import CONTENDERS, network
 
     def train(name: str, batches: int) -> None:
         data = [(torch.randn(options.size, 64), torch.randint(10, (options.size,)))] * batches
-        CONTENDERS[name](Stamped(options.width, batches, 1, options.convolutions), data)
+        CONTENDERS[name](network(options.width, options.convolutions), data, 1)
 
     names = {
         "bare loop": "bare loop",

@@ -32,21 +32,18 @@ PARTS = {
     "Orchestration alone": ["dispatch.py"],
     "Orchestration alone, instructions": ["instructions.py"],
     "Orchestration alone, part by part": ["parts.py"],
-    "Real training": ["training.py", "--rounds", "3"],
-    "Real training, instructions": ["instructions.py", "--training", "--batches", "300", "--rounds", "1"],
+    "Real training": ["training.py"],
+    "Real training, instructions": ["instructions.py", "--training", "--rounds", "1"],
     "Real training, 5 ms a step": [
-        "training.py",
-        *("--width", "4096", "--size", "128", "--batches", "400", "--rounds", "3"),
+        *("training.py", "--width", "4096", "--size", "128"),
+        *("--only", "norm", "not tracked", "Ignite", "Lightning, no logging", "each step"),
     ],
-    "Real training, 5 ms a step, half a minute later": [
-        "training.py",
-        *("--width", "4096", "--size", "128", "--batches", "5600", "--warm", "3600", "--rounds", "2"),
-        *("--only", "norm", "interlock", "Ignite"),
+    "Real training, 5 ms a step, everything on": [
+        *("training.py", "--width", "4096", "--size", "128"),
+        *("--only", "everything", "--turn", "20", "--turns", "1", "--rounds", "5"),
     ],
     "Real training, convolutions": [
-        "training.py",
-        *("--convolutions", "--width", "32", "--size", "24"),
-        *("--batches", "1000", "--warm", "300", "--rounds", "5"),
+        *("training.py", "--convolutions", "--width", "32", "--size", "24"),
         *("--only", "norm", "not tracked", "Ignite"),
     ],
     "Real training, convolutions, instructions": [
@@ -63,7 +60,7 @@ PARTS = {
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
     "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
-    "Real training": ["--batches", "200", "--rounds", "1"],
+    "Real training": ["--rounds", "1", "--turns", "1"],
     "Validation": ["--batches", "300", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Checkpoints, in a training": ["--megabytes", "50", "--rounds", "1"],

@@ -1,9 +1,15 @@
 """Real training on the processor, one thread: what each batch costs beside a bare loop that reads its loss.
 
-The bare loop and the contenders train the same network on the same batches, which are in memory. A batch is timed
-from one forward to another: what comes before the first batch and after the last is
-measured elsewhere. interlock keeps its journal and its metrics; "everything on" delivers them to a local
-MLflow store too, by a process whose time counts as well. The others are at their defaults but for what is named.
+The bare loop and the contenders train the same network on the same batches, which are in memory. All are alive at once,
+each in a thread of its own, and one trains at a time: a turn, from one forward to another, between two turns of the
+bare loop, with whose mean it is compared. So what a machine that is busy with other things does from one minute to
+the next, it does to both; what comes before the first turn and after the last is measured elsewhere. A round has
+several turns of each, of which medians are taken; medians, least and most are of those of the rounds. A turn is
+longer than the quarter of a second after which interlock's journal is written, so none goes without.
+
+interlock keeps its journal and its metrics; "everything on" delivers them to a local MLflow store too, by a process
+that stands still when it is not its turn, whose time is among the machine's. The others are at their defaults but for
+what is named.
 
 The C library keeps the memory that is freed (but for --trim): by default it gives the gradients' memory back to the
 system at each batch or never, as its heap happens to lie, and any contender pays several hundred page faults a batch
@@ -16,52 +22,38 @@ import argparse
 import contextlib
 import logging
 import os
+import statistics
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain, repeat
 
 import psutil
 import torch
-from measuring import Cost, alternate, arguments, compared, installed, keep_memory, report
+from measuring import Figure, Row, arguments, installed, keep_memory, report
 from torch import nn
 
 from orchestrator import MLflow, Trainer, seed_everything
 
-
-class Stamped(nn.Module):
-    """The network; notes the time at a first forward, the `warm`th, and at the last."""
-
-    def __init__(self, width: int, batches: int, warm: int, convolutions: bool) -> None:
-        super().__init__()
-        seed_everything(1)
-        if convolutions:
-            self.layers = nn.Sequential(
-                *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, width, 3, padding=1), nn.ReLU()),
-                *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
-                *(nn.Flatten(), nn.Linear(16 * width, 10)),
-            )
-        else:
-            self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
-        self.calls, self.batches, self.warm = 0, batches, warm
-        self.cost = Cost()
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if self.calls == self.warm:
-            self.began = now()
-        elif self.calls == self.batches:
-            self.cost = Cost(
-                *((b - a) / (self.batches - self.warm) * 1e6 for a, b in zip(self.began, now(), strict=True))
-            )
-        return self.layers(inputs)
+MEASURES = ("wall", "cpu", "machine")
+DIFFERENT = 64
+"""Batches that are not the same; an epoch has them many times."""
 
 
-def now() -> tuple[float, float, float]:
-    """Seconds: of the clock, of this process's threads, and of all the machine's processors."""
-    machine = psutil.cpu_times()
-    return time.perf_counter(), time.process_time(), machine.user + machine.nice + machine.system
+def network(width: int, convolutions: bool) -> nn.Module:
+    """What is trained."""
+    seed_everything(1)
+    if convolutions:
+        return nn.Sequential(
+            *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, width, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+            *(nn.Flatten(), nn.Linear(16 * width, 10)),
+        )
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -80,9 +72,9 @@ class Loader:
         return len(self.batches)
 
 
-def bare(model: Stamped, batches: Batches, *, looks: bool = False) -> None:
+def bare(model: nn.Module, batches: Batches, epochs: int, *, looks: bool = False) -> None:
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
-    for inputs, targets in batches:
+    for inputs, targets in chain.from_iterable(repeat(batches, epochs)):
         optimizer.zero_grad()
         loss = loss_fn(model(inputs), targets)
         loss.backward()
@@ -92,21 +84,24 @@ def bare(model: Stamped, batches: Batches, *, looks: bool = False) -> None:
         loss.item()
 
 
-def interlock(model: Stamped, batches: Batches, *, tracked: bool) -> None:
-    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
+def interlock(model: nn.Module, batches: Batches, epochs: int, *, tracked: bool) -> None:
+    with tempfile.TemporaryDirectory() as root:
         track = MLflow(f"sqlite:///{root}/mlflow.db", patience_s=0.0) if tracked else None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        Trainer(
-            model, optimizer, nn.CrossEntropyLoss(), batches, epochs=1,
-            log=None, track=track, checkpoint=None, root=root,
-        ).fit()  # fmt: skip
-        while tracked and any(
-            root in " ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])
-        ):
-            time.sleep(0.2)  # its shipper
+        try:
+            Trainer(
+                model, optimizer, nn.CrossEntropyLoss(), batches, epochs=epochs,
+                log=None, track=track, checkpoint=None, root=root,
+            ).fit()  # fmt: skip
+        finally:
+            while tracked and any(
+                root in " ".join(process.info["cmdline"] or [])
+                for process in psutil.process_iter(["cmdline"])
+            ):
+                time.sleep(0.2)  # its shipper
 
 
-def ignite(model: Stamped, batches: Batches) -> None:
+def ignite(model: nn.Module, batches: Batches, epochs: int) -> None:
     from ignite.engine import Engine, Events
 
     optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
@@ -121,10 +116,10 @@ def ignite(model: Stamped, batches: Batches) -> None:
     engine = Engine(update)
     engine.add_event_handler(Events.ITERATION_STARTED, lambda: None)
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: None)
-    engine.run(batches, max_epochs=1)
+    engine.run(batches, max_epochs=epochs)
 
 
-def lightning(model: Stamped, batches: Batches, *, logger: str) -> None:
+def lightning(model: nn.Module, batches: Batches, epochs: int, *, logger: str) -> None:
     import lightning
 
     class Module(lightning.LightningModule):
@@ -141,20 +136,20 @@ def lightning(model: Stamped, batches: Batches, *, logger: str) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(model.parameters(), lr=0.1)
 
-    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
+    with tempfile.TemporaryDirectory() as root:
         chosen: object = False
         if logger == "csv":
             chosen = lightning.pytorch.loggers.CSVLogger(root)
         elif logger == "mlflow":
             chosen = lightning.pytorch.loggers.MLFlowLogger(tracking_uri=f"sqlite:///{root}/mlflow.db")
         lightning.Trainer(
-            accelerator="cpu", devices=1, max_epochs=1, logger=chosen, log_every_n_steps=1, default_root_dir=root,
+            accelerator="cpu", devices=1, max_epochs=epochs, logger=chosen, log_every_n_steps=1, default_root_dir=root,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         ).fit(Module(), Loader(batches))  # fmt: skip
 
 
 BARE = "bare loop"
-CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
+CONTENDERS: dict[str, Callable[[nn.Module, Batches, int], None]] = {
     BARE: bare,
     "bare loop, with torch's norm of the gradients": partial(bare, looks=True),
     "interlock, not tracked": partial(interlock, tracked=False),
@@ -166,19 +161,125 @@ CONTENDERS: dict[str, Callable[[Stamped, Batches], None]] = {
 }
 
 
-def cost(run: Callable[[Stamped, Batches], None], options: argparse.Namespace) -> Cost:
-    """What a batch costs a contender, the first ones left out."""
-    model = Stamped(options.width, options.batches, options.warm, options.convolutions)
-    shape = (options.size, 64)
-    batches = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(options.batches)]
-    run(model, batches)
-    return model.cost
+class Finished(Exception):
+    """Everything is measured: a training that would go on for long ends."""
+
+
+class Turns(nn.Module):
+    """A contender's network, whose `forward` goes on only while it is the contender's turn."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+        self.batches, self.until, self.over = 0, 0.0, False
+        self.begin, self.end = threading.Semaphore(0), threading.Semaphore(0)
+        self.began = self.ended = now()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if time.perf_counter() >= self.until:
+            self.ended = now()
+            self.end.release()
+            self.begin.acquire()
+            if self.over:
+                raise Finished
+            self.batches, self.began = 0, now()
+        self.batches += 1
+        return self.layers(inputs)
+
+
+def now() -> tuple[float, float, float]:
+    """Seconds: of the clock, of this process's threads, and of all the machine's processors."""
+    machine = psutil.cpu_times()
+    return time.perf_counter(), time.process_time(), machine.user + machine.nice + machine.system
+
+
+class Contender:
+    """One that takes turns: a thread that trains, and the processes that it has started."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name = name
+        self._network = Turns(network(options.width, options.convolutions))
+        shape = (options.size, 64)
+        different = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(DIFFERENT)]
+        self._batches = different * (options.epoch // DIFFERENT)
+        self._failed: BaseException | None = None
+        self._processes: set[psutil.Process] = set()
+        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._thread.start()
+        self._network.end.acquire()  # its first forward
+
+    def _train(self) -> None:
+        torch.set_num_threads(1)
+        try:
+            with contextlib.suppress(Finished):
+                CONTENDERS[self.name](self._network, self._batches, 2**20)
+        except BaseException as error:
+            self._failed = error
+        self._network.end.release()
+
+    def turn(self, seconds: float) -> list[float]:
+        """Train so long: what a batch took, in microseconds, by each of the measures."""
+        self._each(psutil.Process.resume)
+        before = _processes()
+        network = self._network
+        network.until = time.perf_counter() + seconds
+        network.begin.release()
+        network.end.acquire()
+        if self._failed is not None:
+            raise self._failed
+        self._processes |= _processes() - before
+        self._each(psutil.Process.suspend)
+        return [(b - a) / network.batches * 1e6 for a, b in zip(network.began, network.ended, strict=True)]
+
+    def finish(self) -> None:
+        """End."""
+        self._each(psutil.Process.resume)
+        self._network.over, self._network.until = True, 0.0
+        self._network.begin.release()
+        self._thread.join()
+
+    def _each(self, do: Callable[[psutil.Process], None]) -> None:
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                do(process)
+
+
+def _processes() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Row]:
+    """A row for each contender, of which the first is the bare loop, and measure."""
+    bare, *others = contenders
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    before = bare.turn(options.turn)
+    for number in range(options.rounds + 1):
+        turns: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+        for contender in others * options.turns:
+            own, after = contender.turn(options.turn), bare.turn(options.turn)
+            for at, measure in enumerate(MEASURES):
+                beside = (before[at] + after[at]) / 2
+                one = (own[at], own[at] - beside, own[at] / beside)
+                turns.setdefault((contender.name, measure), []).append(one)
+                turns.setdefault((bare.name, measure), []).append((after[at], 0.0, 1.0))
+            before = after
+        if number:  # the first warms up
+            for key, ones in turns.items():
+                cost, more, times = map(statistics.median, zip(*ones, strict=True))
+                found.setdefault(key, []).append((cost, more, times))
+    rows = []
+    for contender in contenders:
+        for measure in MEASURES:
+            cost, more, times = map(Figure.of, zip(*found[contender.name, measure], strict=True))
+            row = Row(contender.name, cost, "µs a batch", measure)
+            rows.append(row if contender is bare else replace(row, more=more, times=times))
+    return rows
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, batches=2000, rounds=7, width=32, size=32)
+    parser = arguments(__doc__, rounds=7, turns=12, width=32, size=32, epoch=64_000)
+    parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="PART_OF_A_NAME")
-    parser.add_argument("--warm", type=int, default=100, help="batches before the first that is measured")
     parser.add_argument(
         "--trim", action="store_true", help="let the allocator give memory back to the system"
     )
@@ -188,13 +289,17 @@ if __name__ == "__main__":
         keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # Ignite tells of what ends it
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     missing = [peer for peer in ("Ignite", "Lightning") if not installed(peer.lower(), peer)]
-    chosen = {
-        name: partial(cost, run, options)
-        for name, run in CONTENDERS.items()
-        if (name == BARE or any(part in name for part in options.only))
-        and not name.startswith(tuple(missing))
-    }
-    report(compared(alternate(chosen, options.rounds), BARE), options.json)
+    with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
+        contenders = [
+            Contender(name, options)
+            for name in CONTENDERS
+            if (name == BARE or any(part in name for part in options.only))
+            and not name.startswith(tuple(missing))
+        ]
+        rows = alternate(contenders, options)
+        for contender in contenders:
+            contender.finish()
+    report(rows, options.json)
