@@ -34,14 +34,8 @@ PARTS = {
     "Orchestration alone, part by part": ["parts.py"],
     "Real training": ["training.py"],
     "Real training, instructions": ["instructions.py", "--training", "--rounds", "1"],
-    "Real training, 5 ms a step": [
-        *("training.py", "--width", "4096", "--size", "128"),
-        *("--only", "norm", "not tracked", "Ignite", "Lightning, no logging", "each step"),
-    ],
-    "Real training, 5 ms a step, everything on": [
-        *("training.py", "--width", "4096", "--size", "128"),
-        *("--only", "everything", "--turn", "20", "--turns", "1", "--rounds", "5"),
-    ],
+    "Real training, 4 ms a step": ["training.py", "--width", "4096", "--size", "128"],
+    "Real training, 4 ms a step, beside the loop": ["delivering.py"],
     "Real training, convolutions": [
         *("training.py", "--convolutions", "--width", "32", "--size", "24"),
         *("--only", "norm", "not tracked", "Ignite"),
@@ -61,6 +55,7 @@ QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
     "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
     "Real training": ["--rounds", "1", "--turns", "1"],
+    "Real training, 4 ms a step, beside the loop": ["--rounds", "1", "--seconds", "4"],
     "Validation": ["--batches", "300", "--rounds", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Checkpoints, in a training": ["--megabytes", "50", "--rounds", "1"],
