@@ -227,8 +227,10 @@ class Contender:
         network.end.acquire()
         if self._failed is not None:
             raise self._failed
-        self._processes |= _processes() - before
         self._each(psutil.Process.suspend)
+        while new := _processes() - before - self._processes:  # one that stands still starts no other
+            self._processes |= new
+            self._each(psutil.Process.suspend)
         return [(b - a) / network.batches * 1e6 for a, b in zip(network.began, network.ended, strict=True)]
 
     def finish(self) -> None:
