@@ -260,6 +260,24 @@ def test_losses_and_metrics_that_arrive_while_the_journal_is_written(run: RunFol
     assert last == 5_999
 
 
+@pytest.mark.parametrize("batches", [1, 40, 700])
+def test_the_newest_of_a_scope_is_found_behind_any_number_of_another(
+    run: RunFolder, writing: Writing, batches: int
+) -> None:
+    recorder, _writer = writing
+    walk = Walk(recorder).epochs(batches=3)
+    validation = Walk(recorder, scope=1)
+    with Journal.open(run) as journal:
+        for _ in range(2):
+            validation.state = State.IDLE
+            validation.epochs(batches=batches)
+            assert journal.last_transition() == walk.recorded[-1]
+            assert journal.last_transition(SCOPES[1]) == validation.recorded[-1]
+            assert journal.last_transition("validation/other") is None
+            walk.epochs(batches=1)
+            assert journal.last_transition(SCOPES[1]) == validation.recorded[-1]
+
+
 def test_what_is_not_drained_yet_is_read_live(run: RunFolder, writing: Writing) -> None:
     recorder, _writer = writing
     walk = Walk(recorder)

@@ -38,9 +38,8 @@ _REPORTS_EVERY_S = 60.0
 _LONGEST_EXPORT_S = 1800.0
 _GLANCE_S = 0.2  # how long to wait at a time for a process that makes something
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
-_OF_A_PROCESSOR = (
-    200  # and making reports, which takes longer the longer the run is, that part of a processor
-)
+_OF_A_PROCESSOR = 200
+"""Making reports, which takes the longer the longer the run is, takes such a part of a processor while it trains."""
 
 
 def wanted_checkpoints(rows: list[Checkpoint], upload: Upload) -> list[Checkpoint]:
@@ -76,7 +75,8 @@ class _Job:
     """Files on their way, those that are left, each with its folder at the server.
 
     `path` is what they are together; of reports and of the user's own each is one by itself. For reports, `attempt` is
-    the one whose end is in them (0: none), and `maker` the process that makes them, None when it is done.
+    the one whose end is in them (0: none), and `maker` the process that makes them, None when it is done; `children_s`
+    is the processor time of those before.
     """
 
     path: str
@@ -85,6 +85,7 @@ class _Job:
     attempt: int
     began: float
     maker: OneOff | None = None
+    children_s: float = 0.0
 
     @property
     def apart(self) -> bool:
@@ -130,7 +131,6 @@ class Uploads:
         # The next machine is to know of the attempts of one that a run was brought to, however short they are.
         self._next_reports = time.monotonic() + wait * _REPORTS_EVERY_S * (fetched(run) is None)
         self._next_own = 0.0
-        self._children_s = _children_s()
         self._journal_upto = -1
         self._drop()
 
@@ -207,7 +207,7 @@ class Uploads:
         if job.path == _REPORTS:
             if job.attempt:
                 self._outbox.note(reports_sent=job.attempt)
-            made_s, self._children_s = _children_s() - self._children_s, _children_s()
+            made_s = _children_s() - job.children_s
             self._next_reports = now + max(_REPORTS_EVERY_S, pause, _OF_A_PROCESSOR * made_s)
         elif job.path == _OWN:
             self._next_own = now + max(_OWN_EVERY_S, pause)
@@ -294,9 +294,9 @@ class Uploads:
 
     def _reports_job(self, attempt: int) -> _Job:
         """All reports, made anew; `attempt` has ended; 0: none has."""
-        began, stage = time.monotonic(), self._stage()
+        began, spent, stage = time.monotonic(), _children_s(), self._stage()
         maker = OneOff("tracking.artifacts", str(self._run.path), str(stage), output=stage / _FAILURES)
-        return _Job(_REPORTS, [], 0, attempt, began, maker)
+        return _Job(_REPORTS, [], 0, attempt, began, maker, spent)
 
     def _made(self, job: _Job, maker: OneOff) -> bool:
         """Has it been made? What of the reports could not be is said once."""
