@@ -8,8 +8,9 @@ several turns of each, of which medians are taken; medians, least and most are o
 longer than the quarter of a second after which interlock's journal is written, so none goes without.
 
 interlock keeps its journal and its metrics; "everything on" delivers them to a local MLflow store too, by a process
-that stands still when it is not its turn, whose time is among the machine's. The others are at their defaults but for
-what is named.
+that stands still when it is not its turn, whose time is among the machine's. What it does more seldom than every other
+turn, as sending points, is in no median: delivering.py measures that. The others are at their defaults but for what is
+named.
 
 The C library keeps the memory that is freed (but for --trim): by default it gives the gradients' memory back to the
 system at each batch or never, as its heap happens to lie, and any contender pays several hundred page faults a batch
