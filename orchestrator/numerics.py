@@ -128,31 +128,24 @@ def norm_to_clip(grads: list[Tensor]) -> tuple[Tensor, float]:
 
 
 def _norm_in_place(optimizer: Optimizer) -> float | None:
-    """The norm of plain dense gradients of single precision on the processor; None of others, or where it overflows.
-
-    Few elements are copied into one tensor, which takes less than a product of each.
-    """
+    """The norm of plain dense gradients of single precision on the processor; None of others, or where it overflows."""
     grads: list[Tensor] = []
     for group in optimizer.param_groups:
         grads += map(_grad, group["params"])
     if set(map(type, grads)) != _PLAIN or not grads[0].is_cpu:
         return None
+    square = _square_of_few(grads)
+    if square is not None:  # rounded, to be what `_norm_of_few` finds
+        found: float = _SINGLE.unpack(_SINGLE.pack(math.sqrt(square.item())))[0]
+        return found if math.isfinite(found) else None
+    squares = 0.0
     try:
-        if sum(map(Tensor.numel, grads)) <= _FEW:
-            together = torch._C._nn.flatten_dense_tensors(grads)
-            square = together.dot(together)
-            if square.dtype is not torch.float32:
-                return None
-            # Rounded, so that it is what comes late from a device.
-            found: float = _SINGLE.unpack(_SINGLE.pack(math.sqrt(square.item())))[0]
-            return found if math.isfinite(found) else None
-        squares = 0.0
         for grad in grads:
             if grad.dtype is not torch.float32:
                 return None
             flat = grad.view(-1)
             squares += flat.dot(flat).item()
-    except RuntimeError:  # sparse, not contiguous, or of several devices
+    except RuntimeError:  # sparse, or not contiguous
         return None
     return math.sqrt(squares) if math.isfinite(squares) else None
 
@@ -174,17 +167,24 @@ def norms(grads: list[Tensor], *, to_clip: bool) -> tuple[Tensor, Tensor | None]
 
 
 def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
-    """The norm of plain tensors of one device and single precision, so few that a copy costs less; None of others."""
-    if sum(map(Tensor.numel, grads)) > _FEW or set(map(type, grads)) != _PLAIN:
+    """The norm of plain tensors of which there is a `_square_of_few`; None of others."""
+    square = _square_of_few(grads) if set(map(type, grads)) == _PLAIN else None
+    # A square root in single precision is not rounded right where MKL's is taken, so not what `_norm_in_place` finds.
+    return None if square is None else square.double().sqrt_().float()
+
+
+def _square_of_few(grads: list[Tensor]) -> Tensor | None:
+    """The square of the norm of tensors of one device and single precision, so few that they are soon copied into one.
+
+    None of others.
+    """
+    if sum(map(Tensor.numel, grads)) > _FEW:
         return None
     try:
         together: Tensor = torch._C._nn.flatten_dense_tensors(grads)
-    except RuntimeError:
+    except RuntimeError:  # sparse, or of several devices
         return None
-    if together.dtype is not torch.float32:
-        return None
-    # A square root in single precision is not rounded right where MKL's is taken, so not what `_norm_in_place` finds.
-    return together.dot(together).double().sqrt_().float()
+    return together.dot(together) if together.dtype is torch.float32 else None
 
 
 _FEW, _PLAIN = 2**15, {Tensor}

@@ -27,26 +27,22 @@ class Machine:
         self.spent += spent
 
 
-def test_a_pause_is_four_hundred_times_as_long_as_what_delivering_took() -> None:
+@pytest.mark.parametrize(
+    ("spent", "pause"),
+    [
+        pytest.param(0.01, 4.0, id="four hundred times as long as what it took"),
+        pytest.param(4.0, 10.0, id="ten seconds at most"),
+    ],
+)
+def test_how_long_the_pause_after_a_delivery_is(spent: float, pause: float) -> None:
     machine = Machine()
     thrift = Thrift(lambda: machine.now, lambda: machine.spent)
     assert thrift.due
-    machine.passes(0.02, spent=0.01)
+    machine.passes(2 * spent, spent=spent)
     thrift.rest()
-    machine.passes(3.99)
+    machine.passes(pause - 0.01)
     assert not thrift.due
     machine.passes(0.02)
-    assert thrift.due
-
-
-def test_no_pause_is_longer_than_ten_seconds() -> None:
-    machine = Machine()
-    thrift = Thrift(lambda: machine.now, lambda: machine.spent)
-    machine.passes(4.0, spent=4.0)
-    thrift.rest()
-    machine.passes(9.9)
-    assert not thrift.due
-    machine.passes(0.2)
     assert thrift.due
 
 
@@ -68,13 +64,9 @@ def test_looking_whether_the_training_lives_is_counted_too() -> None:
 def test_what_is_measured_during_a_sending_waits_for_the_next_but_at_the_end(
     run: RunFolder, tmp_path: Path
 ) -> None:
-    place = str(tmp_path / "events")
-    target = Target(
-        "tracking.tensorboard_delivery:open_delivery", place, {"folder": place}, "none", 0.0, "", "1"
-    )
     training = Training(run)
     with Outbox.open(run.outbox) as outbox, Journal.open(run) as journal:
-        shipment = Shipment(run, target, outbox, journal, print)
+        shipment = Shipment(run, to_events(tmp_path), outbox, journal, print)
 
         def sendings() -> int:
             """How often `deliver` says that it should be called again, while more is measured each time."""
@@ -102,15 +94,11 @@ def test_reports_are_made_again_when_they_have_become_a_small_part_of_the_time(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tracking.uploads._REPORTS_EVERY_S", 0.0)
-    place = str(tmp_path / "events")
-    target = Target(
-        "tracking.tensorboard_delivery:open_delivery", place, {"folder": place}, "none", 0.0, "", "1"
-    )
     training = Training(run)
     training.batch()
     training.writer.sync()
     with Outbox.open(run.outbox) as outbox, Journal.open(run) as journal:
-        shipment = Shipment(run, target, outbox, journal, print)
+        shipment = Shipment(run, to_events(tmp_path), outbox, journal, print)
         (attempt,) = journal.attempts()
         while shipment.deliver(attempt):
             pass
@@ -123,6 +111,13 @@ def test_reports_are_made_again_when_they_have_become_a_small_part_of_the_time(
         left_s = shipment._uploads._next_reports - time.monotonic()
         assert 200 * made_s - (time.monotonic() - began) < left_s <= 200 * made_s
     training.end()
+
+
+def to_events(folder: Path) -> Target:
+    """Delivery to files of TensorBoard's, which needs no server and no store."""
+    place = str(folder / "events")
+    backend = "tracking.tensorboard_delivery:open_delivery"
+    return Target(backend, place, {"folder": place}, "none", 0.0, "", "1")
 
 
 def children_s() -> float:

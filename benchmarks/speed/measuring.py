@@ -32,11 +32,10 @@ __all__ = [
 
 @dataclass
 class Cost:
-    """Microseconds a batch: by the clock, of processor time of this process, and of the whole machine's."""
+    """Microseconds a batch: by the clock, and of processor time of this process."""
 
     wall: float = 0.0
     cpu: float = 0.0
-    machine: float = 0.0
 
     @classmethod
     @contextmanager
@@ -136,9 +135,8 @@ def beside(values: Mapping[str, Sequence[float]], plain: str | None, unit: str) 
 def compared(costs: Mapping[str, list[Cost]], plain: str) -> list[Row]:
     """What contenders cost a batch, how much more than `plain`, and how many times as much."""
     rows: list[Row] = []
-    for measure in ("wall", "cpu", "machine"):
+    for measure in ("wall", "cpu"):
         values = {name: [getattr(one, measure) for one in found] for name, found in costs.items()}
-        values = {name: found for name, found in values.items() if max(found)}
         for row in beside(values, plain, "µs a batch"):
             more = None
             if row.times is not None:
