@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -670,6 +671,27 @@ def test_a_full_disk_is_survived(run: RunFolder, lease: Lease) -> None:
         assert list(journal.transitions()) == walk.recorded
         assert len(list(journal.metrics())) == 1
         assert "could not be written for a while" in journal.logs()[0].message
+
+
+def test_a_full_disk_is_survived_where_warnings_are_errors(
+    run: RunFolder, lease: Lease, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recorder, writer = begin(run, lease)
+        with writer:
+            walk = Walk(recorder).epochs()
+            writer.sync()
+            pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
+            writer._connection.execute(f"PRAGMA max_page_count = {pages}")
+            walk.epochs(epochs=1, batches=100)
+            with pytest.raises(JournalError, match="full"):
+                writer.sync(timeout_s=0.6)
+            assert "cannot write the journal (database or disk is full)" in capfd.readouterr().err
+            writer._connection.execute("PRAGMA max_page_count = 1000000")
+            writer.sync()
+    with Journal.open(run) as journal:
+        assert list(journal.transitions()) == walk.recorded
 
 
 def test_a_lasting_failure_is_told_in_time_to_halt(run: RunFolder, lease: Lease) -> None:

@@ -12,9 +12,12 @@ Values have columns without a type, so that SQLite gives back the very number (-
 
 import contextlib
 import os
+import re
 import sqlite3
+import sys
 from ctypes import py_object, pythonapi
 from pathlib import Path
+from typing import Any
 
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
@@ -205,7 +208,17 @@ class Connection(sqlite3.Connection):
         if not self.forgotten:
             super().close()
 
+    if (3, 12) <= sys.version_info < (3, 12, 4):
 
+        def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+            """As ever. These releases of Python take ?1 for a placeholder with a name, and warn of values without."""
+            if "?1" in sql and isinstance(parameters, tuple):
+                values = {str(number): value for number, value in enumerate(parameters, 1)}
+                return super().execute(_NUMBERED.sub(r":\1", sql), values)
+            return super().execute(sql, parameters)
+
+
+_NUMBERED = re.compile(r"\?(\d)")
 _not_ours: set[Path] = set()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import sqlite3
+import sys
 import threading
 import time
 import warnings
@@ -248,7 +249,7 @@ class JournalWriter:
             self._turn.notify_all()
         self._thread.join()
         if self.queued and not self._recorder.closed:
-            self._warn(
+            self._tell(
                 f"{self._connection.file}: {self.queued} metrics and messages were lost "
                 f"({self._trouble}); the transitions are in {self._recorder.path.name}, and not lost"
             )
@@ -381,12 +382,19 @@ class JournalWriter:
 
     def _failed(self, error: Exception) -> None:
         if self._trouble is None:
-            self._warn(
+            self._tell(
                 f"{self._connection.file}: cannot write the journal ({error}). Training goes on, and what "
                 "it records is kept in memory for a while: make room on the disk, "
                 "or end the program that holds the file"
             )
         self._trouble = error
+
+    def _tell(self, message: str) -> None:
+        """Warn; where warnings are errors, by a line on standard error: the thread must go on, and closing be done."""
+        try:
+            self._warn(message)
+        except Exception:
+            print(message, file=sys.stderr)
 
     def _recovered(self) -> None:
         if self._trouble is not None:
