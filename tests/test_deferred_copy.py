@@ -161,7 +161,9 @@ def saved(trainer: Trainer) -> dict[int, list[Tensor]]:
 
 def assert_same(one: dict[int, list[Tensor]], other: dict[int, list[Tensor]]) -> None:
     for batches, tensors in one.items():
-        assert all(map(torch.equal, tensors, other[batches])), batches
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(tensors, other[batches], strict=True)), (
+            batches
+        )
 
 
 @pytest.fixture
@@ -189,6 +191,7 @@ def thread_gets_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Deferred, "work_through", starved)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("starved", [False, True])
 def test_each_checkpoint_has_the_state_of_its_boundary(
     starved: bool, request: pytest.FixtureRequest, observed: list[Deferred], tmp_path: Path
@@ -204,6 +207,7 @@ def test_each_checkpoint_has_the_state_of_its_boundary(
     assert_same(found, records.found)
 
 
+@pytest.mark.device
 def test_an_optimizer_that_updates_in_backward_is_copied_at_once(
     observed: list[Deferred], tmp_path: Path
 ) -> None:
@@ -223,6 +227,7 @@ def test_an_optimizer_that_updates_in_backward_is_copied_at_once(
     assert_same(saved(trainer), records.found)
 
 
+@pytest.mark.device
 @pytest.mark.usefixtures("thread_gets_no_turn")
 def test_a_save_whose_state_changed_meanwhile_is_made_at_the_next_boundary(
     observed: list[Deferred], tmp_path: Path
@@ -253,6 +258,7 @@ def test_a_save_whose_state_changed_meanwhile_is_made_at_the_next_boundary(
         assert any("was not made" in line.message for line in journal.logs())
 
 
+@pytest.mark.device
 def test_between_transitions_that_are_fired_one_by_one_nothing_is_left_to_copy(
     observed: list[Deferred], tmp_path: Path
 ) -> None:

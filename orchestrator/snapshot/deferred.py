@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.snapshot.from_devices import UnderWay
 from orchestrator.snapshot.tensor_file import memory
 
 __all__ = ["Deferred", "Due", "can_wait"]
@@ -31,13 +32,16 @@ class Due(NamedTuple):
 
 
 def can_wait(tensor: Tensor) -> bool:
-    """Whether `tensor` can be copied piece by piece, and it is worth it, and torch counts what is written to it."""
-    return tensor.is_cpu and tensor.nbytes >= _LEAST and tensor.is_contiguous() and not tensor.is_inference()
+    """Whether `tensor` can be copied later, and it is worth it, and torch counts what is written to it."""
+    if tensor.nbytes < _LEAST or tensor.is_inference():
+        return False
+    return tensor.is_cuda or (tensor.is_cpu and tensor.is_contiguous())
 
 
 class Deferred:
     """Copies of some tensors, made by who has time: the thread that will write them, or the loop where it must wait.
 
+    Those from devices are `under_way`: the thread waits for them, the loop lets the devices wait.
     `work_through` is for the thread: it returns when all are complete. `finish` is for the loop, before the tensors
     are written to, and helps. Each of both may be broken off by an exception: what it had begun is done again.
 
@@ -46,10 +50,13 @@ class Deferred:
     are there already, and `finish` only sees whether that would have happened.
     """
 
-    def __init__(self, due: Sequence[Due], *, made: bool = False) -> None:
+    def __init__(
+        self, due: Sequence[Due], under_way: Sequence[UnderWay] = (), *, made: bool = False
+    ) -> None:
         self.made = made
+        self._under_way = under_way
         self._versions = [(one.path, one.tensor, one.tensor._version) for one in due]
-        self._open = {} if made else dict(enumerate(_pieces(due)))
+        self._open = {} if made else dict(enumerate(_pieces(one for one in due if one.tensor.is_cpu)))
         self._left = deque(self._open)
         self._lock = threading.Lock()
         self._complete = threading.Event()
@@ -58,12 +65,15 @@ class Deferred:
     def work_through(self) -> None:
         """Copy whatever nobody else does, and wait for the rest."""
         try:
+            for copies in self._under_way:
+                copies.wait()
             while True:
                 while (taken := self._take()) is not None:
                     number, (place, tensor) = taken
                     # Not by torch, which would want several threads for it, beside those of the training.
                     np.copyto(np.asarray(memory(place)), np.asarray(memory(tensor)))
                     self._done(number)
+                self._done()
                 if self._complete.wait(_PATIENCE_S):
                     return
                 # The loop takes long, or was broken off: the same is copied once more. Not the other way round: a copy
@@ -76,7 +86,9 @@ class Deferred:
             raise
 
     def finish(self) -> None:
-        """Help with what is left, and wait until all of it is complete."""
+        """Help with what is left, and wait until all of it is complete; for devices, let them wait."""
+        for copies in self._under_way:
+            copies.hold_up()
         while (taken := self._take()) is not None:
             number, (place, tensor) = taken
             place.copy_(tensor)
@@ -107,7 +119,7 @@ class Deferred:
                 self._complete.set()
 
 
-def _pieces(due: Sequence[Due]) -> list[_Piece]:
+def _pieces(due: Iterable[Due]) -> list[_Piece]:
     return [piece for one in due for piece in zip(_cut(one.place), _cut(one.tensor), strict=True)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from orchestrator.snapshot.contents import WEIGHTS, divided
 from orchestrator.snapshot.deferred import Deferred, Due, can_wait
 from orchestrator.snapshot.encoding import Encoded
+from orchestrator.snapshot.from_devices import FromDevices, UnderWay
 from orchestrator.snapshot.tensor_file import Entry, layout, memory
 
 __all__ = ["Staged", "Staging"]
@@ -27,8 +28,15 @@ class Staged:
     """See `divided`."""
     files: dict[str, memoryview]
     """The whole content of each file of tensors; each begins at a page of memory, as direct writing wants it."""
+    under_way: Sequence[UnderWay] = ()
+    """What devices still copy into them."""
     deferred: Deferred | None = None
-    """What is still to be copied into them."""
+    """What is to be copied into them later, or was not waited for by what a device does next."""
+
+    def wait(self) -> None:
+        """Wait until everything is there that is not deferred."""
+        for copies in self.under_way:
+            copies.wait()
 
 
 class Staging:
@@ -43,6 +51,7 @@ class Staging:
         self._layout: object = None
         self._places: list[Tensor] = []
         self._files: dict[str, memoryview] = {}
+        self._from_devices = FromDevices()
 
     @property
     def size(self) -> int:
@@ -57,33 +66,43 @@ class Staging:
         later: Callable[[str], bool] | None = None,
         trusted: bool = True,
     ) -> Staged:
-        """A copy of the tensors in CPU memory, complete when this returns.
+        """A copy of the tensors in CPU memory, as they are now, whatever is written to them when this has returned.
 
-        But for those of whose paths `later` says so: where they can be copied later they are, and complete when
-        `Staged.deferred` is. If they are not `trusted` to stay as they are, it only finds out whether they do.
+        What comes from a CUDA device is complete after `Staged.wait`; until then the device does nothing else by this
+        thread's stream. Where `later` says so of their paths, and they can be, tensors are copied later (on a device:
+        beside what it does next), and complete when `Staged.deferred` is. If they are not `trusted` to stay as they
+        are, it only finds out whether they do.
         """
         files = divided(encoded.tensors, weights)
         tensors = [tensor for within in files.values() for tensor in within.values()]
-        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+        pinned = any(tensor.is_cuda for tensor in tensors)
         arrangement = (
-            bool(devices),
+            pinned,
             [(file, name, t.dtype, t.shape) for file, within in files.items() for name, t in within.items()],
         )
         if arrangement != self._layout:
-            self._arrange(files, pinned=bool(devices))
+            self._arrange(files, pinned=pinned)
             self._layout = arrangement
         due: list[Due] = []
+        on_devices: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             names = (name for within in files.values() for name in within)
             for name, place, tensor in zip(names, self._places, tensors, strict=True):
                 waits = later is not None and later(name) and can_wait(tensor)
                 if waits:
                     due.append(Due(name, place, tensor))
-                if not (waits and trusted):
-                    place.copy_(tensor, non_blocking=True)
-        _wait_for(devices)
-        deferred = Deferred(due, made=not trusted) if due else None
-        return Staged(encoded.document, weights, dict(self._files), deferred)
+                if waits and trusted:
+                    continue
+                if tensor.is_cuda:
+                    on_devices.append((place, tensor))
+                else:
+                    place.copy_(tensor)
+            under_way = self._from_devices.begin(on_devices)
+            for copies in under_way:
+                copies.hold_up()
+            beside = [(one.place, one.tensor) for one in due if trusted and one.tensor.is_cuda]
+            deferred = Deferred(due, self._from_devices.begin(beside), made=not trusted) if due else None
+        return Staged(encoded.document, weights, dict(self._files), under_way, deferred)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -122,8 +141,3 @@ def _allocate(size: int, pinned: bool) -> Tensor:
     # by page at the first save after each fork (measured for 200 MB: 250 to 1,000 ms instead of 20).
     shared: Any = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(shared, dtype=torch.uint8)
-
-
-def _wait_for(devices: Iterable[torch.device]) -> None:
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()

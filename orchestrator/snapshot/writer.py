@@ -123,12 +123,12 @@ class CheckpointWriter:
     ) -> SaveHandle:
         """Take a copy of `tree` and begin to write it; everything in `tree` may change as soon as this returns.
 
-        Costs the caller one copy of the tensors. Where an earlier save is still being written, that is waited
-        for first, so nothing is skipped; its failure does not stop this one. Copies from a device are complete
-        on return. `on_durable(path)` is called once the checkpoint cannot be lost any more.
+        Costs the caller one copy of the tensors; one from a CUDA device costs the device as much, which does nothing
+        else meanwhile, and is not waited for. Where an earlier save is still being written, that is waited for first,
+        so nothing is skipped; its failure does not stop this one. `on_durable(path)` is called once the checkpoint cannot be lost any more.
 
         `until_update`: the optimizers' state is not written to before `finish_copy` is called. It may be copied until
-        then, by the thread that writes, which saves the caller that part of the copy. The first such save copies it at
+        then, by the thread that writes or by the device, which saves the caller that part of the copy. The first such save copies it at
         once, and `finish_copy` sees whether that is so.
 
         Raises EncodingError for what cannot be stored and WriterClosedError. What goes wrong
@@ -195,6 +195,7 @@ class CheckpointWriter:
     ) -> None:
         deferred = staged.deferred
         try:
+            staged.wait()
             if deferred is not None and not deferred.made:
                 deferred.work_through()
                 if deferred.changed:
