@@ -14,13 +14,14 @@ BENCH_STAMP := $(BENCH)/.installed
 # Where it is set, each process of the tests and of the demo compiles everything it imports once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo examples test test-long test-stock lint bench bench-exact docs docs-serve install clean help
+.PHONY: demo examples test test-long test-cuda test-stock lint bench bench-exact docs docs-serve install clean help
 
 help:
 	@echo "make demo        install, then train a new run on scikit-learn's digits"
 	@echo "make examples    all other examples, small, with what they need (transformers, optuna) installed as well"
 	@echo "make test        install, then run the tests (at most 6 minutes on 2 cores)"
 	@echo "make test-long   the longer tests as well"
+	@echo "make test-cuda   the tests that trainings on a CUDA device are to pass, on one"
 	@echo "make test-stock  the tests of the transitions project, with CompiledMachine in place of Machine"
 	@echo "make lint        ruff, mypy --strict, import-linter"
 	@echo "make docs        the documentation as a site in site/, built strictly; make docs-serve shows it while it is written"
@@ -52,6 +53,9 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-cuda: $(STAMP)
+	INTERLOCK_TEST_CUDA=1 $(BIN)/python -m pytest -n 8 -m "device and not long"
 
 test-stock: $(STAMP)
 	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/stock/run_stock_tests.py

@@ -15,6 +15,9 @@ from orchestrator.snapshot import deferred
 from tracking import packed
 from tracking.runs import RunFolder, create_run
 
+if "INTERLOCK_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # trainings are on the processor, on any machine
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell without job control; tests interrupt the processes that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -51,6 +51,7 @@ def ending(trainer: Trainer) -> dict[str, Any]:
         "history": [untimed(values) for values in trainer.history],
         "metrics": untimed(trainer.metrics),
         "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
         "numpy": np.random.get_state(legacy=False),
         "python": random.getstate(),
         "data": trainer._training.snapshots.capture()["data"],
@@ -77,7 +78,7 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(tree, torch.Tensor):
         yield (
             path,
-            (tree.dtype, tree.shape, tree.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()),
+            (tree.dtype, tree.shape, tree.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()),
         )
     elif isinstance(tree, np.ndarray):
         yield path, (tree.dtype, tree.shape, tree.tobytes())

@@ -220,6 +220,7 @@ def build(
         "checkpoint": Checkpointing(
             every_batches=d.every_batches, keep_last=d.keep_last, best=_watched(d) if d.best else None
         ),
+        "deterministic": torch.cuda.is_available(),
         "log": None,
         "track": None,
         "name": "random",

@@ -20,9 +20,8 @@ import late_device
 import trainings
 from exactness import assert_same, assert_sound, ending, recorded
 from late_device import Waits
-from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError, late
+from orchestrator import EMA, Checkpointing, GradientStatistics, Logging, LRScheduling, NonFiniteError
 from orchestrator.data import BatchStream
-from orchestrator.data.carrying import CudaCarrier
 from orchestrator.errors import NonFiniteAgainError
 from random_trainings import Description, build, descriptions, run_folders
 from states import State, Trigger
@@ -430,72 +429,3 @@ def test_what_is_fast_is_exact(fast: str, device: str, tmp_path: Path) -> None:
             assert broken.model[0].weight.is_contiguous(memory_format=torch.channels_last)
         assert_same(ending(unbroken), ending(broken))
         assert_same(journaled(unbroken.run), journaled(broken.run))
-
-
-# -- on a real one ------------------------------------------------------------------------------------
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@on_cuda
-@pytest.mark.parametrize("nonfinite", ["halt", "skip"])
-def test_cuda_never_waits_within_an_epoch(nonfinite: str, tmp_path: Path) -> None:
-    """torch raises at every call that synchronises; pageable memory is left to the processor's batches."""
-    loader = trainings.loader(pin_memory=True)
-    trainer = trainings.make(
-        tmp_path, device="cuda", optimizer=fused, nonfinite=nonfinite, train_loader=loader, clip_grad_norm=0.5,
-        metrics={"accuracy": accuracy}, callbacks=[GradientStatistics(every_batches=1)], checkpoint=None,
-    )  # fmt: skip
-    strictly = torch.cuda.set_sync_debug_mode
-    trainer.after(Trigger.FETCH)(lambda: strictly("error" if trainer.batches >= 2 else "default"))
-    trainer.before(Trigger.END_EPOCH)(lambda: strictly("default"))
-    try:
-        assert trainer.fit().state is State.DONE
-    finally:
-        strictly("default")
-
-
-@on_cuda
-def test_cuda_sends_numbers_as_they_are_at_that_point() -> None:
-    link = late.CudaLink(torch.device("cuda"))
-    big = torch.randn(4096, 4096, device="cuda")
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool):
-        value = torch.ones(3, 2, device="cuda").to(dtype).t()
-        for _ in range(20):
-            big = big @ big / 4096  # keeps the device busy
-        array = link.send(value)
-        value.zero_()
-        mark = link.mark()
-        mark.synchronize()
-        assert mark.query()
-        assert array.tolist() == [1.0] * 6
-
-
-@on_cuda
-@pytest.mark.parametrize("make", [fused, fused_momentum, None])
-def test_cuda_halts_with_the_weights_from_before(make: Any, tmp_path: Path) -> None:
-    trainer = trainings.make(tmp_path, device="cuda", optimizer=make, train_loader=poisoned(3))
-    before: dict[int, dict[str, torch.Tensor]] = {}
-    trainer.after(Trigger.END_BATCH)(lambda: before.update({trainer.batch: parameters(trainer)}))
-    with pytest.raises(NonFiniteError, match="epoch 0, batch 3"):
-        trainer.fit()
-    trainings.assert_equal(parameters(trainer), before[2])
-
-
-@on_cuda
-def test_cuda_carries_batches_whole(tmp_path: Path) -> None:
-    """By their own stream, used at once: what is computed from them is what the processor would."""
-    dataset = torch.utils.data.TensorDataset(torch.randn(512, 4096))
-    for workers, pins in ((0, False), (0, True), (2, True)):
-        loader = torch.utils.data.DataLoader(dataset, 32, num_workers=workers, pin_memory=pins)
-        stream = BatchStream(loader)
-        stream.carry_by(CudaCarrier(torch.device("cuda")))
-        stream.begin_epoch(0)
-        sums = []
-        while stream.has_next:
-            (inputs,) = stream.fetch()
-            sums.append((inputs @ inputs.T).sum())
-            del inputs  # its memory may be given to the next one
-        expected = [(part @ part.T).sum() for part in dataset.tensors[0].cuda().split(32)]
-        assert torch.equal(torch.stack(sums), torch.stack(expected))
-        stream.close()

@@ -317,19 +317,3 @@ def test_a_process_that_ends_without_closing_still_finishes_the_last_checkpoint(
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", _LAST_WORDS, str(tmp_path)], cwd=root, check=True)
     assert read_checkpoint(tmp_path / "000000001-a1-IDLE")[1]["1"].eq(1.0).all()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_copies_from_a_device_are_complete(tmp_path: Path) -> None:
-    weight = torch.ones(4_000_000, device="cuda")
-    image = torch.randn(4, 3, 8, 8, device="cuda").to(memory_format=torch.channels_last)
-    expected = image.cpu()
-    with CheckpointWriter(tmp_path) as writer:
-        for seq in range(1, 4):
-            weight.fill_(seq)
-            handle = writer.submit(name(seq), {"w": weight, "i": image}, {})
-            weight.fill_(-1)
-            assert writer._staging._memory.is_pinned()
-            _, found = read_checkpoint(handle.wait())
-            assert found["w"].eq(seq).all()
-            assert same(found["i"], expected)

@@ -14,6 +14,7 @@ from states import State, Trigger
 from states.language import first_illegal_row
 from tracking.journal import Journal
 
+pytestmark = pytest.mark.device
 BATCH_STATES = [State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END]
 
 

@@ -61,6 +61,7 @@ def make(root: Path, *, seed: int = 1, **options: Any) -> Trainer:
     elif callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(model)
     given: dict[str, Any] = {"epochs": 3, "log": None, "track": None, "root": root, "name": "test"}
+    given["deterministic"] = torch.cuda.is_available()
     if "max_batches" in options:
         given.pop("epochs")
     given.update(options)
