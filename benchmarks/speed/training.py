@@ -1,4 +1,4 @@
-"""Real training on the processor, one thread: what each batch costs beside a bare loop that reads its loss.
+"""Real training, one thread of the processor: what each batch costs beside a bare loop that reads its loss.
 
 The bare loop and the contenders train the same network on the same batches, which are in memory. All are alive at once,
 each in a thread of its own, and one trains at a time: a turn, from one forward to another, between two turns of the
@@ -15,6 +15,9 @@ named.
 The C library keeps the memory that is freed (but for --trim): by default it gives the gradients' memory back to the
 system at each batch or never, as its heap happens to lie, and any contender pays several hundred page faults a batch
 or none.
+
+With --device cuda batches come from pinned memory, optimizers are fused unless --foreach, and a turn ends when the device
+has done what it was given. With --loader they come from a DataLoader with workers.
 """
 
 from __future__ import annotations
@@ -32,20 +35,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
+from typing import Any
 
 import psutil
 import torch
 from measuring import Figure, Row, arguments, installed, keep_memory, report
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from orchestrator import MLflow, Trainer, seed_everything
 
 MEASURES = ("wall", "cpu", "machine")
+FEATURES = 64
 DIFFERENT = 64
 """Batches that are not the same; an epoch has them many times."""
 
 
-def network(width: int, convolutions: bool) -> nn.Module:
+def network(width: int, convolutions: bool, features: int = FEATURES) -> nn.Module:
     """What is trained."""
     seed_everything(1)
     if convolutions:
@@ -54,10 +60,37 @@ def network(width: int, convolutions: bool) -> nn.Module:
             *(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
             *(nn.Flatten(), nn.Linear(16 * width, 10)),
         )
-    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+    return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, 10))
 
 
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
+Batches = list[tuple[torch.Tensor, torch.Tensor]] | DataLoader[Any]
+
+
+class Whole(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches, for a loader that only fetches them."""
+
+    def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.batches[index]
+        return inputs.clone(), targets.clone()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    fused = True if device_of(model).type == "cuda" and not FOREACH else None
+    return torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+
+
+FOREACH = False
+"""Whether optimizers on a device are left to their default there."""
 
 
 class Loader:
@@ -73,26 +106,30 @@ class Loader:
         return len(self.batches)
 
 
-def bare(model: nn.Module, batches: Batches, epochs: int, *, looks: bool = False) -> None:
-    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+def bare(model: nn.Module, batches: Batches, epochs: int, *, looks: bool = False, reads: bool = True) -> None:
+    optimizer, loss_fn = sgd(model), nn.CrossEntropyLoss()
+    device = device_of(model)
+    moves = device.type != "cpu"
     for inputs, targets in chain.from_iterable(repeat(batches, epochs)):
+        if moves:
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad()
         loss = loss_fn(model(inputs), targets)
         loss.backward()
         if looks:
             nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
         optimizer.step()
-        loss.item()
+        if reads:
+            loss.item()
 
 
 def interlock(model: nn.Module, batches: Batches, epochs: int, *, tracked: bool) -> None:
     with tempfile.TemporaryDirectory() as root:
         track = MLflow(f"sqlite:///{root}/mlflow.db", patience_s=0.0) if tracked else None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         try:
             Trainer(
-                model, optimizer, nn.CrossEntropyLoss(), batches, epochs=epochs,
-                log=None, track=track, checkpoint=None, root=root,
+                model, sgd(model), nn.CrossEntropyLoss(), batches, epochs=epochs,
+                log=None, track=track, checkpoint=None, root=root, device=device_of(model),
             ).fit()  # fmt: skip
         finally:
             while tracked and any(
@@ -105,11 +142,16 @@ def interlock(model: nn.Module, batches: Batches, epochs: int, *, tracked: bool)
 def ignite(model: nn.Module, batches: Batches, epochs: int) -> None:
     from ignite.engine import Engine, Events
 
-    optimizer, loss_fn = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    optimizer, loss_fn = sgd(model), nn.CrossEntropyLoss()
+    device = device_of(model)
+    moves = device.type != "cpu"
 
     def update(engine: Engine, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+        inputs, targets = batch
+        if moves:
+            inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         optimizer.zero_grad()
-        loss = loss_fn(model(batch[0]), batch[1])
+        loss = loss_fn(model(inputs), targets)
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -135,7 +177,7 @@ def lightning(model: nn.Module, batches: Batches, epochs: int, *, logger: str) -
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(model.parameters(), lr=0.1)
+            return sgd(model)
 
     with tempfile.TemporaryDirectory() as root:
         chosen: object = False
@@ -144,14 +186,16 @@ def lightning(model: nn.Module, batches: Batches, epochs: int, *, logger: str) -
         elif logger == "mlflow":
             chosen = lightning.pytorch.loggers.MLFlowLogger(tracking_uri=f"sqlite:///{root}/mlflow.db")
         lightning.Trainer(
-            accelerator="cpu", devices=1, max_epochs=epochs, logger=chosen, log_every_n_steps=1, default_root_dir=root,
+            accelerator="gpu" if device_of(model).type == "cuda" else "cpu", devices=1, max_epochs=epochs, logger=chosen, log_every_n_steps=1, default_root_dir=root,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        ).fit(Module(), Loader(batches))  # fmt: skip
+        ).fit(Module(), Loader(batches) if isinstance(batches, list) else batches)  # fmt: skip
 
 
 BARE = "bare loop"
+NEVER_READS = "bare loop that reads no loss"
 CONTENDERS: dict[str, Callable[[nn.Module, Batches, int], None]] = {
     BARE: bare,
+    NEVER_READS: partial(bare, reads=False),
     "bare loop, with torch's norm of the gradients": partial(bare, looks=True),
     "interlock, not tracked": partial(interlock, tracked=False),
     "interlock, everything on": partial(interlock, tracked=True),
@@ -178,6 +222,8 @@ class Turns(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if time.perf_counter() >= self.until:
+            if inputs.is_cuda:
+                torch.cuda.synchronize(inputs.device)
             self.ended = now()
             self.end.release()
             self.begin.acquire()
@@ -199,10 +245,19 @@ class Contender:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
-        self._network = Turns(network(options.width, options.convolutions))
-        shape = (options.size, 64)
+        layers = network(options.width, options.convolutions, options.features)
+        self._network = Turns(layers.to(options.device))
+        shape = (options.size, options.features)
+        pins = torch.device(options.device).type == "cuda"
         different = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(DIFFERENT)]
-        self._batches = different * (options.epoch // DIFFERENT)
+        if pins and not options.loader:
+            different = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in different]
+        self._batches: Batches = different * (options.epoch // DIFFERENT)
+        if options.loader:
+            data = Whole(self._batches)
+            self._batches = DataLoader(
+                data, batch_size=None, num_workers=options.workers, pin_memory=pins, persistent_workers=True
+            )
         self._failed: BaseException | None = None
         self._processes: set[psutil.Process] = set()
         self._thread = threading.Thread(target=self._train, daemon=True)
@@ -280,8 +335,13 @@ def alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> l
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, rounds=7, turns=12, width=32, size=32, epoch=64_000)
+    parser = arguments(
+        __doc__, rounds=7, turns=12, width=32, size=32, epoch=64_000, features=FEATURES, workers=4
+    )
     parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--foreach", action="store_true", help="no fused optimizers on a device")
+    parser.add_argument("--loader", action="store_true", help="batches come from a DataLoader with workers")
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS), metavar="PART_OF_A_NAME")
     parser.add_argument(
         "--trim", action="store_true", help="let the allocator give memory back to the system"
@@ -290,6 +350,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.trim:
         keep_memory()
+    FOREACH = options.foreach
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)  # Ignite tells of what ends it
@@ -301,6 +362,7 @@ if __name__ == "__main__":
             for name in CONTENDERS
             if (name == BARE or any(part in name for part in options.only))
             and not name.startswith(tuple(missing))
+            and (name != NEVER_READS or options.device != "cpu")
         ]
         rows = alternate(contenders, options)
         for contender in contenders:
