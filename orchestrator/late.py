@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Bundle", "CudaLink", "LateValues", "Link", "Mark", "Sum", "link_to"]
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+__all__ = ["Bundle", "CudaLink", "LateValues", "Link", "Mark", "Parcel", "Sum", "link_to"]
 
 
 class Mark(Protocol):
@@ -27,10 +24,11 @@ class Mark(Protocol):
 class Link(Protocol):
     """How numbers come from a device whose work is queued, without waiting for it."""
 
-    def send(self, values: Tensor) -> Array:
+    def send(self, values: Tensor) -> Tensor:
         """Begin to copy `values` (any shape, numbers), as they are at this point of the device's work.
 
-        The array, float64 and flat, holds them once a mark that is set later is reached, and anything until then.
+        The tensor, on the processor, flat and of their type, holds them once a mark that is set later is reached, and
+        anything until then.
         """
 
     def mark(self) -> Mark:
@@ -43,14 +41,11 @@ class CudaLink:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def send(self, values: Tensor) -> Array:
+    def send(self, values: Tensor) -> Tensor:
         """See `Link`. The pinned memory is reused by torch, and not before the copy is done."""
         # Of one type with the target: torch converts on the processor, at once, what has not been copied yet.
-        values = values.detach().reshape(-1).to(torch.float64).contiguous()
-        target = torch.empty(values.numel(), dtype=torch.float64, pin_memory=True)
-        target.copy_(values, non_blocking=True)
-        array: Array = target.numpy()
-        return array
+        target = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
+        return target.copy_(values.detach().reshape(-1), non_blocking=True)
 
     def mark(self) -> Mark:
         """See `Link`."""
@@ -64,28 +59,52 @@ def link_to(device: torch.device) -> Link | None:
     return CudaLink(device) if device.type == "cuda" else None
 
 
+class Parcel:
+    """Numbers on their way, or still to be sent: some of those that are sent together."""
+
+    __slots__ = ("_end", "_memory", "_start")
+
+    def __init__(self, memory: Tensor | None = None) -> None:
+        self._memory = memory
+        self._start, self._end = 0, 0 if memory is None else memory.numel()
+
+    def sent(self, memory: Tensor, start: int, end: int) -> None:
+        """They are in `memory`, which a `Link` gave, from `start` to before `end`."""
+        self._memory, self._start, self._end = memory, start, end
+
+    def read(self) -> list[float]:
+        """The numbers; only after a mark behind their sending was reached."""
+        assert self._memory is not None
+        return list(map(float, self._memory[self._start : self._end].tolist()))
+
+    def first(self) -> float:
+        """The first of them, as `read` gives it."""
+        assert self._memory is not None
+        return float(self._memory[self._start].item())
+
+
 class Sum:
-    """Numbers on their way, one array for each, whose sum is the value."""
+    """Numbers on their way, whose sum with `known` is the value."""
 
-    __slots__ = ("arrays",)
+    __slots__ = ("known", "parcels")
 
-    def __init__(self, arrays: list[Array]) -> None:
-        self.arrays = arrays
+    def __init__(self, parcels: list[Parcel], known: float | None = None) -> None:
+        self.parcels, self.known = parcels, known
 
     def read(self) -> float:
         """The value; only after a mark behind all of them was reached."""
-        if len(self.arrays) == 1:
-            return float(self.arrays[0][0])
-        return sum((float(array[0]) for array in self.arrays), 0.0)
+        if len(self.parcels) == 1 and self.known is None:
+            return self.parcels[0].first()
+        return sum((parcel.first() for parcel in self.parcels), 0.0 if self.known is None else self.known)
 
 
 class Bundle:
-    """Several values that are worked out of one array on its way; `read` names them."""
+    """Several values that are worked out of numbers on their way; `read` names them."""
 
-    __slots__ = ("array", "read")
+    __slots__ = ("parcel", "read")
 
-    def __init__(self, array: Array, read: Callable[[list[float]], Mapping[str, float]]) -> None:
-        self.array, self.read = array, read
+    def __init__(self, parcel: Parcel, read: Callable[[list[float]], Mapping[str, float]]) -> None:
+        self.parcel, self.read = parcel, read
 
 
 class LateValues(MutableMapping[str, float]):
@@ -100,20 +119,18 @@ class LateValues(MutableMapping[str, float]):
         self.late = False
         """Whether anything is on its way."""
 
-    def expect(self, name: str, array: Array) -> None:
-        """`name` is what arrives in `array`."""
-        self._entries[name] = Sum([array])
+    def expect(self, name: str, parcel: Parcel) -> None:
+        """`name` is what arrives in `parcel`."""
+        self._entries[name] = Sum([parcel])
         self.late = True
 
-    def expect_more(self, name: str, array: Array) -> None:
-        """What arrives in `array` is added to `name`, which begins with 0.0."""
+    def expect_more(self, name: str, parcel: Parcel) -> None:
+        """What arrives in `parcel` is added to `name`, which begins with 0.0."""
         entry = self._entries.get(name, 0.0)
         if isinstance(entry, Sum):
-            entry.arrays.append(array)
-        elif name in self._entries:
-            self._entries[name] = Sum([np.array([entry]), array])
+            entry.parcels.append(parcel)
         else:
-            self._entries[name] = Sum([np.zeros(1), array])
+            self._entries[name] = Sum([parcel], entry)
         self.late = True
 
     def expect_all(self, bundle: Bundle) -> None:
@@ -135,7 +152,7 @@ class LateValues(MutableMapping[str, float]):
             if isinstance(entry, Sum):
                 arrived[name] = entries[name] = entry.read()
             elif isinstance(entry, Bundle):
-                found = entry.read(entry.array.tolist())
+                found = entry.read(entry.parcel.read())
                 entries.update(found)
                 arrived.update(found)
             else:

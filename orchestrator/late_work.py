@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from orchestrator import numerics
 from orchestrator.errors import NonFiniteError
-from orchestrator.late import Array, Bundle, LateValues, Link, Mark
+from orchestrator.late import Bundle, LateValues, Link, Mark, Parcel
 from orchestrator.metrics import check_scalar
 from orchestrator.work import BatchWork, EvaluationWork, TrainingWork
 from states.table import ARCS, Trigger
@@ -74,9 +73,10 @@ class _Flight:
 class LateWork(BatchWork):
     """What training and evaluation on such a device have in common.
 
-    Losses, metrics and norms are copied as they are computed. A mark at the end of each batch says when they are
-    there. They are read at the end of a later batch, at most two later, which is when averages, counts and the journal
-    get them; or at once, waiting, by whoever asks: hooks that read, saves, the end of an epoch.
+    Losses and norms are copied together, at a batch's update or its end, metrics as they are computed. A mark at the
+    end of each batch says when they are there. They are read at the end of a later batch, at most two later, which is
+    when averages, counts and the journal get them; or at once, waiting, by whoever asks: hooks that read, saves, the
+    end of an epoch.
     """
 
     def __init__(self, *, link: Link, **common: Any) -> None:
@@ -84,9 +84,11 @@ class LateWork(BatchWork):
         self._link = link
         self._flights: deque[_Flight] = deque()
         self._here = _Flight(LateValues({}, self.settle))
-        self._loss = np.full(1, math.nan)
-        """The loss of the newest forward pass, or where it will be."""
-        self._unwritten: Array | None = None
+        self._loss = Parcel()
+        """The loss of the newest forward pass."""
+        self._unsent: list[tuple[Tensor, Parcel]] = []
+        """Losses of the batch at hand that are still to be sent."""
+        self._unwritten: Parcel | None = None
         """The loss of a forward pass that is not written down yet."""
         self._newest_loss = math.nan
         self.written: Written | None = None
@@ -108,16 +110,26 @@ class LateWork(BatchWork):
         return here.values
 
     def _keep_loss(self, loss: Tensor, name: str) -> None:
-        values, array = self._values(), self._link.send(loss)
+        values, parcel = self._values(), Parcel()
         if name:
-            values.expect(f"loss/{name}", array)
-        values.expect_more("loss", array)
-        self.loss, self._loss, self._unwritten = PENDING, array, array
+            values.expect(f"loss/{name}", parcel)
+        values.expect_more("loss", parcel)
+        self.loss, self._loss, self._unwritten = PENDING, parcel, parcel
+        self._unsent.append((self._on_device(loss.detach()), parcel))
+
+    def _on_device(self, scalar: Tensor) -> Tensor:
+        return scalar if scalar.device == self.device else scalar.to(self.device, non_blocking=True)
+
+    def _send(self) -> None:
+        """Send what is still to be sent."""
+        unsent, self._unsent = self._unsent, []
+        for value, parcel in unsent:
+            parcel.sent(self._link.send(value), 0, 1)
 
     def _keep(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.device.type == self.device.type:
             check_scalar(value, name)
-            self._values().expect(name, self._link.send(value))
+            self._values().expect(name, Parcel(self._link.send(value)))
         else:
             super()._keep(name, value)
 
@@ -128,7 +140,7 @@ class LateWork(BatchWork):
 
     def keep_all(self, values: Tensor, read: Callable[[list[float]], Mapping[str, float]]) -> None:
         """Add the values that `read` makes of the elements of `values`, once they are here."""
-        self._values().expect_all(Bundle(self._link.send(values), read))
+        self._values().expect_all(Bundle(Parcel(self._link.send(values)), read))
 
     def close_batch(self) -> None:
         """Nothing yet: the batch is folded in when its values are here."""
@@ -155,6 +167,7 @@ class LateWork(BatchWork):
     def _depart(self, seq: int | None) -> None:
         """The batch at hand is complete; see what has arrived of those before it."""
         here, place = self._here, self.place
+        self._send()
         here.close = _Close(
             place.epoch, place.batch, place.batches, self.samples, self.validated, seq, time.time_ns()
         )
@@ -174,13 +187,14 @@ class LateWork(BatchWork):
         here = self._here
         waiting = here.arrivals or here.values.late or self._unwritten is not None
         if waiting or self._flights:
+            self._send()
             self._link.mark().synchronize()
         while self._flights:
             self._arrive(self._flights.popleft())
         if waiting and here.close is None:
             self._take_in(here)
         if self._unwritten is not None:
-            self._newest_loss = float(self._unwritten[0])
+            self._newest_loss = self._unwritten.first()
             self._unwritten = None
         self.loss = self._newest_loss
         self._settled()
@@ -213,14 +227,15 @@ class LateWork(BatchWork):
                 close.epoch, close.batch, close.batches, found, close.time_ns, close.seq
             )
 
-    def _take_loss(self, array: Array, seq: int | None) -> None:
-        self._newest_loss = float(array[0])
+    def _take_loss(self, parcel: Parcel, seq: int | None) -> None:
+        self._newest_loss = parcel.first()
         if self.written is not None and seq is not None:
             self.written.loss_arrived(seq, self._newest_loss)
 
     def forget_late(self) -> None:
         """Forget what is on its way: it is of another place than the one that is stood at from here on."""
         self._flights.clear()
+        self._unsent.clear()
         self._unwritten = None
         self._here = _Flight(LateValues({}, self.settle))
         self._newest_loss = self.loss
@@ -258,8 +273,13 @@ class LateTrainingWork(LateWork, TrainingWork):
         """Whether the losses that have arrived of the open window are."""
         self._over = False
         """Whether the flag that halts was read."""
-        self._window_flag: Tensor | None = None
-        self._sticky_flag: Tensor | None = None
+        self._losses: list[Tensor] = []
+        """Those of the open window; of one that a checkpoint has begun, those since."""
+        self._spoilt_before = False
+        """Whether one before those is not finite."""
+        self._flag = torch.zeros((), device=self.device)
+        """1.0 where a loss or a gradient of the open window is not finite; where that halts, it stays 1.0."""
+        self._one = torch.ones((), device=self.device)
         self._stepped: dict[int, set[int]] = {}
         """By optimizer: the parameters that it has updated, and so has state for."""
 
@@ -287,69 +307,64 @@ class LateTrainingWork(LateWork, TrainingWork):
         self.forget_late()
         self._here.skipped = self.skipped
         self._finite, self._over = self.window.finite, False
-        self._window_flag = self._sticky_flag = None
+        self._losses, self._spoilt_before = [], not self.window.finite
+        self._flag.zero_()
         self._stepped.clear()
 
     def _settled(self) -> None:
         self.window.finite = self._finite
         self.skipped = self._here.skipped
 
-    def _flag(self) -> Tensor:
-        """1.0 where a loss or a gradient of the open window is not finite."""
-        if self._window_flag is None:
-            spoilt = 0.0 if self.window.finite else 1.0
-            self._window_flag = torch.full((), spoilt, dtype=torch.float32, device=self.device)
-        return self._window_flag
-
     def _judge(self, loss: Tensor) -> None:
-        flag = self._flag()
         if self.window.count == 0:
-            flag.zero_()
-        numerics.flag_nonfinite(flag, [loss])
+            self._losses, self._spoilt_before = [], False
+        self._losses.append(self._on_device(loss.detach()))
         self._here.arrivals.append(partial(self._take_judgement, self._loss))
 
-    def _take_judgement(self, loss: Array) -> None:
-        self._finite = self._finite and math.isfinite(loss[0])
+    def _take_judgement(self, loss: Parcel) -> None:
+        self._finite = self._finite and math.isfinite(loss.first())
 
     def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-        total, each = torch.zeros((), device=self.device), None
-        grads = numerics.gradients(optimizer)
-        if grads:
-            total, each = numerics.norms(grads, to_clip=self._clip_grad_norm is not None)
-        flag = self._flag()
-        if scaler is None:
-            numerics.flag_nonfinite(flag, [total])
-        if self._nonfinite == "halt":
-            if self._sticky_flag is None:
-                self._sticky_flag = torch.zeros_like(flag)
-            flag = torch.maximum(self._sticky_flag, flag, out=self._sticky_flag)
+        each, total = self._norms(optimizer)
+        of_all = [] if total is None else [self._on_device(total)]
+        numbers = numerics.together([*self._losses, *of_all, *each])
+        losses = len(self._losses)
+        flag = self._flag
+        if self._nonfinite != "halt":
+            flag.zero_()
+        if self._spoilt_before:
+            flag.fill_(1.0)
+        numerics.flag_nonfinite(flag, numbers if scaler is None else numbers[:losses], self._one)
         if self.guard is not None:
             self.guard.put_back_where(flag)
         if scaler is not None:  # gradients that overflow are its business: they suppress this update only
             flag = flag.clone()
-            numerics.flag_nonfinite(flag, [total])
-        if self._clip_grad_norm is not None:
+            numerics.flag_nonfinite(flag, numbers[losses:], self._one)
+        if self._clip_grad_norm is not None and total is not None:
             numerics.clip(optimizer, self._clip_grad_norm, total)
         self._update(optimizer, flag)
         if scaler is not None:
             scaler.update()
-        array = self._link.send(total)
-        self._values().expect("grad_norm", array)
-        norms = None if each is None else self._link.send(each)
-        self._here.arrivals.append(
-            partial(
-                self._take_step,
-                *(
-                    self._here,
-                    array,
-                    norms,
-                    optimizer,
-                    scaler is not None,
-                    self.place.epoch,
-                    self.place.batch,
-                ),
-            )
-        )
+        norms = self._sent_with_losses(numbers)
+        self._values().expect("grad_norm", norms)  # `_take_step` says what it is
+        taking = partial(self._take_step, self._here, norms, total is not None, optimizer, scaler is not None)
+        self._here.arrivals.append(partial(taking, self.place.epoch, self.place.batch))
+
+    def _norms(self, optimizer: Optimizer) -> tuple[Sequence[Tensor], Tensor | None]:
+        """See `numerics.late_norms`."""
+        grads = numerics.gradients(optimizer)
+        if not grads:
+            return (), torch.zeros((), device=self.device)
+        return numerics.late_norms(grads, to_clip=self._clip_grad_norm is not None)
+
+    def _sent_with_losses(self, numbers: Tensor) -> Parcel:
+        """Send `numbers`, the losses of the window, of which the newest may be unsent, and norms; a parcel of these."""
+        memory, norms, losses = self._link.send(numbers), Parcel(), len(self._losses)
+        norms.sent(memory, losses, numbers.numel())
+        if self._unsent and self._unsent[-1][1] is self._loss:
+            self._unsent.pop()
+            self._loss.sent(memory, losses - 1, losses)
+        return norms
 
     def _update(self, optimizer: Optimizer, suppressed: Tensor) -> None:
         updated = self._stepped.setdefault(id(optimizer), set())
@@ -364,14 +379,15 @@ class LateTrainingWork(LateWork, TrainingWork):
     def _take_step(
         self,
         flight: _Flight,
-        total: Array,
-        norms: Array | None,
+        norms: Parcel,
+        has_total: bool,
         optimizer: Optimizer,
         scaled: bool,
         epoch: int,
         batch: int,
     ) -> None:
-        norm = float(total[0])
+        each = norms.read()
+        norm = each.pop(0) if has_total else math.hypot(*each)
         finite, self._finite = self._finite, True
         if not self._over and finite and math.isfinite(norm):
             self.place.updates += 1
@@ -383,7 +399,7 @@ class LateTrainingWork(LateWork, TrainingWork):
         self.skips += 1
         if scaled and finite:
             return
-        spoilt = {} if norms is None else self._spoilt(optimizer, norms.tolist())
+        spoilt = self._spoilt(optimizer, each)
         error = NonFiniteError("gradient" if finite else "loss", epoch, batch, self._newest_loss, spoilt)
         self._report(f"{error.found}; by parameter: {error.statistics}")
         if self._nonfinite == "halt":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -32,12 +33,14 @@ __all__ = [
     "clip",
     "flag_nonfinite",
     "gradients",
+    "late_norms",
     "nonfinite_counts",
     "norm",
     "norm_to_clip",
     "norms",
     "rescale",
     "step_unless",
+    "together",
     "update",
     "zero",
 ]
@@ -108,7 +111,13 @@ def norm(optimizer: Optimizer) -> float:
     What takes the least time, so its last bits may differ from `norm_to_clip`'s, which is taken where it overflows.
     """
     value = _norm_in_place(optimizer)
-    return norm_to_clip(gradients(optimizer))[1] if value is None else value
+    if value is not None:
+        return value
+    grads = gradients(optimizer)
+    each, total = late_norms(grads, to_clip=False) if grads else ((), None)
+    return (
+        norm_to_clip(grads)[1] if total is not None or not each else math.hypot(*torch.stack(each).tolist())
+    )
 
 
 def norm_to_clip(grads: list[Tensor]) -> tuple[Tensor, float]:
@@ -164,6 +173,19 @@ def norms(grads: list[Tensor], *, to_clip: bool) -> tuple[Tensor, Tensor | None]
     # What get_total_norm does for them, which spends three times as long on finding that out.
     each = torch.stack(torch._foreach_norm(grads))
     return torch.linalg.vector_norm(each) if total is None else total, each
+
+
+def late_norms(grads: list[Tensor], *, to_clip: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The 2-norm of each gradient (there is one at least), or none where they are not alike, and that over all.
+
+    The latter is None where that of each says it, and it is not needed `to_clip`: `math.hypot` of them is it. Scalars
+    where the gradients are, of one type, from as few of the device's operations as can be.
+    """
+    if grads[0].is_cuda and _alike(grads):
+        of_each = tuple(torch._foreach_norm(grads))
+        return of_each, torch.linalg.vector_norm(torch.stack(of_each)) if to_clip else None
+    total, each = norms(grads, to_clip=to_clip)
+    return () if each is None else each.unbind(), total
 
 
 def _norm_of_few(grads: list[Tensor]) -> Tensor | None:
@@ -275,7 +297,13 @@ def can_suppress(optimizer: Optimizer) -> bool:
         return False
     if not all(group.get("fused", True) for group in optimizer.param_groups):
         return False
-    return "grad_scale" not in inspect.signature(optimizer.step).parameters
+    return not _is_given_the_scale(type(optimizer).step)
+
+
+@functools.cache
+def _is_given_the_scale(step: Callable[..., Any]) -> bool:
+    """Whether `step` has the argument by which a GradScaler once told it."""
+    return "grad_scale" in inspect.signature(step).parameters
 
 
 def step_unless(optimizer: Optimizer, suppressed: Tensor) -> None:
@@ -283,16 +311,23 @@ def step_unless(optimizer: Optimizer, suppressed: Tensor) -> None:
     fused: Any = optimizer
     fused.grad_scale, fused.found_inf = None, suppressed
     try:
-        optimizer.step()
+        update(optimizer)
     finally:
         del fused.grad_scale, fused.found_inf
 
 
-def flag_nonfinite(flag: Tensor, values: list[Tensor]) -> None:
-    """Set `flag`, a float32 scalar, to 1.0 where one of `values`, scalars, is not finite."""
-    there = [value.detach().to(flag.device, torch.float64, non_blocking=True) for value in values]
-    checked = torch.stack(there)
-    torch._amp_foreach_non_finite_check_and_unscale_([checked], flag, torch.ones_like(flag))
+def flag_nonfinite(flag: Tensor, values: Tensor, one: Tensor) -> None:
+    """Set `flag`, a float32 scalar, to 1.0 where one of `values` is not finite; `one` is 1.0, of the same kind."""
+    torch._amp_foreach_non_finite_check_and_unscale_([values], flag, one)
+
+
+def together(scalars: Sequence[Tensor]) -> Tensor:
+    """Scalars of one device in one tensor of one dimension, in the widest of their types, and of single precision."""
+    kinds = set(map(attrgetter("dtype"), scalars))
+    widest = functools.reduce(torch.promote_types, kinds, torch.float32)
+    if len(kinds) == 1:
+        return torch.stack(list(scalars)).to(widest)
+    return torch.stack([scalar.to(widest) for scalar in scalars])
 
 
 def rescale(grads: list[Tensor], factor: float) -> None:

@@ -38,6 +38,7 @@ from orchestrator.result import Result
 from orchestrator.signals import Signals, in_notebook
 from orchestrator.snapshot.capture import capture_random, restore_random
 from orchestrator.snapshot.info import BRANCH
+from orchestrator.snapshot.optimizers import follow_parameters
 from orchestrator.snapshot.tensors import replicas
 from orchestrator.snapshot.watch import Watch, parts_of
 from orchestrator.state import TrainingState, callback_names
@@ -170,6 +171,8 @@ class Trainer:
         self._loss = loss_fn if isinstance(loss_fn, nn.Module) else None
         if self._loss is not None:
             self._loss.to(self.device)
+        for phase in self.phases:
+            follow_parameters(phase.optimizer)
         self._functions = [loss_fn, forward, accumulate_weighting, *(metrics or {}).values()]
         self._functions += [phase.forward for phase in self.phases]
         self._data = [train_loader, *settings.validation_loaders.values()]

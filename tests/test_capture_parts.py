@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 from orchestrator.snapshot import capture
 from orchestrator.snapshot.capture import IncompatibleStateError, UnsupportedStateError
+from orchestrator.snapshot.optimizers import follow_parameters
 
 
 def network(width: int = 4) -> nn.Sequential:
@@ -282,6 +283,18 @@ def test_live_state_is_written_in_place_and_left_over_state_is_removed() -> None
     assert list(optimizer.state) == [model[0].weight]
     capture.restore_optimizer(optimizer, fresh, names)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_that_is_there_before_the_first_update_goes_where_the_parameters_go(fused: bool) -> None:
+    """As Adagrad's is, made for parameters that the trainer then moves to the device."""
+    parameter = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.Adagrad([parameter])
+    optimizer.param_groups[0]["fused"] = fused
+    optimizer.state[parameter] = {"step": torch.zeros(()), "sum": torch.zeros(3)}  # as it was before
+    follow_parameters(optimizer)
+    devices = {key: value.device.type for key, value in optimizer.state[parameter].items()}
+    assert devices == {"sum": "meta", "step": "meta" if fused else "cpu"}
 
 
 def test_hyperparameters_keep_their_python_types() -> None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from test_accelerators import (
 )
 from test_exact_property import CUTS, Cut, interrupted
 from test_numerics import parameters, poisoned
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import trainings
@@ -315,3 +319,65 @@ def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut]) 
         assert_same(expected, ending(broken))
         assert_sound(broken.run)
         assert_same(journaled(unbroken.run), journaled(broken.run))
+
+
+def test_few_operations_of_the_device_are_added(tmp_path: Path) -> None:
+    """Each costs the processor as much as one of a small layer: those of a bare loop that reads nothing, and these."""
+    batch = torch.randn(32, 6).pin_memory(), torch.randint(3, (32,)).pin_memory()
+    model = trainings.network(dropout=0.0).cuda()
+    optimizer = fused_momentum(model)
+
+    def step() -> None:
+        inputs, targets = (tensor.cuda(non_blocking=True) for tensor in batch)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+    counted: dict[str, dict[int, Counter[str]]] = {"bare": {}, "ours": {}}
+    for batches in (10, 30):
+        counted["bare"][batches] = operations(lambda times=batches: [step() for _ in range(times)])
+        trainer = trainings.make(
+            tmp_path / str(batches), model=lambda: trainings.network(dropout=0.0), optimizer=fused_momentum,
+            train_loader=[batch] * batches, epochs=1, checkpoint=None,
+        )  # fmt: skip
+        counted["ours"][batches] = operations(trainer.fit)
+    bare, ours = (counts[30] - counts[10] for counts in counted.values())
+    more = {name: (ours[name] - bare[name]) / 20 for name in {*bare, *ours} if ours[name] != bare[name]}
+    assert sum(bare.values()) >= 20 * 10
+    assert {name for name, number in more.items() if number > 0} == {
+        "_foreach_norm", "stack", "_amp_foreach_non_finite_check_and_unscale_", "copy_"
+    }  # fmt: skip
+    assert sum(more.values()) <= 4
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that a device is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ not in _MERELY_ALLOCATE:
+            tensors = pytree.tree_leaves((args, kwargs, found))
+            if any(isinstance(tensor, torch.Tensor) and tensor.is_cuda for tensor in tensors):
+                self.names[func.overloadpacket.__name__] += 1
+        return found
+
+
+_MERELY_ALLOCATE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "detach",
+    "record_stream",
+    "is_pinned",
+    "_to_copy",
+}
+
+
+def operations(action: Callable[[], object]) -> Counter[str]:
+    with Operations() as counting:
+        action()
+    return counting.names

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import trainings
 from orchestrator import Checkpointing, NonFiniteError, seed_everything
 from orchestrator.errors import NonFiniteAgainError
-from orchestrator.numerics import backward, norm, norm_to_clip, update, zero
+from orchestrator.numerics import backward, norm, norm_to_clip, together, update, zero
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -209,6 +209,14 @@ def optimizer_of(*groups: list[torch.Tensor | None]) -> torch.optim.Optimizer:
             parameter.grad = grad
         found.append({"params": parameters})
     return torch.optim.SGD(found, lr=0.1)
+
+
+def test_scalars_of_several_types_lose_nothing_together() -> None:
+    values = [torch.tensor(1.0 + 2**-7).bfloat16(), torch.tensor(1 / 3), torch.tensor(1 / 7).double()]
+    for taken, kind in ((values[:1], torch.float32), (values[:2], torch.float32), (values, torch.float64)):
+        found = together(taken)
+        assert found.dtype is kind
+        assert found.tolist() == [value.item() for value in taken]
 
 
 def test_the_norm_of_sparse_gradients() -> None:

@@ -1,7 +1,8 @@
 """All measurements of speed, one after the other; with --write they go to benchmarks/RESULTS.md and RESULTS.svg.
 
 Each is a script of its own here, which says what it measures. Peers that are not installed are left out. Nothing is
-judged. What was measured is kept in RESULTS.json, so that a part can be measured again by itself.
+judged. What was measured is kept in RESULTS.json, so that a part can be measured again by itself. Parts that need a
+CUDA device are measured where there is one, and stay what they were elsewhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import read
 from plot import draw
 
@@ -50,6 +52,12 @@ PARTS = {
     "Start and stop": ["startup.py"],
     "A long run": ["scale.py"],
     "Time to batch N under kills": ["kills.py"],
+    "On a CUDA device": ["training.py", "--device", "cuda"],
+    "On a CUDA device, 2.5 ms a step": [
+        *("training.py", "--device", "cuda", "--features", "3072", "--width", "8192", "--size", "1024"),
+        *("--only", "norm", "interlock", "Ignite", "no loss"),
+    ],
+    "On a CUDA device, saves": ["saving.py", "--device", "cuda", "--samples", "4096"],
 }
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
@@ -83,6 +91,8 @@ def machine() -> str:
         except PackageNotFoundError:
             versions.append(f"no {name}")
     system = f"{os.cpu_count()} processors, Linux {platform.release()}"
+    if torch.cuda.is_available():
+        system = f"{torch.cuda.get_device_name()}, {system}"
     return f"{model}, {system}; Python {platform.python_version()}, {', '.join(versions)}"
 
 
@@ -129,11 +139,15 @@ def main() -> None:
     for title, (script, *arguments) in PARTS.items():
         if (options.quick and title not in QUICKLY) or title not in (options.only or PARTS):
             continue
+        if "cuda" in arguments and not torch.cuda.is_available():
+            continue
         print(f"-- {title}", flush=True)
         measured[title] = Part.measure(script, QUICKLY[title] if options.quick else arguments)
         print(f"{measured[title].printed}\n", flush=True)
-    if options.write and options.only:
+    if options.write:
         kept = {title: Part(**part) for title, part in json.loads(KEPT.read_text()).items()}
+        if not options.only:  # all that can be measured here was
+            kept = {title: part for title, part in kept.items() if "cuda" in PARTS.get(title, ())}
         measured = {title: (kept | measured)[title] for title in PARTS if title in kept | measured}
     with tempfile.TemporaryDirectory() as folder:
         file = PLOT if options.write else Path(folder) / PLOT.name

@@ -16,8 +16,8 @@ The C library keeps the memory that is freed (but for --trim): by default it giv
 system at each batch or never, as its heap happens to lie, and any contender pays several hundred page faults a batch
 or none.
 
-With --device cuda batches come from pinned memory, optimizers are fused unless --foreach, and a turn ends when the device
-has done what it was given. With --loader they come from a DataLoader with workers.
+With --device cuda batches come from pinned memory, optimizers are fused unless --foreach, and a turn ends when the
+device has done what it was given. With --loader they come from a DataLoader with workers.
 """
 
 from __future__ import annotations
@@ -185,10 +185,12 @@ def lightning(model: nn.Module, batches: Batches, epochs: int, *, logger: str) -
             chosen = lightning.pytorch.loggers.CSVLogger(root)
         elif logger == "mlflow":
             chosen = lightning.pytorch.loggers.MLFlowLogger(tracking_uri=f"sqlite:///{root}/mlflow.db")
+        data = Loader(batches) if isinstance(batches, list) else batches
+        accelerator = "gpu" if device_of(model).type == "cuda" else "cpu"
         lightning.Trainer(
-            accelerator="gpu" if device_of(model).type == "cuda" else "cpu", devices=1, max_epochs=epochs, logger=chosen, log_every_n_steps=1, default_root_dir=root,
-            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        ).fit(Module(), Loader(batches) if isinstance(batches, list) else batches)  # fmt: skip
+            accelerator=accelerator, devices=1, max_epochs=epochs, logger=chosen, log_every_n_steps=1,
+            default_root_dir=root, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        ).fit(Module(), data)  # fmt: skip
 
 
 BARE = "bare loop"

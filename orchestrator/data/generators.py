@@ -7,7 +7,7 @@ import types
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ _LEAVES = (
     ),
     *(type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size),
 )
+_PLAIN = frozenset({*_LEAVES, torch.nn.Parameter})
+"""Types whose objects are leaves, as is found out without asking after each of those."""
 _NOT_FOLLOWED = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy"}
 _BIG = 256
 _SAMPLE = 16
@@ -73,9 +75,10 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
     seen = {id(root) for root in outside}
     keep: list[object] = []  # so that an id is not given to another object meanwhile
     stack = [(path, root) for path, root in reversed(list(roots.items()))]
+    classes: dict[type, _Class] = {}
     while stack:
         path, item = stack.pop()
-        if isinstance(item, _LEAVES) or id(item) in seen or _is_global(item):
+        if id(item) in seen or isinstance(item, _LEAVES) or _is_global(item):
             continue
         seen.add(id(item))
         keep.append(item)
@@ -85,7 +88,7 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
         if isinstance(item, _GENERATORS):
             (found.seedable if _can_be_seeded(item) else found.unseedable)[path] = item
         else:
-            stack.extend(reversed(list(_parts(path, item))))
+            stack.extend(reversed(list(_parts(path, item, classes))))
     return found
 
 
@@ -179,7 +182,28 @@ def _can_be_seeded(generator: Generator) -> bool:
     return True
 
 
-def _parts(path: str, item: object) -> Iterator[tuple[str, object]]:
+class _Class(NamedTuple):
+    """What instances of a class have beside their `__dict__`, in the order of the class and its bases."""
+
+    slots_and_values: list[tuple[str, object]]
+    """Slots as their descriptors; values of classes that are not a library's, leaves left out."""
+
+    @classmethod
+    def of(cls, kind: type) -> "_Class":
+        found: list[tuple[str, object]] = []
+        for base in kind.__mro__:
+            if base.__module__ == "builtins":  # a function's slots are its module's globals, among others
+                continue
+            followed = _is_followed(base.__module__)
+            for name, value in list(vars(base).items()):
+                if isinstance(value, types.MemberDescriptorType):
+                    found.append((name, value))
+                elif followed and not isinstance(inside := _underlying(value), _LEAVES):
+                    found.append((name, inside))
+        return cls(found)
+
+
+def _parts(path: str, item: object, classes: dict[type, _Class]) -> Iterator[tuple[str, object]]:
     if isinstance(item, dict | list | tuple):
         yield from _elements(path, item)
     elif isinstance(item, types.FunctionType):
@@ -191,30 +215,32 @@ def _parts(path: str, item: object) -> Iterator[tuple[str, object]]:
         yield f"{path}.func", item.func
         yield f"{path}.args", item.args
         yield f"{path}.keywords", item.keywords
-    yield from _attributes(path, item)
+    yield from _attributes(path, item, classes)
 
 
 def _elements(path: str, item: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, object]]:
     looked_at = len(item) if len(item) <= _BIG else _SAMPLE
     for key in list(item)[:looked_at] if isinstance(item, dict) else range(looked_at):
-        yield f"{path}[{key!r}]", item[key]
+        if type(value := item[key]) not in _PLAIN:
+            yield f"{path}[{key!r}]", value
 
 
-def _attributes(path: str, item: object) -> Iterator[tuple[str, object]]:
+def _attributes(path: str, item: object, classes: dict[type, _Class]) -> Iterator[tuple[str, object]]:
     """The attributes of an object and, unless its class is a library's, those of its class."""
     for name, value in list(getattr(item, "__dict__", {}).items()):
-        yield f"{path}.{name}", value
-    for cls in type(item).__mro__:
-        if cls.__module__ == "builtins":  # a function's slots are its module's globals, among others
-            continue
-        for name, value in list(vars(cls).items()):
-            if isinstance(value, types.MemberDescriptorType):  # a slot
-                try:
-                    yield f"{path}.{name}", value.__get__(item)
-                except AttributeError:
-                    continue
-            elif _is_followed(cls.__module__):
-                yield f"{path}.{name}", _underlying(value)
+        if type(value) not in _PLAIN:
+            yield f"{path}.{name}", value
+    kind = type(item)
+    if (of_class := classes.get(kind)) is None:
+        of_class = classes[kind] = _Class.of(kind)
+    for name, value in of_class.slots_and_values:
+        if isinstance(value, types.MemberDescriptorType):
+            try:
+                yield f"{path}.{name}", value.__get__(item)
+            except AttributeError:
+                continue
+        else:
+            yield f"{path}.{name}", value
 
 
 def _underlying(value: object) -> object:

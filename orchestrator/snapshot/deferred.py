@@ -50,9 +50,7 @@ class Deferred:
     are there already, and `finish` only sees whether that would have happened.
     """
 
-    def __init__(
-        self, due: Sequence[Due], under_way: Sequence[UnderWay] = (), *, made: bool = False
-    ) -> None:
+    def __init__(self, due: Sequence[Due], under_way: Sequence[UnderWay] = (), *, made: bool = False) -> None:
         self.made = made
         self._under_way = under_way
         self._versions = [(one.path, one.tensor, one.tensor._version) for one in due]

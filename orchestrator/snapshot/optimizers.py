@@ -16,6 +16,7 @@ __all__ = [
     "SCHEDULERS_OWN",
     "capture_optimizer",
     "compare_optimizer",
+    "follow_parameters",
     "outside_parameters",
     "restore_optimizer",
 ]
@@ -134,8 +135,7 @@ def _restore_state(optimizer: Optimizer, tree: Mapping[str, Any], named: Names) 
     for key, saved in tree["shared"].items():
         optimizer.state[key] = replicas(saved, _HOST)
     for group, saved_group in zip(optimizer.param_groups, tree["groups"], strict=True):
-        settings = saved_group["settings"]
-        on_device = settings.get("capturable") or settings.get("fused") or isinstance(optimizer, ASGD)
+        scalars_follow = _scalars_follow(optimizer, saved_group["settings"])
         for parameter in group["params"]:
             saved = tree["state"].get(named[parameter])
             if saved is not None:
@@ -144,10 +144,27 @@ def _restore_state(optimizer: Optimizer, tree: Mapping[str, Any], named: Names) 
                     key: _value(
                         value,
                         before.get(key),
-                        parameter.device if on_device or key not in _SCALARS else _HOST,
+                        parameter.device if scalars_follow or key not in _SCALARS else _HOST,
                     )
                     for key, value in saved.items()
                 }
+
+
+def _scalars_follow(optimizer: Optimizer, settings: Mapping[str, Any]) -> bool:
+    """Whether counts of steps are where the parameters are."""
+    return bool(settings.get("capturable") or settings.get("fused") or isinstance(optimizer, ASGD))
+
+
+def follow_parameters(optimizer: Optimizer) -> None:
+    """Move what state `optimizer` has, as that which Adagrad makes at once, to where its parameters were moved."""
+    for group in optimizer.param_groups:
+        scalars_follow = _scalars_follow(optimizer, group)
+        for parameter in group["params"]:
+            state: Any = optimizer.state.get(parameter)
+            if isinstance(state, dict):
+                for key, value in state.items():
+                    if isinstance(value, Tensor) and (scalars_follow or key not in _SCALARS):
+                        state[key] = value.to(parameter.device)
 
 
 def _value(saved: Any, live: Any, device: torch.device) -> Any:

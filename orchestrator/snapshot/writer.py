@@ -125,11 +125,12 @@ class CheckpointWriter:
 
         Costs the caller one copy of the tensors; one from a CUDA device costs the device as much, which does nothing
         else meanwhile, and is not waited for. Where an earlier save is still being written, that is waited for first,
-        so nothing is skipped; its failure does not stop this one. `on_durable(path)` is called once the checkpoint cannot be lost any more.
+        so nothing is skipped; its failure does not stop this one. `on_durable(path)` is called once the checkpoint
+        cannot be lost any more.
 
         `until_update`: the optimizers' state is not written to before `finish_copy` is called. It may be copied until
-        then, by the thread that writes or by the device, which saves the caller that part of the copy. The first such save copies it at
-        once, and `finish_copy` sees whether that is so.
+        then, by the thread that writes or by the device, which saves the caller that part of the copy. The first such
+        save copies it at once, and `finish_copy` sees whether that is so.
 
         Raises EncodingError for what cannot be stored and WriterClosedError. What goes wrong
         later is raised by the handle's `wait`, and kept in `failure` until then.
