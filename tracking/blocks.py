@@ -1,7 +1,7 @@
 """Packed rows by the thousand: what the flight recorder and the queue of values hold, as columns and as blocks."""
 
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,15 +11,11 @@ from tracking import packed
 from tracking.frames import (
     LOSS,
     PENDING,
-    PRESENT,
-    SIZE,
     STEPS,
     STEPS_IN_A_FRAME,
     TAGS,
     TIMES,
     WORDS,
-    Record,
-    decode,
 )
 from tracking.packed import (
     BATCH_DIGITS,
@@ -32,30 +28,13 @@ from tracking.packed import (
     WORD_DIGITS,
 )
 
-__all__ = ["Alike", "Block", "MetricBlock", "blocks", "metric_blocks"]
+__all__ = ["Block", "MetricBlock", "blocks", "metric_blocks"]
 
 _MOST_DIGITS = 4000
 """In a block: its row then fits on one of SQLite's pages, where it is read without being copied."""
 
-WordOf = Callable[[tuple[int, ...], tuple[int, ...], int], int]
-"""The word of (arcs, phases, the position of the loss or -1)."""
-
-
-@dataclass(frozen=True)
-class Alike:
-    """Packed rows that share their word and scope, as columns; all lists are of one length."""
-
-    word: int
-    scope: int
-    seq: list[int]
-    epoch: list[int]
-    batch: list[int]
-    time_ns: list[int]
-    durations: list[list[int]]
-    loss: list[float]
-    """Empty where the word has none."""
-    all_numbers: bool
-    """No loss is NaN."""
+PatternOf = Callable[[Sequence[int]], tuple[int, int, bool]]
+"""Of the steps of a frame: their word, how many they are, and whether there is a loss among them."""
 
 
 @dataclass(frozen=True)
@@ -94,29 +73,18 @@ class MetricBlock:
     data: bytes
 
 
-def blocks(
-    data: bytes, skip: int, forwards: Collection[int], word_of: WordOf
-) -> tuple[list[Block], list[Alike], list[Record]]:
-    """The blocks that the frames in `data` make, the packed rows that are in none, and transitions one by one.
+def blocks(data: bytes, skip: int, pattern: PatternOf) -> Iterator[tuple[int, int, Iterator[Block]]]:
+    """What of the frames in `data` is in blocks, in their order: from which frame to before which, and the blocks.
 
-    Those are what follows the first `skip` transitions of the first frame, where that is more than 0, and those with
-    notes.
+    Not so a first frame of which `skip` transitions were taken before, those with notes, and text.
     """
     columns = np.ascontiguousarray(np.frombuffer(data, "<i8").reshape(-1, WORDS).T)
     scope, texts = columns[TAGS] & 0xFFFF, columns[TAGS] >> 16 & 0xFFFF
     whole = (scope != 0xFFFF) & (texts == 0)
     whole[0] &= skip == 0
-    rest = next(decode(data[:SIZE], forwards))[0][skip:] if skip else []
-    for at in np.flatnonzero((scope != 0xFFFF) & (texts > 0)).tolist():
-        rest += next(decode(data[at * SIZE : (at + 1 + int(texts[at])) * SIZE], forwards))[0]
-
-    frames = _Frames(columns, scope, whole, forwards, word_of)
-    found: list[Block] = []
-    if len(whole) >= packed.LEAST_ROWS:
-        for first, beyond in _runs(whole & frames.storable, frames.follows()):
-            found += frames.blocks(first, beyond)
-            whole[first:beyond] = False
-    return found, list(frames.alike(whole)), rest
+    frames = _Frames(columns, scope, whole, pattern)
+    for first, beyond in _runs(whole & frames.storable, frames.follows()):
+        yield first, beyond, frames.blocks(first, beyond)
 
 
 class _Frames:
@@ -127,8 +95,7 @@ class _Frames:
         columns: np.ndarray,
         scope: np.ndarray,
         whole: np.ndarray,
-        forwards: Collection[int],
-        word_of: WordOf,
+        pattern: PatternOf,
     ) -> None:
         self._seq, self._epoch, self._batch = columns[:TAGS]
         self._scope, self._time, self._loss = scope, columns[TIMES], columns[LOSS]
@@ -143,14 +110,7 @@ class _Frames:
             for step in steps:
                 same &= step == step[one]
             left &= ~same
-            found = [step for step in steps[:, one].tolist() if step & PRESENT]
-            arcs, phases = (
-                tuple(step & 0xFFFF for step in found),
-                tuple(step >> 16 & 0xFFFF for step in found),
-            )
-            loss_at = next((at for at, arc in enumerate(arcs) if arc in forwards), -1)
-            self._word[same], self._length[same] = word_of(arcs, phases, loss_at), len(found)
-            self._carries[same] = loss_at >= 0
+            self._word[same], self._length[same], self._carries[same] = pattern(steps[:, one].tolist())
         self._durations = np.diff(columns[TIMES : TIMES + STEPS_IN_A_FRAME], axis=0, prepend=0)
         self._durations[0] = columns[LOSS + 1]
         self._durations[np.arange(STEPS_IN_A_FRAME)[:, None] >= self._length] = 0
@@ -191,25 +151,6 @@ class _Frames:
                 width=width,
                 record=record,
                 data=digits,
-            )
-
-    def alike(self, left: np.ndarray) -> Iterator[Alike]:
-        """The packed rows of the frames that are `left`, those of one word and scope together."""
-        while left.any():
-            one = int(np.argmax(left))
-            same = left & (self._scope == self._scope[one]) & (self._word == self._word[one])
-            left &= ~same
-            losses = self._loss[same].view("<f8")
-            yield Alike(
-                word=int(self._word[one]),
-                scope=int(self._scope[one]),
-                seq=self._seq[same].tolist(),
-                epoch=self._epoch[same].tolist(),
-                batch=self._batch[same].tolist(),
-                time_ns=self._time[same].tolist(),
-                durations=self._durations[: self._length[one], same].tolist(),
-                loss=losses.tolist() if self._carries[one] else [],
-                all_numbers=not np.isnan(losses).any(),
             )
 
 

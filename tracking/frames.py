@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 __all__ = [
     "BEGIN",
+    "FRAME",
     "LATE",
     "LOSS",
     "MAX_NOTE_BYTES",
@@ -60,7 +61,8 @@ _LOW = 0xFFFF
 
 BEGIN = struct.Struct("<qqqqq56xq56xdq16x")
 """A frame with its first transition: seq, epoch, batch, tags, step, time, loss, duration."""
-_FRAME = struct.Struct("<4q8q8qdq16x")
+FRAME = struct.Struct("<4q8q8qdq16x")
+"""Its words but for the last two, which are nothing."""
 
 _TEXT = struct.Struct("<q16xq160s")
 _TEXT_BYTES = 160
@@ -112,7 +114,7 @@ def texts(seq: int, note: bytes) -> list[bytes]:
 def decode(data: bytes, forwards: Collection[int]) -> Iterator[tuple[list[Record], bool]]:
     """For each frame in `data` its transitions, and whether its loss came late. `forwards` are the arcs with a loss."""
     for offset in range(0, len(data), SIZE):
-        words = _FRAME.unpack_from(data, offset)
+        words = FRAME.unpack_from(data, offset)
         seq, epoch, batch, tags = words[:STEPS]
         if is_text(tags):
             continue

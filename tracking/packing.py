@@ -8,12 +8,24 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, groupby, islice
-from operator import attrgetter
+from operator import attrgetter, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from states.table import Trigger
 from tracking import packed
-from tracking.frames import SIZE, Record, is_pending
+from tracking.frames import (
+    FRAME,
+    LOSS,
+    PRESENT,
+    SIZE,
+    STEPS,
+    TAGS,
+    TIMES,
+    Record,
+    decode,
+    is_pending,
+    is_text,
+)
 from tracking.packed import (
     BATCH_DIGITS,
     EXPONENT_DIGITS,
@@ -26,7 +38,7 @@ from tracking.packed import (
 from tracking.recorder import Chunk
 
 if TYPE_CHECKING:
-    from tracking.blocks import Alike, Block
+    from tracking.blocks import Block
 
 __all__ = ["MetricValues", "Packer", "from_number", "to_number"]
 
@@ -48,7 +60,6 @@ def to_number(stored: SqlNumber) -> float | None:
 
 
 _Row = list[tuple[str, object]]
-_MANY = 16 * SIZE  # bytes: fewer transitions are written one by one
 _TOGETHER = 50
 """Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
 
@@ -128,17 +139,54 @@ class Packer:
 
     def transitions(self, chunk: Chunk) -> None:
         """Write the transitions of a chunk."""
-        if len(chunk.data) < _MANY:
-            self.records(chunk.records)
-            return
-        from tracking.blocks import blocks  # numpy is not for those who only look on
+        data, done = chunk.data, 0
+        if len(data) >= packed.LEAST_ROWS * SIZE:
+            from tracking.blocks import blocks  # numpy is not for those who only look on
 
-        found, alike, rest = blocks(chunk.data, chunk.skip, self._forwards, self._word_of)
-        for block in found:
-            self._block(block)
-        for rows in alike:
-            self._alike(rows)
-        self.records(rest)
+            for first, beyond, found in blocks(data, chunk.skip, self._pattern):
+                self._frames(data[done * SIZE : first * SIZE], chunk.skip if not done else 0)
+                for block in found:
+                    self._block(block)
+                done = beyond
+        self._frames(data[done * SIZE :], chunk.skip if not done else 0)
+
+    def _frames(self, data: bytes, skip: int) -> None:
+        """Write what frames hold, those alike together; the first `skip` transitions of the first were taken before."""
+        alike: dict[tuple[int, ...], list[tuple[SqlNumber, ...]]] = {}
+        patterns: dict[tuple[int, ...], tuple[int, int, bool]] = {}
+        others: list[Record] = []
+        for at, words in enumerate(FRAME.iter_unpack(data)):
+            tags = words[TAGS]
+            if is_text(tags):
+                continue
+            if tags >> 16 & 0xFFFF or (skip and not at):
+                beyond = at + 1 + (tags >> 16 & 0xFFFF)
+                others += next(decode(data[at * SIZE : beyond * SIZE], self._forwards))[0][
+                    0 if at else skip :
+                ]
+                continue
+            kind = (tags & 0xFFFF, *words[STEPS:TIMES])
+            rows = alike.get(kind)
+            if rows is None:
+                rows = alike[kind] = []
+                patterns[kind] = self._pattern(words[STEPS:TIMES])
+            _, length, carries = patterns[kind]
+            times, loss = words[TIMES : TIMES + length], words[LOSS]
+            row = (*words[:TAGS], times[0], words[LOSS + 1], *map(sub, times[1:], times))
+            rows.append((*row, loss if loss == loss else _stored(loss)) if carries else row)
+        for kind, rows in alike.items():
+            word, length, carries = patterns[kind]
+            shared = {"attempt": self._attempt, "scope": self._scopes[kind[0]], "word": word}
+            columns = ["seq", "epoch", "batch", "time_ns", *_durations(length), *["loss"] * carries]
+            self._write("packed_transitions", shared, columns, rows)
+        self.records(others)
+
+    def _pattern(self, steps: Sequence[int]) -> tuple[int, int, bool]:
+        """The word of a frame's steps, how many they are, and whether there is a loss among them."""
+        arcs = tuple(step & 0xFFFF for step in steps if step & PRESENT)
+        phases = tuple(step >> 16 & 0xFFFF for step in steps if step & PRESENT)
+        loss_at = next((at for at, arc in enumerate(arcs) if arc in self._forwards), -1)
+        return self._word_of(arcs, phases, loss_at), len(arcs), loss_at >= 0
 
     def records(self, records: Iterable[Record]) -> None:
         """Write transitions, one by one."""
@@ -154,15 +202,6 @@ class Packer:
     def _store(self, table: str, row: dict[str, object]) -> None:
         row["attempt"] = self._attempt
         self._connection.execute(_insert(table, {}, list(row)), list(row.values()))
-
-    def _alike(self, rows: Alike) -> None:
-        columns = ["seq", "epoch", "batch", "time_ns", *_durations(len(rows.durations))]
-        values: list[Iterable[object]] = [rows.seq, rows.epoch, rows.batch, rows.time_ns, *rows.durations]
-        if rows.loss:
-            columns.append("loss")
-            values.append(rows.loss if rows.all_numbers else map(_stored, rows.loss))
-        shared = {"attempt": self._attempt, "scope": self._scopes[rows.scope], "word": rows.word}
-        self._write("packed_transitions", shared, columns, zip(*values, strict=True))
 
     def _write(
         self,
