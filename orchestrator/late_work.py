@@ -115,10 +115,12 @@ class LateWork(BatchWork):
             values.expect(f"loss/{name}", parcel)
         values.expect_more("loss", parcel)
         self.loss, self._loss, self._unwritten = PENDING, parcel, parcel
-        self._unsent.append((self._on_device(loss.detach()), parcel))
+        self._unsent.append((self._scalar(loss), parcel))
 
-    def _on_device(self, scalar: Tensor) -> Tensor:
-        return scalar if scalar.device == self.device else scalar.to(self.device, non_blocking=True)
+    def _scalar(self, value: Tensor) -> Tensor:
+        """The one element of `value`, on the device, without a dimension."""
+        value = value.detach().reshape(())
+        return value if value.device == self.device else value.to(self.device, non_blocking=True)
 
     def _send(self) -> None:
         """Send what is still to be sent."""
@@ -318,7 +320,7 @@ class LateTrainingWork(LateWork, TrainingWork):
     def _judge(self, loss: Tensor) -> None:
         if self.window.count == 0:
             self._losses, self._spoilt_before = [], False
-        self._losses.append(self._on_device(loss.detach()))
+        self._losses.append(self._scalar(loss))
         self._here.arrivals.append(partial(self._take_judgement, self._loss))
 
     def _take_judgement(self, loss: Parcel) -> None:
@@ -326,7 +328,7 @@ class LateTrainingWork(LateWork, TrainingWork):
 
     def _apply(self, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         each, total = self._norms(optimizer)
-        of_all = [] if total is None else [self._on_device(total)]
+        of_all = [] if total is None else [self._scalar(total)]
         numbers = numerics.together([*self._losses, *of_all, *each])
         losses = len(self._losses)
         flag = self._flag

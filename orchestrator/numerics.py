@@ -111,13 +111,7 @@ def norm(optimizer: Optimizer) -> float:
     What takes the least time, so its last bits may differ from `norm_to_clip`'s, which is taken where it overflows.
     """
     value = _norm_in_place(optimizer)
-    if value is not None:
-        return value
-    grads = gradients(optimizer)
-    each, total = late_norms(grads, to_clip=False) if grads else ((), None)
-    return (
-        norm_to_clip(grads)[1] if total is not None or not each else math.hypot(*torch.stack(each).tolist())
-    )
+    return norm_to_clip(gradients(optimizer))[1] if value is None else value
 
 
 def norm_to_clip(grads: list[Tensor]) -> tuple[Tensor, float]:

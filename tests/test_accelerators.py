@@ -163,6 +163,26 @@ def test_what_comes_late_is_what_came_at_once(options: dict[str, Any], lag: int,
     assert_same(written_at_once, written_late)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_loss_may_have_a_dimension_and_another_type(
+    accumulate: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def forward(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1]).to(dtype).reshape(1)
+
+    found = []
+    for number, context in enumerate((contextlib.nullcontext(), slow())):
+        with context:
+            trainer = trainings.make(
+                tmp_path / str(number), forward=forward, accumulate=accumulate, optimizer=fused
+            )
+            trainer.fit()
+        found.append((ending(trainer), journaled(trainer.run)))
+    assert_same(found[0][0], found[1][0])
+    assert_same(found[0][1], found[1][1])
+
+
 def without_statistics(tree: dict[str, Any]) -> dict[str, Any]:
     """A mean over parameters is taken in another order."""
     return {path: value for path, value in tree.items() if "grad/" not in path}
