@@ -1,76 +1,55 @@
 """A pass over validation data on the processor, one thread: what each batch costs beside a bare loop.
 
 The bare loop adds its losses up and reads the sum once, at the end; the other one reads each, as interlock does, whose
-journal has them all. The same network on the same batches, which are in memory. A batch is timed from one forward to
-another, some hundred batches later. interlock's pass is that of a training, journaled, and that of
-`Trainer.evaluate`, which nothing records.
+journal has them all. The same network on the same batches, which are in memory, in turns (turns.py), pass after pass.
+interlock's pass is that of a training, journaled, and that of `Trainer.evaluate`, which nothing records.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import Cost, alternate, arguments, compared, report
+from measuring import arguments, keep_memory, report
 from torch import nn
+from turns import Contender, Turns, alternate
 
 from orchestrator import Trainer, seed_everything
 
-WARM = 100
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Stamped(nn.Module):
-    """The network; notes the time at the WARMth forward of an evaluation and at the last."""
-
-    def __init__(self, batches: int) -> None:
-        super().__init__()
-        seed_everything(1)
-        self.layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        self.calls, self.batches = 0, batches
-        self.cost = Cost()
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            self.calls += 1
-            if self.calls == WARM:
-                self.began = time.perf_counter(), time.process_time()
-            elif self.calls == self.batches:
-                ended = time.perf_counter(), time.process_time()
-                count = self.batches - WARM
-                self.cost = Cost(*((b - a) / count * 1e6 for a, b in zip(self.began, ended, strict=True)))
-        return self.layers(inputs)
-
-
-def bare(model: Stamped, batches: Batches, *, reads: bool) -> None:
-    loss_fn, total, read = nn.CrossEntropyLoss(), torch.zeros(()), 0.0
+def bare(model: nn.Module, batches: Batches, *, reads: bool) -> None:
+    loss_fn = nn.CrossEntropyLoss()
     model.eval()
-    with torch.no_grad():
-        for inputs, targets in batches:
-            loss = loss_fn(model(inputs), targets)
-            if reads:
-                read += loss.item()
-            else:
-                total += loss
-    total.item()
+    while True:
+        total, read = torch.zeros(()), 0.0
+        with torch.no_grad():
+            for inputs, targets in batches:
+                loss = loss_fn(model(inputs), targets)
+                if reads:
+                    read += loss.item()
+                else:
+                    total += loss
+        total.item()
 
 
-def interlock(model: Stamped, batches: Batches, *, journaled: bool) -> None:
+def interlock(model: nn.Module, batches: Batches, *, journaled: bool) -> None:
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
             model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), batches[:1],
-            batches if journaled else None, epochs=1, log=None, track=None, checkpoint=None, root=root,
+            batches if journaled else None, epochs=2**20, log=None, track=None, checkpoint=None, root=root,
         )  # fmt: skip
         if journaled:
             trainer.fit()
-        else:
+        while True:
             trainer.evaluate(batches)
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[nn.Module, Batches], None]] = {
     "bare loop": partial(bare, reads=False),
     "bare loop that reads each loss": partial(bare, reads=True),
     "interlock, evaluate": partial(interlock, journaled=False),
@@ -78,17 +57,23 @@ CONTENDERS = {
 }
 
 
-def cost(name: str, count: int, size: int) -> Cost:
-    """What a batch of `size` samples costs a contender."""
-    model = Stamped(count)
+def contender(name: str, count: int, size: int) -> Contender:
+    """The contender of that name, with a network and batches of its own."""
+    seed_everything(1)
+    model = Turns(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
     batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
-    CONTENDERS[name](model, batches)
-    return model.cost
+    return Contender(name, model, partial(CONTENDERS[name], model, batches))
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__, batches=5000, rounds=7, size=32).parse_args()
+    parser = arguments(__doc__, batches=5000, rounds=7, turns=12, size=32)
+    parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
+    options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    chosen = {name: partial(cost, name, options.batches, options.size) for name in CONTENDERS}
-    report(compared(alternate(chosen, options.rounds), "bare loop"), options.json)
+    contenders = [contender(name, options.batches, options.size) for name in CONTENDERS]
+    rows = alternate(contenders, options)
+    for one in contenders:
+        one.finish()
+    report(rows, options.json)

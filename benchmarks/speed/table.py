@@ -64,7 +64,7 @@ QUICKLY = {
     "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
     "Real training": ["--rounds", "1", "--turns", "1"],
     "Real training, 4 ms a step, beside the loop": ["--rounds", "1", "--seconds", "4"],
-    "Validation": ["--batches", "300", "--rounds", "1"],
+    "Validation": ["--batches", "300", "--rounds", "1", "--turns", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Checkpoints, in a training": ["--megabytes", "50", "--rounds", "1"],
     "Start and stop": ["--rounds", "1"],

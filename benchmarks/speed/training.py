@@ -1,11 +1,7 @@
 """Real training, one thread of the processor: what each batch costs beside a bare loop that reads its loss.
 
-The bare loop and the contenders train the same network on the same batches, which are in memory. All are alive at once,
-each in a thread of its own, and one trains at a time: a turn, from one forward to another, between two turns of the
-bare loop, with whose mean it is compared. So what a machine that is busy with other things does from one minute to
-the next, it does to both; what comes before the first turn and after the last is measured elsewhere. A round has
-several turns of each, of which medians are taken; medians, least and most are of those of the rounds. A turn is
-longer than the quarter of a second after which interlock's journal is written, so none goes without.
+The bare loop and the contenders train the same network on the same batches, which are in memory, in turns (turns.py). A
+turn is longer than the quarter of a second after which interlock's journal is written, so none goes without.
 
 interlock keeps its journal and its metrics; "everything on" delivers them to a local MLflow store too, by a process
 that stands still when it is not its turn, whose time is among the machine's. What it does more seldom than every other
@@ -26,26 +22,23 @@ import argparse
 import contextlib
 import logging
 import os
-import statistics
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
 import psutil
 import torch
-from measuring import Figure, Row, arguments, installed, keep_memory, report
+from measuring import arguments, installed, keep_memory, report
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from turns import Contender, Turns, alternate
 
 from orchestrator import MLflow, Trainer, seed_everything
 
-MEASURES = ("wall", "cpu", "machine")
 FEATURES = 64
 DIFFERENT = 64
 """Batches that are not the same; an epoch has them many times."""
@@ -208,132 +201,24 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batches, int], None]] = {
 }
 
 
-class Finished(Exception):
-    """Everything is measured: a training that would go on for long ends."""
-
-
-class Turns(nn.Module):
-    """A contender's network, whose `forward` goes on only while it is the contender's turn."""
-
-    def __init__(self, layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = layers
-        self.batches, self.until, self.over = 0, 0.0, False
-        self.begin, self.end = threading.Semaphore(0), threading.Semaphore(0)
-        self.began = self.ended = now()
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if time.perf_counter() >= self.until:
-            if inputs.is_cuda:
-                torch.cuda.synchronize(inputs.device)
-            self.ended = now()
-            self.end.release()
-            self.begin.acquire()
-            if self.over:
-                raise Finished
-            self.batches, self.began = 0, now()
-        self.batches += 1
-        return self.layers(inputs)
-
-
-def now() -> tuple[float, float, float]:
-    """Seconds: of the clock, of this process's threads, and of all the machine's processors."""
-    machine = psutil.cpu_times()
-    return time.perf_counter(), time.process_time(), machine.user + machine.nice + machine.system
-
-
-class Contender:
-    """One that takes turns: a thread that trains, and the processes that it has started."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name = name
-        layers = network(options.width, options.convolutions, options.features)
-        self._network = Turns(layers.to(options.device))
-        shape = (options.size, options.features)
-        pins = torch.device(options.device).type == "cuda"
-        different = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(DIFFERENT)]
-        if pins and not options.loader:
-            different = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in different]
-        self._batches: Batches = different * (options.epoch // DIFFERENT)
-        if options.loader:
-            data = Whole(self._batches)
-            self._batches = DataLoader(
-                data, batch_size=None, num_workers=options.workers, pin_memory=pins, persistent_workers=True
-            )
-        self._failed: BaseException | None = None
-        self._processes: set[psutil.Process] = set()
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
-        self._network.end.acquire()  # its first forward
-
-    def _train(self) -> None:
-        torch.set_num_threads(1)
-        try:
-            with contextlib.suppress(Finished):
-                CONTENDERS[self.name](self._network, self._batches, 2**20)
-        except BaseException as error:
-            self._failed = error
-        self._network.end.release()
-
-    def turn(self, seconds: float) -> list[float]:
-        """Train so long: what a batch took, in microseconds, by each of the measures."""
-        self._each(psutil.Process.resume)
-        before = _processes()
-        network = self._network
-        network.until = time.perf_counter() + seconds
-        network.begin.release()
-        network.end.acquire()
-        if self._failed is not None:
-            raise self._failed
-        self._each(psutil.Process.suspend)
-        while new := _processes() - before - self._processes:  # one that stands still starts no other
-            self._processes |= new
-            self._each(psutil.Process.suspend)
-        return [(b - a) / network.batches * 1e6 for a, b in zip(network.began, network.ended, strict=True)]
-
-    def finish(self) -> None:
-        """End."""
-        self._each(psutil.Process.resume)
-        self._network.over, self._network.until = True, 0.0
-        self._network.begin.release()
-        self._thread.join()
-
-    def _each(self, do: Callable[[psutil.Process], None]) -> None:
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                do(process)
-
-
-def _processes() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
-
-
-def alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Row]:
-    """A row for each contender, of which the first is the bare loop, and measure."""
-    bare, *others = contenders
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    before = bare.turn(options.turn)
-    for number in range(options.rounds + 1):
-        turns: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-        for contender in others * options.turns:
-            own, after = contender.turn(options.turn), bare.turn(options.turn)
-            for at, measure in enumerate(MEASURES):
-                beside = (before[at] + after[at]) / 2
-                one = (own[at], own[at] - beside, own[at] / beside)
-                turns.setdefault((contender.name, measure), []).append(one)
-                turns.setdefault((bare.name, measure), []).append((after[at], 0.0, 1.0))
-            before = after
-        if number:  # the first warms up
-            for key, ones in turns.items():
-                cost, more, times = map(statistics.median, zip(*ones, strict=True))
-                found.setdefault(key, []).append((cost, more, times))
-    rows = []
-    for contender in contenders:
-        for measure in MEASURES:
-            cost, more, times = map(Figure.of, zip(*found[contender.name, measure], strict=True))
-            row = Row(contender.name, cost, "µs a batch", measure)
-            rows.append(row if contender is bare else replace(row, more=more, times=times))
-    return rows
+def contender(name: str, options: argparse.Namespace) -> Contender:
+    """The contender of that name, with a network and batches of its own."""
+    layers = Turns(network(options.width, options.convolutions, options.features).to(options.device))
+    shape = (options.size, options.features)
+    pins = torch.device(options.device).type == "cuda"
+    different = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(DIFFERENT)]
+    if pins and not options.loader:
+        different = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in different]
+    batches: Batches = different * (options.epoch // DIFFERENT)
+    if options.loader:
+        batches = DataLoader(
+            Whole(batches),
+            batch_size=None,
+            num_workers=options.workers,
+            pin_memory=pins,
+            persistent_workers=True,
+        )
+    return Contender(name, layers, partial(CONTENDERS[name], layers, batches, 2**20))
 
 
 if __name__ == "__main__":
@@ -360,13 +245,13 @@ if __name__ == "__main__":
     missing = [peer for peer in ("Ignite", "Lightning") if not installed(peer.lower(), peer)]
     with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
         contenders = [
-            Contender(name, options)
+            contender(name, options)
             for name in CONTENDERS
             if (name == BARE or any(part in name for part in options.only))
             and not name.startswith(tuple(missing))
             and (name != NEVER_READS or options.device != "cpu")
         ]
         rows = alternate(contenders, options)
-        for contender in contenders:
-            contender.finish()
+        for one in contenders:
+            one.finish()
     report(rows, options.json)
