@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,29 @@ def assert_once(run: RunFolder, remote: RemoteRun) -> None:
             for row in journal.metrics(include_superseded=True)
         }
     assert {(key, step, time_ms) for key, step, _, time_ms in remote.points} <= times
+
+
+def assert_each_once(run: RunFolder, remote: RemoteRun) -> None:
+    """The same where batches may be means, as they are once a slow server, or 10,000 values, has made it so.
+
+    Each value of a batch is then in one point, that of the first step from its own on, which is the mean of its values.
+    """
+    found = {(key, step): value for key, step, value, _ in remote.points}
+    assert len(found) == len(remote.points), "points are there twice"
+    windows: dict[tuple[str, int], list[float]] = {}
+    steps: dict[str, list[int]] = {}
+    for key, step in sorted(found):
+        steps.setdefault(key, []).append(step)
+    for (key, step), value in expected_points(run).items():
+        last = step
+        if key.startswith("batch/"):
+            at = bisect_left(steps[key], step)
+            assert at < len(steps[key]), f"{key} of step {step} is in no point"
+            last = steps[key][at]
+        windows.setdefault((key, last), []).append(value)
+    assert found.keys() == windows.keys()
+    for point, within in windows.items():
+        assert math.isclose(found[point], sum(within) / len(within), rel_tol=1e-12), point
 
 
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:

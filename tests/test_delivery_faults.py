@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deliveries import BATCHES, Training, assert_once, go_back, train_in_child, until
+from deliveries import BATCHES, Training, assert_each_once, assert_once, go_back, train_in_child, until
 from faulty_proxy import FaultyProxy, at_random, each, nothing
 from mlflow_server import MLflowServer, RemoteRun
 from postgres import PostgresCluster, PostgresDatabase, find_binaries
@@ -272,7 +272,7 @@ while True: training.batch(0.01)
         report = sync(run, tracker=tracker, timeout=60)
         assert report.complete, log_of(run)
         remote = server.database.run(run.id)
-        assert_once(run, remote)
+        assert_each_once(run, remote)
         assert remote.params == {"lr": "0.1"}
         assert (remote.status, remote.tags["interlock.state"]) == ("FINISHED", "DONE")
         assert remote.tags["interlock.attempt"] == str(attempts + 1)

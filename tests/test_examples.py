@@ -40,15 +40,16 @@ def start(name: str, folder: Path) -> "subprocess.Popen[bytes]":
 
 
 def strike(process: "subprocess.Popen[bytes]", folder: Path, transitions: int) -> None:
-    """SIGKILL once the attempt has made so many transitions, seen from outside."""
+    """SIGKILL once the attempt has made so many transitions, and there is a checkpoint, seen from outside."""
     while process.poll() is None:
         time.sleep(0.01)
         try:
             with Journal.open(find_run("example", folder / "runs")) as journal:
                 newest, last = journal.attempts()[-1], journal.last_transition()
+                saved = journal.checkpoints()
         except (InterlockError, IndexError):
             continue
-        if newest.pid == process.pid and last and last.seq - newest.first_seq > transitions:
+        if saved and newest.pid == process.pid and last and last.seq - newest.first_seq > transitions:
             break
     assert process.poll() is None, "it ended before it was struck"
     process.kill()

@@ -165,7 +165,7 @@ def test_a_server_with_passwords(run: RunFolder, tmp_path: Path, monkeypatch: py
         assert shipper is not None
         assert shipper.wait(60) == 1
         log = (run.path / "shipper.log").read_text()
-        assert log.count("tracking server: cannot") == 1, log
+        assert log.count("interlock.shipper: tracking server: cannot") == 1, log
         assert "401" in log or "not authenticated" in log.lower() or "UNAUTHENTICATED" in log, log
         assert "horse" not in log
         with pytest.raises(FetchError, match="are the credentials in the environment"):
