@@ -356,8 +356,8 @@ def test_data_that_draws_nothing_is_carried_ahead() -> None:
 # -- exactness ---------------------------------------------------------------------------------------
 
 
-def interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: int) -> None:
-    with slow(lag), run_folders() as folder, warnings.catch_warnings():
+def interrupted_equals_unbroken(description: Description, cuts: list[Cut]) -> None:
+    with run_folders() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unbroken = build(description, folder / "unbroken")
         unbroken.fit()
@@ -371,13 +371,15 @@ def interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: 
 @settings(max_examples=settings().max_examples // 5)
 @given(descriptions(), CUTS, st.sampled_from([0, 1, 10**9]))
 def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut], lag: int) -> None:
-    interrupted_equals_unbroken(description, cuts, lag)
+    with slow(lag):
+        interrupted_equals_unbroken(description, cuts)
 
 
 @pytest.mark.long
 @given(descriptions(), CUTS, st.sampled_from([0, 1, 10**9]))
 def test_interrupted_equals_unbroken_more_often(description: Description, cuts: list[Cut], lag: int) -> None:
-    interrupted_equals_unbroken(description, cuts, lag)
+    with slow(lag):
+        interrupted_equals_unbroken(description, cuts)
 
 
 @settings(max_examples=settings().max_examples // 2)

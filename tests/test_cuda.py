@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +20,11 @@ from test_accelerators import (
     everything,
     fused,
     fused_momentum,
+    interrupted_equals_unbroken,
     journaled,
     without_statistics,
 )
-from test_exact_property import CUTS, Cut, interrupted
+from test_exact_property import CUTS, Cut
 from test_numerics import parameters, poisoned
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +38,7 @@ from orchestrator.data.carrying import CudaCarrier
 from orchestrator.snapshot.info import readable
 from orchestrator.snapshot.storage import read_checkpoint
 from orchestrator.snapshot.writer import CheckpointWriter
-from random_trainings import Description, build, descriptions, run_folders
+from random_trainings import Description, descriptions
 from states import State, Trigger
 from tracking.runs import list_runs
 
@@ -310,15 +310,7 @@ def test_each_checkpoint_has_the_state_of_its_boundary(makes: Any, tmp_path: Pat
 @settings(max_examples=12)
 @given(descriptions(), CUTS)
 def test_interrupted_equals_unbroken(description: Description, cuts: list[Cut]) -> None:
-    with run_folders() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        unbroken = build(description, folder / "unbroken")
-        unbroken.fit()
-        expected = ending(unbroken)
-        broken = interrupted(description, cuts, folder / "broken")
-        assert_same(expected, ending(broken))
-        assert_sound(broken.run)
-        assert_same(journaled(unbroken.run), journaled(broken.run))
+    interrupted_equals_unbroken(description, cuts)
 
 
 def test_few_operations_of_the_device_are_added(tmp_path: Path) -> None:

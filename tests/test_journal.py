@@ -645,14 +645,23 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         time.sleep(0.01)
 
 
+def fill_disk(writer: JournalWriter) -> None:
+    """The journal cannot grow any more."""
+    pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
+    writer._connection.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def make_room(writer: JournalWriter) -> None:
+    writer._connection.execute("PRAGMA max_page_count = 1000000")
+
+
 def test_a_full_disk_is_survived(run: RunFolder, lease: Lease) -> None:
     """One warning at once; everything is there when there is room again."""
     recorder, writer, told = writer_with_warnings(run, lease, capacity=4096)
     with writer:
         walk = Walk(recorder).epochs()
         writer.sync()
-        pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
-        writer._connection.execute(f"PRAGMA max_page_count = {pages}")
+        fill_disk(writer)
         walk.epochs(epochs=3, batches=100)
         writer.metrics("train", 0, 0, 0, {"loss": 1.0}, 0)
         with pytest.raises(JournalError, match="full"):
@@ -662,7 +671,7 @@ def test_a_full_disk_is_survived(run: RunFolder, lease: Lease) -> None:
         assert writer.failure is None
         with Journal.open(run) as journal:
             assert list(journal.transitions(live=True)) == walk.recorded
-        writer._connection.execute("PRAGMA max_page_count = 1000000")
+        make_room(writer)
         writer.sync()
         walk.go(Trigger.FINISH)
         writer.end("done")
@@ -682,13 +691,12 @@ def test_a_full_disk_is_survived_where_warnings_are_errors(
         with writer:
             walk = Walk(recorder).epochs()
             writer.sync()
-            pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
-            writer._connection.execute(f"PRAGMA max_page_count = {pages}")
+            fill_disk(writer)
             walk.epochs(epochs=1, batches=100)
             with pytest.raises(JournalError, match="full"):
                 writer.sync(timeout_s=0.6)
             assert "cannot write the journal (database or disk is full)" in capfd.readouterr().err
-            writer._connection.execute("PRAGMA max_page_count = 1000000")
+            make_room(writer)
             writer.sync()
     with Journal.open(run) as journal:
         assert list(journal.transitions()) == walk.recorded

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import arguments, keep_memory, report
+from measuring import keep_memory, report
 from torch import nn
-from turns import Contender, Turns, alternate
+from turns import Contender, Turns, alternate, arguments
 
 from orchestrator import Trainer, seed_everything
 
@@ -66,9 +66,7 @@ def contender(name: str, count: int, size: int) -> Contender:
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__, batches=5000, rounds=7, turns=12, size=32)
-    parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
-    options = parser.parse_args()
+    options = arguments(__doc__, batches=5000, size=32).parse_args()
     keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -32,10 +32,10 @@ from typing import Any
 
 import psutil
 import torch
-from measuring import arguments, installed, keep_memory, report
+from measuring import installed, keep_memory, report
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from turns import Contender, Turns, alternate
+from turns import Contender, Turns, alternate, arguments
 
 from orchestrator import MLflow, Trainer, seed_everything
 
@@ -222,10 +222,7 @@ def contender(name: str, options: argparse.Namespace) -> Contender:
 
 
 if __name__ == "__main__":
-    parser = arguments(
-        __doc__, rounds=7, turns=12, width=32, size=32, epoch=64_000, features=FEATURES, workers=4
-    )
-    parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
+    parser = arguments(__doc__, width=32, size=32, epoch=64_000, features=FEATURES, workers=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--foreach", action="store_true", help="no fused optimizers on a device")
     parser.add_argument("--loader", action="store_true", help="batches come from a DataLoader with workers")

@@ -16,14 +16,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import measuring
 import psutil
 import torch
 from measuring import Figure, Row
 from torch import nn
 
-__all__ = ["Contender", "Finished", "Turns", "alternate"]
+__all__ = ["Contender", "Finished", "Turns", "alternate", "arguments"]
 
 MEASURES = ("wall", "cpu", "machine")
+
+
+def arguments(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """A parser with what `alternate` asks for, and an option for each of `numbers`."""
+    parser = measuring.arguments(doc, rounds=7, turns=12, **numbers)
+    parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
+    return parser
 
 
 class Finished(Exception):

@@ -7,7 +7,7 @@ import types
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
     seen = {id(root) for root in outside}
     keep: list[object] = []  # so that an id is not given to another object meanwhile
     stack = [(path, root) for path, root in reversed(list(roots.items()))]
-    classes: dict[type, _Class] = {}
+    classes: dict[type, _OfClass] = {}
     while stack:
         path, item = stack.pop()
         if id(item) in seen or isinstance(item, _LEAVES) or _is_global(item):
@@ -182,28 +182,28 @@ def _can_be_seeded(generator: Generator) -> bool:
     return True
 
 
-class _Class(NamedTuple):
-    """What instances of a class have beside their `__dict__`, in the order of the class and its bases."""
-
-    slots_and_values: list[tuple[str, object]]
-    """Slots as their descriptors; values of classes that are not a library's, leaves left out."""
-
-    @classmethod
-    def of(cls, kind: type) -> "_Class":
-        found: list[tuple[str, object]] = []
-        for base in kind.__mro__:
-            if base.__module__ == "builtins":  # a function's slots are its module's globals, among others
-                continue
-            followed = _is_followed(base.__module__)
-            for name, value in list(vars(base).items()):
-                if isinstance(value, types.MemberDescriptorType):
-                    found.append((name, value))
-                elif followed and not isinstance(inside := _underlying(value), _LEAVES):
-                    found.append((name, inside))
-        return cls(found)
+_OfClass = list[tuple[str, object]]
 
 
-def _parts(path: str, item: object, classes: dict[type, _Class]) -> Iterator[tuple[str, object]]:
+def _of_class(kind: type) -> _OfClass:
+    """What instances of a class have beside their `__dict__`, in the order of the class and its bases.
+
+    Slots as their descriptors; values of classes that are not a library's, leaves left out.
+    """
+    found: _OfClass = []
+    for base in kind.__mro__:
+        if base.__module__ == "builtins":  # a function's slots are its module's globals, among others
+            continue
+        followed = _is_followed(base.__module__)
+        for name, value in list(vars(base).items()):
+            if isinstance(value, types.MemberDescriptorType):
+                found.append((name, value))
+            elif followed and not isinstance(inside := _underlying(value), _LEAVES):
+                found.append((name, inside))
+    return found
+
+
+def _parts(path: str, item: object, classes: dict[type, _OfClass]) -> Iterator[tuple[str, object]]:
     if isinstance(item, dict | list | tuple):
         yield from _elements(path, item)
     elif isinstance(item, types.FunctionType):
@@ -225,15 +225,15 @@ def _elements(path: str, item: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> 
             yield f"{path}[{key!r}]", value
 
 
-def _attributes(path: str, item: object, classes: dict[type, _Class]) -> Iterator[tuple[str, object]]:
+def _attributes(path: str, item: object, classes: dict[type, _OfClass]) -> Iterator[tuple[str, object]]:
     """The attributes of an object and, unless its class is a library's, those of its class."""
     for name, value in list(getattr(item, "__dict__", {}).items()):
         if type(value) not in _PLAIN:
             yield f"{path}.{name}", value
     kind = type(item)
     if (of_class := classes.get(kind)) is None:
-        of_class = classes[kind] = _Class.of(kind)
-    for name, value in of_class.slots_and_values:
+        of_class = classes[kind] = _of_class(kind)
+    for name, value in of_class:
         if isinstance(value, types.MemberDescriptorType):
             try:
                 yield f"{path}.{name}", value.__get__(item)
