@@ -36,6 +36,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
+    if not module._modules:
+        return None
     if isinstance(module, DistributedDataParallel | DataParallel):
         return cast(nn.Module, module.module)
     for key in _WRAPPED_AS:
@@ -47,17 +49,26 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 def submodules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module by every path that leads to it, in torch's order; the root's path is ''."""
-    yield from _submodules("", root, frozenset())
+    found: list[tuple[str, nn.Module]] = []
+    _add_submodules("", root, set(), found)
+    return iter(found)
 
 
-def _submodules(path: str, module: nn.Module, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
+def _add_submodules(
+    path: str, module: nn.Module, above: set[int], found: list[tuple[str, nn.Module]]
+) -> None:
+    if not module._modules:
+        found.append((path, module))
+        return
     module = unwrapped(module)
     if id(module) in above:
         return
-    yield path, module
+    found.append((path, module))
+    above.add(id(module))
     for key, child in module._modules.items():
         if child is not None:
-            yield from _submodules(f"{path}.{key}" if path else key, child, above | {id(module)})
+            _add_submodules(f"{path}.{key}" if path else key, child, above, found)
+    above.remove(id(module))
 
 
 def unique_submodules(root: nn.Module) -> dict[str, nn.Module]:
