@@ -57,9 +57,6 @@ def submodules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _add_submodules(
     path: str, module: nn.Module, above: set[int], found: list[tuple[str, nn.Module]]
 ) -> None:
-    if not module._modules:
-        found.append((path, module))
-        return
     module = unwrapped(module)
     if id(module) in above:
         return
