@@ -13,7 +13,7 @@ from pathlib import Path
 import tracking
 from mlflow_server import RemoteRun
 from states.table import State, Trigger
-from tracking.journal import CheckpointRow, Journal, Outcome
+from tracking.journal import CheckpointRow, Journal, Metric, Outcome
 from tracking.outbox import metric_name
 from tracking.runs import Lease, RunFolder
 from walk import BATCH, Walk, begin
@@ -125,10 +125,15 @@ def go_back(run: RunFolder, chance: random.Random) -> tuple[int, int, int]:
     return ends[done - 1], done, len(ends)
 
 
+def name_of(row: Metric) -> str:
+    """What MLflow calls a metric of the journal."""
+    return metric_name(row.scope, row.batch, row.key).replace("@", "_")
+
+
 def expected_points(run: RunFolder) -> dict[tuple[str, int], float]:
     """What the server should have: {(key, step): value}."""
     with Journal.open(run) as journal:
-        return {(metric_name(row).replace("@", "_"), row.step): row.value for row in journal.metrics()}
+        return {(name_of(row), row.step): row.value for row in journal.metrics()}
 
 
 def shown(value: float) -> float | None:
@@ -144,7 +149,7 @@ def assert_once(run: RunFolder, remote: RemoteRun) -> None:
     assert {(key, step): value for key, step, value, _ in remote.points} == expected
     with Journal.open(run) as journal:
         times = {
-            (metric_name(row).replace("@", "_"), row.step, row.time_ns // 1_000_000)
+            (name_of(row), row.step, row.time_ns // 1_000_000)
             for row in journal.metrics(include_superseded=True)
         }
     assert {(key, step, time_ms) for key, step, _, time_ms in remote.points} <= times

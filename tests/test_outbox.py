@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from tracking.delivery import Point, Remote, Unavailable
 from tracking.line import Line
 from tracking.outbox import NOTHING_SENT, Flight, Mark, Outbox, OutboxError, metric_name, read_outbox, select
-from tracking.rows import Metric
+from tracking.rows import Measured
 
 REMOTE = Remote("r1", False, {}, "", "mlflow ui")
 
 
 def row(
     number: int, attempt: int, step: int, key: str = "loss", scope: str = "train", batch: int = 0
-) -> Metric:
-    return Metric(number, attempt, scope, 0, batch, step, key, step / 7, number * 1_000_000)
+) -> Measured:
+    time_ns, values = (number * 1_000_000,), ((step / 7,),)
+    return Measured(attempt, scope, 0, False, (key,), (number,), (batch,), (step,), time_ns, values)
 
 
 def begun(path: Path) -> Outbox:
@@ -43,7 +44,7 @@ def begun(path: Path) -> Outbox:
     ],
 )
 def test_names(scope: str, batch: int, name: str) -> None:
-    assert metric_name(row(1, 1, 1, scope=scope, batch=batch)) == name
+    assert metric_name(scope, batch, "loss") == name
 
 
 def test_nothing_to_select() -> None:
@@ -90,19 +91,19 @@ def test_each_step_arrives_once_whatever_dies(
 ) -> None:
     """Attempts go back to earlier steps; the shipper dies before and after sending; the outbox is on disk."""
     path = tmp_path_factory.mktemp("run") / "outbox.sqlite"
-    journal: list[Metric] = []
+    journal: list[Measured] = []
     kept_until: list[tuple[int, int]] = []  # (attempt, the last step of older attempts that it keeps)
     store = Store()
 
-    def visible(found: Metric) -> bool:
-        return all(found.attempt >= attempt or found.step <= step for attempt, step in kept_until)
+    def visible(found: Measured) -> bool:
+        return all(found.attempt >= attempt or found.steps[0] <= step for attempt, step in kept_until)
 
     def ship(flights: int, dies: str) -> None:
         with begun(path) as outbox:
             for left in reversed(range(flights)):
                 flight = outbox.flight()
                 if flight is None:
-                    rows = [found for found in journal if found.id > outbox.cursor and visible(found)]
+                    rows = [found for found in journal if found.ids[0] > outbox.cursor and visible(found)]
                     flight = select(rows[:4], outbox.marks)
                     if flight is None:
                         return
@@ -130,9 +131,9 @@ def test_each_step_arrives_once_whatever_dies(
                     ship(data.draw(st.integers(1, 3)), dies)
     ship(1000, "not")
     steps = sorted(step for _, step, _, _ in store.points)
-    journaled = {found.step for found in journal if visible(found)}
+    journaled = {found.steps[0] for found in journal if visible(found)}
     assert len(steps) == len(set(steps))
-    assert journaled <= set(steps) <= {found.step for found in journal}
+    assert journaled <= set(steps) <= {found.steps[0] for found in journal}
 
 
 def test_a_flight_survives_exactly(tmp_path: Path) -> None:

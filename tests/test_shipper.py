@@ -378,7 +378,7 @@ def test_points_of_which_nobody_knows_whether_they_arrived(
     training.end()
     assert sync(run, tracker=MLflow(uri)).complete
     with Journal.open(run) as journal, Outbox.open(run.outbox) as outbox:
-        flight = select(journal.metrics(), {}, lambda name: name.replace("@", "_"))
+        flight = select(journal.measured(), {}, lambda name: name.replace("@", "_"))
         assert flight is not None
         outbox.arrived(Flight(0, (), {}))
         outbox.depart(flight)

@@ -109,7 +109,7 @@ def test_reports_are_made_again_when_they_have_become_a_small_part_of_the_time(
         assert "curves.png" in outbox.artifacts
         assert made_s > 0.05
         left_s = shipment._uploads._next_reports - time.monotonic()
-        assert 200 * made_s - (time.monotonic() - began) < left_s <= 200 * made_s
+        assert 400 * made_s - (time.monotonic() - began) < left_s <= 400 * made_s
     training.end()
 
 

@@ -12,15 +12,17 @@ import contextlib
 import json
 import sqlite3
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from states.errors import InterlockError
 from tracking.delivery import Point, Remote
 from tracking.forks import forget_in_children
-from tracking.rows import TRAIN, Metric
+from tracking.rows import TRAIN, Measured
 from tracking.schema import Connection
 from tracking.thinning import Window, Windows
 
@@ -83,15 +85,15 @@ class Flight:
     windows: Mapping[str, Window] = field(default_factory=dict)
 
 
-def metric_name(row: Metric) -> str:
+def metric_name(scope: str, batch: int, key: str) -> str:
     """How a journal's metric is called at the server: 'batch/loss', 'train/loss', 'val/loss'."""
-    if row.scope == TRAIN:
-        return f"{'batch' if row.batch >= 0 else 'train'}/{row.key}"
-    return f"{row.scope.removeprefix('validation/')}/{row.key}"
+    if scope == TRAIN:
+        return f"{'batch' if batch >= 0 else 'train'}/{key}"
+    return f"{scope.removeprefix('validation/')}/{key}"
 
 
 def select(
-    rows: Iterable[Metric],
+    rows: Iterable[Measured],
     marks: Mapping[str, Mark],
     key: Callable[[str], str] = str,
     windows: Mapping[str, Window] | None = None,
@@ -104,33 +106,26 @@ def select(
     """
     upto = 0
     points: list[Point] = []
-    names: dict[tuple[str, bool, str], str] = {}
     changed: dict[str, Mark] = {}
-    highest: dict[str, int] = {}
-    thinned = Windows(dict(windows or {}), every)
-    for row in rows:
-        upto, attempt, scope, _, batch, step, own, value, time_ns, _ = row
-        of_batch = batch >= 0 and scope == TRAIN
-        name = names.get((scope, of_batch, own))
-        if name is None:
-            name = names[scope, of_batch, own] = key(metric_name(row))
-        mark = changed.get(name)
-        if mark is None:
-            mark = changed[name] = marks.get(name) or Mark(attempt)
-            highest[name] = mark.highest
-        if attempt > mark.attempt:
-            mark = changed[name] = Mark(attempt, before=highest[name])
-        if step > mark.before:
-            if of_batch:
-                complete = thinned.add(name, step, time_ns // 1_000_000, value)
-                if complete:
-                    points += _means(complete)
+    thinned = Windows(windows or {}, every)
+    for found in rows:
+        upto = found.last
+        times_ms = [time_ns // 1_000_000 for time_ns in found.times_ns]
+        highest = max(found.steps)
+        for own, column in zip(found.keys, found.columns, strict=True):
+            name = key(metric_name(found.scope, found.batches[0], own))
+            mark = changed.get(name) or marks.get(name) or Mark(found.attempt)
+            if found.attempt > mark.attempt:
+                mark = Mark(found.attempt, mark.highest, mark.highest)
+            changed[name] = replace(mark, highest=max(mark.highest, highest))
+            values = sorted(zip(found.steps, times_ms, column, strict=True))
+            values = values[bisect_right(values, mark.before, key=itemgetter(0)) :]
+            if found.scope == TRAIN and found.batches[0] >= 0:
+                points += _means(thinned.add(name, values))
             else:
-                points.append(Point(name, step, time_ns // 1_000_000, value))
-        if step > highest[name]:
-            highest[name] = step
-    reached = {name: replace(mark, highest=highest[name]) for name, mark in changed.items()}
-    return Flight(upto, tuple(points), reached, thinned.open) if upto else None
+                points += (Point(name, *one) for one in values)
+        points += _means(thinned.passed(highest))
+    return Flight(upto, tuple(points), changed, thinned.open) if upto else None
 
 
 def close_windows(upto: int, windows: Mapping[str, Window]) -> Flight | None:

@@ -3,7 +3,9 @@
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import count, groupby, islice
+from operator import itemgetter
 from typing import Any
 
 from states.language import Chain
@@ -29,6 +31,7 @@ from tracking.rows import (
     Checkpoint,
     LogRecord,
     Loss,
+    Measured,
     Metric,
     Packed,
     Parent,
@@ -277,36 +280,58 @@ class Journal:
         limit: int | None = None,
     ) -> Iterator[Metric]:
         """Metric values with an id greater than `after`, in the order of id (which is that of insertion)."""
-        found = self._measured(after, scope, epoch, key, include_superseded)
+        found = self._metrics(after, scope, epoch, key, include_superseded)
         yield from found if limit is None else islice(found, limit)
 
-    def _measured(
+    def _metrics(
         self, after: int, scope: str | None, epoch: int | None, key: str | None, include_superseded: bool
     ) -> Iterator[Metric]:
-        keysets: dict[int, list[str]] = {}
+        for found in self.measured(after, scope, epoch, include_superseded=include_superseded):
+            places = zip(found.ids, found.batches, found.steps, found.times_ns, *found.columns, strict=True)
+            for first, batch, step, time_ns, *values in places:
+                for number, own, value in zip(count(first), found.keys, values, strict=False):
+                    if key is None or own == key:
+                        yield Metric(
+                            number, found.attempt, found.scope, found.epoch, batch, step, own, value, time_ns,
+                            found.superseded,
+                        )  # fmt: skip
+
+    def measured(
+        self,
+        after: int = 0,
+        scope: str | None = None,
+        epoch: int | None = None,
+        *,
+        include_superseded: bool = False,
+        page: int = _PAGE,
+    ) -> Iterator[Measured]:
+        """The same values by columns, in the order of id. At most `page` batches are read at a time."""
+        keysets: dict[int, tuple[str, ...]] = {}
         first = after // ROW_LENGTH  # that packed row may hold values beyond it
         while (newest := self.newest_metrics()) >= first:
-            last = min(first + _PAGE - 1, newest)
+            last = min(first + page - 1, newest)
             rows = self._all(_METRICS, first, last, scope, epoch)
             blocks = self._all(_METRIC_BLOCKS, first, last, scope, epoch)
-            if blocks or any(row[9] not in keysets for row in rows):
-                keysets = self._keysets()
-            for attempt, kept_until, name, in_epoch, row in _in_order(rows, blocks):
-                packed, seq, batch, step, time_ns, keyset, values = row
-                gone = kept_until is not None and seq > kept_until
-                if not first <= packed <= last or (gone and not include_superseded):
+            rows = _in_order(rows, blocks, first, last) if blocks else rows
+            for (attempt, name, in_epoch, keyset, gone, _), group in groupby(rows, _alike):
+                if gone and not include_superseded:
                     continue
-                place = (attempt, name, in_epoch, batch, step)
-                for at, own in enumerate(keysets.get(keyset, ())):
-                    number = packed * ROW_LENGTH + at
-                    if number > after and (key is None or own == key):
-                        yield Metric(number, *place, own, float(values[at]), time_ns, gone)
+                if keyset not in keysets:
+                    keysets = self._keysets()
+                keys = keysets[keyset]
+                packed, _, _, _, _, _, batches, steps, times_ns, _, *columns = zip(*group, strict=False)
+                found = Measured(
+                    attempt, name, in_epoch, gone, keys, tuple(ROW_LENGTH * row for row in packed),
+                    batches, steps, times_ns,
+                    tuple(tuple(map(float, column)) for column in columns[: len(keys)]),
+                )  # fmt: skip
+                yield from _beyond(found, after)
             first = last + 1
 
-    def _keysets(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
+    def _keysets(self) -> dict[int, tuple[str, ...]]:
+        found: dict[int, tuple[str, ...]] = {}
         for keyset, key in self._all("SELECT keyset, key FROM keysets ORDER BY keyset, pos"):
-            found.setdefault(keyset, []).append(key)
+            found[keyset] = (*found.get(keyset, ()), key)
         return found
 
     def newest_metrics(self) -> int:
@@ -430,19 +455,33 @@ def _from_record(record: Record, view: RecorderView) -> Transition:
     )
 
 
-def _in_order(
-    rows: list[Any], blocks: list[Any]
-) -> Iterator[tuple[int, int | None, str, int, tuple[Any, ...]]]:
-    """(attempt, kept until, scope, epoch, row as of `values_of`) of packed rows, in the order of their ids."""
-    pieces = [*((row, False) for row in rows), *((row, True) for row in blocks)]
-    pieces.sort(key=lambda piece: piece[0][0])
-    for row, is_block in pieces:
-        first, attempt, kept_until, scope, epoch = row[:5]
-        if is_block:
-            for one in values_of((first, *row[5:])):
-                yield attempt, kept_until, scope, epoch, one
-        else:
-            yield attempt, kept_until, scope, epoch, (first, *row[5:10], row[10:])
+def _alike(row: Any) -> tuple[int, str, int, int, bool, bool]:
+    """Attempt, scope, epoch, keyset, whether it is superseded, and whether of an epoch, of a row of `_METRICS`."""
+    return row[1], row[3], row[4], row[9], row[2] is not None and row[5] > row[2], row[6] < 0
+
+
+def _in_order(rows: list[Any], blocks: list[Any], first: int, last: int) -> list[Any]:
+    """`rows`, and those that stand in `blocks` with a number from `first` to `last`, in the order of their numbers."""
+    pieces = [
+        (packed, *block[1:5], *others, *values)
+        for block in blocks
+        for packed, *others, values in values_of((block[0], *block[5:]))
+        if first <= packed <= last
+    ]
+    return sorted([*rows, *pieces], key=itemgetter(0))
+
+
+def _beyond(found: Measured, after: int) -> Iterator[Measured]:
+    """What of it has an id greater than `after`."""
+    if found.ids[0] > after:
+        yield found
+        return
+    passed = after + 1 - found.ids[0]
+    if passed < len(found.keys):
+        first = found.part(slice(1))
+        yield replace(first, ids=(after + 1,), keys=first.keys[passed:], columns=first.columns[passed:])
+    if len(found.ids) > 1:
+        yield found.part(slice(1, None))
 
 
 def _attempt(row: tuple[Any, ...]) -> Attempt:

@@ -1,7 +1,7 @@
 """The values that go into a journal and come out of it, as plain values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from states.language import Chain
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointRow",
     "LogRecord",
     "Loss",
+    "Measured",
     "Metric",
     "Outcome",
     "Packed",
@@ -148,6 +149,41 @@ class Loss(NamedTuple):
     batch: int
     phase: str
     loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured of batches that follow each other, or of an epoch: a column of values for each key.
+
+    `ids` are those of each batch's first value, and the next ones are those of its others.
+    """
+
+    attempt: int
+    scope: str
+    epoch: int
+    superseded: bool
+    keys: tuple[str, ...]
+    ids: tuple[int, ...]
+    batches: tuple[int, ...]
+    steps: tuple[int, ...]
+    times_ns: tuple[int, ...]
+    columns: tuple[tuple[float, ...], ...]
+
+    @property
+    def last(self) -> int:
+        """The id of the last value."""
+        return self.ids[-1] + len(self.keys) - 1
+
+    def part(self, wanted: slice) -> "Measured":
+        """Some of the batches."""
+        return replace(
+            self,
+            ids=self.ids[wanted],
+            batches=self.batches[wanted],
+            steps=self.steps[wanted],
+            times_ns=self.times_ns[wanted],
+            columns=tuple(column[wanted] for column in self.columns),
+        )
 
 
 class Metric(NamedTuple):

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tracking.artifacts import METRICS
@@ -29,11 +29,11 @@ from tracking.journal import Attempt, Journal
 from tracking.masking import mask_text, mask_tree, secrets_in
 from tracking.outbox import Flight, Outbox, OutboxError, OutboxView, close_windows, read_outbox, select
 from tracking.packed import NEWEST_METRICS, ROW_LENGTH, metrics_between
-from tracking.rows import Metric, Outcome, Parent
+from tracking.rows import Measured, Outcome, Parent
 from tracking.runs import RunFolder, folder_of_parent
 from tracking.schema import connect_to_read
 from tracking.source import Source, keep_source, read_sources, script_of, source_tags
-from tracking.system_metrics import SystemSender
+from tracking.system_metrics import SystemSampler
 from tracking.thinning import Pace
 from tracking.uploads import Uploads, waiting_artifacts
 
@@ -41,7 +41,8 @@ __all__ = ["Shipment", "Waiting", "waiting"]
 
 _TAGS_EVERY_S = 2.0
 _HEARTBEAT_EVERY_S = 30.0
-_MOST_ROWS = 20_000  # a flight: what the shipper holds in memory
+_MOST_VALUES = 20_000  # a flight: what the shipper holds in memory
+_MOST_ROWS = 4096
 _LONGEST_WINDOW_MS = 10_000
 
 _ENDINGS: dict[Outcome, Ending] = {
@@ -132,7 +133,7 @@ class Shipment:
             at_once=at_once,
         )
         self._data = DataSender(run, journal, self._notice)
-        self._system = SystemSender(journal, wanted=bool(target.settings.get("system_metrics")))
+        self._system = SystemSampler(journal, wanted=bool(target.settings.get("system_metrics")))
         attempts = journal.attempts()
         if attempts and not at_once:  # this process was begun with the attempt; later the files may be others
             keep_source(run, attempts[-1].attempt, attempts[-1].command, target.folder)
@@ -259,7 +260,6 @@ class Shipment:
             tags["interlock.state"] = newest.value
         self._set_tags(tags)
         self._data.send(self._at_server)
-        self._system.send(self._at_server, attempt)
 
     def _description(
         self, attempts: Sequence[Attempt], sources: Mapping[int, Source], checkpoints: Mapping[str, str]
@@ -334,7 +334,7 @@ class Shipment:
         began, self._busy_since = self._busy_since or time.monotonic(), None
         flight = self._outbox.flight()
         if flight is None:
-            flight = self._next_flight() or self._last_flight(attempt)
+            flight = self._with_system(self._next_flight() or self._last_flight(attempt), attempt)
             if flight is None:
                 return False
             if flight.points:
@@ -347,18 +347,34 @@ class Shipment:
         return self._more or self._at_once or attempt.outcome is not None
 
     def _next_flight(self) -> Flight | None:
-        limit = min(_MOST_ROWS, self._at_server.most_points * self._every)
-        rows = list(self._journal.metrics(after=self._outbox.cursor, limit=limit))
-        self._more = len(rows) == limit
+        limit = min(_MOST_VALUES, self._at_server.most_points * self._every)
+        rows: list[Measured] = []
+        values, self._more = 0, False
+        for found in self._journal.measured(after=self._outbox.cursor, page=min(_MOST_ROWS, limit)):
+            room = max(1, (limit - values) // len(found.keys))
+            rows.append(found.part(slice(room)))
+            values += len(found.keys) * len(rows[-1].ids)
+            self._more = len(found.ids) >= room
+            if self._more:
+                break
         if not rows:
             return None
-        self._every = self._pace_for(rows)
+        self._every = self._pace_for(rows, values)
         return select(rows, self._outbox.marks, self._name, self._outbox.windows, self._every)
 
-    def _pace_for(self, rows: list[Metric]) -> int:
+    def _with_system(self, flight: Flight | None, attempt: Attempt) -> Flight | None:
+        """What the machine is doing goes along, since another call would cost more than it all."""
+        sample = self._system.due(attempt)
+        if not sample:
+            return flight
+        flight = flight or Flight(self._outbox.cursor, (), {}, self._outbox.windows)
+        return replace(flight, points=(*flight.points, *sample))
+
+    def _pace_for(self, rows: Sequence[Measured], values: int) -> int:
         """How many batches make one point, seen from how densely the journal's newest rows are filled."""
-        newest, read, first = self._journal.newest_metrics(), *(rows[at].id // ROW_LENGTH for at in (-1, 0))
-        density = len(rows) / (read - first + 1)
+        newest = self._journal.newest_metrics()
+        read, first = rows[-1].ids[-1] // ROW_LENGTH, rows[0].ids[0] // ROW_LENGTH
+        density = values / (read - first + 1)
         self._pace.saw(round(newest * density))
         every = self._pace.every(round((newest - read) * density))
         if every > self._most_every:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # a trainer imports this module to start the process, and nee
 __all__ = ["DeliveryStatus", "NotTrackedError", "SyncReport", "start_shipper", "status", "sync"]
 
 _PERIOD_S = 1.0
+_LEASE_EVERY_S = 10.0
 _log = logging.getLogger("interlock.shipper")
 
 
@@ -266,21 +267,38 @@ class _Watch:
         self._run, self._journal, self._token = run, journal, token
         self._watched, self._poll = 0, select.poll()
         self._file = -1
+        self._next_lease = 0.0
+        self._read = -1
 
     def newest(self) -> Attempt | None:
         """The newest attempt. If its process died, its end is written down first."""
         attempts = self._journal.attempts()
-        if attempts and attempts[-1].outcome is None and lease_holder(self._run) is None:
-            settle(self._run)
-            attempts = self._journal.attempts()
         if not attempts:
             return None
+        if attempts[-1].outcome is None and self._leaseless(attempts[-1]):
+            settle(self._run)
+            attempts = self._journal.attempts()
         self._follow(attempts[-1])
         return attempts[-1]
+
+    def _leaseless(self, attempt: Attempt) -> bool:
+        """Has nobody the run's lease? Of a process that is seen to live, that is looked at now and then only."""
+        now = time.monotonic()
+        if self._file >= 0 and self._watched == attempt.attempt and now < self._next_lease:
+            return False
+        self._next_lease = now + _LEASE_EVERY_S
+        return lease_holder(self._run) is None
 
     @property
     def replaced(self) -> bool:
         """Has another shipper been started, with settings of its own?"""
+        try:
+            written = _target_file(self._run).stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+        if written == self._read:
+            return False
+        self._read = written
         target = _read_target(self._run)
         return target is not None and target.token != self._token
 

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from tracking.delivery import Delivery, Point, Refused
+from tracking.delivery import Point
 from tracking.journal import Attempt, Journal
 
-__all__ = ["System", "SystemSender"]
+__all__ = ["System", "SystemSampler"]
 
 _EVERY_S = 10.0
-_MOST = 900  # which are sent together
-
 _MEGA = 1e6
 
 
@@ -73,11 +71,10 @@ def _devices() -> Iterator[tuple[Any, Any]]:
         return
 
 
-class SystemSender:
-    """Sends what the machine is doing while the run trains, first after ten seconds of it.
+class SystemSampler:
+    """Takes a sample of what the machine is doing now and then while the run trains, first after ten seconds of it.
 
-    It is in no journal: what cannot be sent is lost. What may have arrived is sent again as it was, so that it is not
-    there twice.
+    It is in no journal: what is not delivered when the next one is due is lost.
     """
 
     def __init__(self, journal: Journal, *, wanted: bool):
@@ -86,33 +83,20 @@ class SystemSender:
         self._attempt = 0
         self._system: System | None = None
         self._next = math.inf
-        self._samples: list[Point] = []
-        self._uncertain = False
 
-    def send(self, delivery: Delivery, attempt: Attempt) -> None:
-        """Take a sample if one is due, and send what there is."""
+    def due(self, attempt: Attempt) -> list[Point]:
+        """A sample, if it is time for one."""
         if not self._wanted or attempt.outcome is not None:
-            return
+            return []
         now = time.monotonic()
         if attempt.attempt != self._attempt:  # what is counted since the last look, is from here on
             here = attempt.host == socket.gethostname()
             self._attempt, self._system = attempt.attempt, System(attempt.pid if here else 0)
             self._next = now + _EVERY_S
-        if self._system is not None and now >= self._next:
-            self._next = now + _EVERY_S
-            self._samples = [*self._samples, *self._sample(self._system)][-_MOST:]
-        if not self._samples:
-            return
-        samples = sorted(self._samples, key=lambda point: (point.key, point.step))
-        if self._uncertain:
-            samples = delivery.missing(samples)
-        self._uncertain = True
-        with contextlib.suppress(Refused):
-            delivery.points(samples)
-        self._samples, self._uncertain = [], False
-
-    def _sample(self, system: System) -> list[Point]:
-        now = time.time_ns()
-        step = max(0, now - self._began) // 1_000_000_000  # seconds, which no later attempt repeats
-        values = system.sample()
-        return [Point(f"system/{key}", step, now // 1_000_000, value) for key, value in values.items()]
+        if self._system is None or now < self._next:
+            return []
+        self._next = now + _EVERY_S
+        now_ns = time.time_ns()
+        step = max(0, now_ns - self._began) // 1_000_000_000  # seconds, which no later attempt repeats
+        values = self._system.sample()
+        return [Point(f"system/{key}", step, now_ns // 1_000_000, value) for key, value in values.items()]

@@ -1,8 +1,9 @@
 """Thinning: how many batches make one point of `batch/*`, and the means that are being made of them."""
 
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 __all__ = ["Pace", "Window", "Windows"]
@@ -11,6 +12,7 @@ _HORIZON_S = 20.0
 _CATCH_UP_S = 600.0
 _MOST_A_SECOND = 2000.0
 _STEADY_A_SECOND = 25.0
+_MEANS_A_SECOND = 12.5
 _FIRST = 10_000
 _FEWEST_A_SECOND = 10.0
 _LARGEST = 2**20
@@ -33,46 +35,53 @@ class Window(NamedTuple):
 
 
 class Windows:
-    """The open windows of all metrics, by name, while rows go through; a window ends at a multiple of `every`.
+    """The open windows of all metrics, by name, while values go through; a window ends at a multiple of `every`.
 
     So windows begin where those before ended, whatever `every` was then: none overlap, and each value is in one.
     """
 
-    def __init__(self, open_ones: dict[str, Window], every: int):
-        self.open = open_ones
+    def __init__(self, open_ones: Mapping[str, Window], every: int):
+        self.open = dict(open_ones)
         self._every = every
-        self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
 
-    def add(self, name: str, step: int, time_ms: int, value: float) -> Sequence[tuple[str, Window]]:
-        """Put a value into its window; gives the windows that are complete."""
-        complete = self._passed(step) if step > self._edge else ()
-        found = self.open.get(name)
-        if found is None:
-            window = Window(step, time_ms, value, 1)
-        else:
-            last, last_ms, total, number = found
-            window = Window(max(last, step), max(last_ms, time_ms), total + value, number + 1)
-        if step % self._every == 0:
-            self.open.pop(name, None)
-            return (*complete, (name, window))
-        self.open[name] = window
-        if found is None:
-            self._edge = min(self._edge, self._end(step))
+    def add(self, name: str, values: Sequence[tuple[int, int, float]]) -> list[tuple[str, Window]]:
+        """Put values of one metric, (step, time in ms, value) by step, into windows; gives the complete ones, named."""
+        if not values:
+            return []
+        complete = self._passed(values[0][0], name)
+        if self._every == 1 and name not in self.open:
+            return complete + [(name, Window(*one, 1)) for one in values]
+        steps, times_ms, numbers = zip(*values, strict=True)
+        at = 0
+        while at < len(steps):
+            before = self.open.pop(name, None) or Window(steps[at], times_ms[at], -0.0, 0)
+            end = self._end(before.step)
+            upto = max(at + 1, bisect_right(steps, end, at))
+            window = Window(
+                max(before.step, steps[upto - 1]),
+                max(before.time_ms, *times_ms[at:upto]),
+                sum(numbers[at:upto], before.total),
+                before.number + upto - at,
+            )
+            if window.step == end or upto < len(steps):
+                complete.append((name, window))
+            else:
+                self.open[name] = window
+            at = upto
         return complete
 
-    def _passed(self, step: int) -> Sequence[tuple[str, Window]]:
-        """The windows that end before `step`: their metric is not of every batch."""
-        passed = [(name, window) for name, window in self.open.items() if self._end(window.step) < step]
-        for name, _ in passed:
-            del self.open[name]
-        self._edge = min((self._end(window.step) for window in self.open.values()), default=_NEVER)
-        return passed
+    def passed(self, step: int) -> list[tuple[str, Window]]:
+        """The windows that end before `step`, named: their metric is not of every batch."""
+        return [complete for name in list(self.open) for complete in self._passed(step, name)]
+
+    def _passed(self, step: int, name: str) -> list[tuple[str, Window]]:
+        window = self.open.get(name)
+        if window is None or self._end(window.step) >= step:
+            return []
+        return [(name, self.open.pop(name))]
 
     def _end(self, step: int) -> int:
         return -(-step // self._every) * self._every
-
-
-_NEVER = 2**62
 
 
 class Pace:
@@ -80,8 +89,8 @@ class Pace:
 
     That is: what a training measures in a second (on average over the last twenty seconds), and a six-hundredth of what
     waits, are then no more points than 2,000, and no more than half of what the server was seen to take in a
-    second; and, once a run has measured 10,000 values, what it measures is no more points than 25 a second, because a
-    point costs some 0.1 ms of processor time, and charts show a few hundred. Up to there every batch is a point.
+    second; and, once a run has measured 10,000 values, more than 25 values a second are at most 12 points a second,
+    because a point costs some 0.1 ms of processor time, and charts show a few hundred. Up to there every batch is one.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -114,8 +123,8 @@ class Pace:
             supply = max(_FEWEST_A_SECOND, min(supply, self._taken_a_second / 2))
         rate = (self._newest - self._seen[0][1]) / self._span_s
         least = (rate + waiting / _CATCH_UP_S) / supply
-        if self._newest > _FIRST:
-            least = max(least, rate / _STEADY_A_SECOND)
+        if self._newest > _FIRST and rate * _NEARLY > _STEADY_A_SECOND:
+            least = max(least, rate / _MEANS_A_SECOND)
         every = 1
         while every < _NEARLY * least and every < _LARGEST:
             every *= 2

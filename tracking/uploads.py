@@ -38,7 +38,7 @@ _REPORTS_EVERY_S = 60.0
 _LONGEST_EXPORT_S = 1800.0
 _GLANCE_S = 0.2  # how long to wait at a time for a process that makes something
 _MOST_OF_THE_TIME = 4  # while a run trains, uploads of one kind take at most a fifth of it
-_OF_A_PROCESSOR = 200
+_OF_A_PROCESSOR = 400
 """Making reports, which takes the longer the longer the run is, takes such a part of a processor while it trains."""
 
 
