@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from states.table import State
 from tracking.artifacts import METRICS
 from tracking.delivery import (
     Closed,
@@ -121,7 +122,7 @@ class Shipment:
         self._at_once = at_once
         self._refused: set[str] = set()
         self._next_tags = self._next_heartbeat = 0.0
-        self._heartbeat_at = ""
+        self._last_beat: dict[str, str] = {}
         self._uploads = Uploads(
             run,
             target.upload,
@@ -234,18 +235,15 @@ class Shipment:
         return _flat(mask_tree(attempt.params, self._secrets))
 
     def _send_tags(self, attempt: Attempt) -> None:
-        newest = attempt.end_state
         if attempt.outcome is None:
             if time.monotonic() < self._next_tags:
                 return
             self._next_tags = time.monotonic() + _TAGS_EVERY_S
-            moved = self._journal.last_transition()
-            newest = moved.dest if moved else None
         attempts, sources = self._journal.attempts(), read_sources(self._run)
         checkpoints = self._uploads.checkpoint_tags()
         tags = {
             "interlock.attempt": str(attempt.attempt),
-            "interlock.heartbeat": self._heartbeat(attempt),
+            **self._signs_of_life(attempt),
             "interlock.host": attempt.host,
             "interlock.outcome": attempt.outcome or "running",
             "interlock.reason": attempt.reason,
@@ -256,8 +254,6 @@ class Shipment:
             **source_tags(sources, owned=self._remote is None or self._remote.owned),
             **self._description(attempts, sources, checkpoints),
         }
-        if newest is not None:
-            tags["interlock.state"] = newest.value
         self._set_tags(tags)
         self._data.send(self._at_server)
 
@@ -280,14 +276,15 @@ class Shipment:
         )
         return {tag: text}
 
-    def _heartbeat(self, attempt: Attempt) -> str:
-        """When the training was last seen to live, which is renewed now and then; at its end, when that was."""
+    def _signs_of_life(self, attempt: Attempt) -> dict[str, str]:
+        """When the training was last seen to live, and where it stood, renewed now and then; at its end, that end's."""
         if attempt.ended_ns is not None:
-            return _utc(attempt.ended_ns)
+            return _beat(attempt.ended_ns, attempt.end_state)
         if time.monotonic() >= self._next_heartbeat:
             self._next_heartbeat = time.monotonic() + _HEARTBEAT_EVERY_S
-            self._heartbeat_at = _utc(time.time_ns())
-        return self._heartbeat_at
+            moved = self._journal.last_transition()
+            self._last_beat = _beat(time.time_ns(), moved.dest if moved else None)
+        return self._last_beat
 
     def _parent_tags(self) -> dict[str, str]:
         """The run that this one comes from, and that run's id at the server once it is known here."""
@@ -453,6 +450,11 @@ class Shipment:
 
 def _status(attempt: Attempt, status: str) -> str:
     return f"{attempt.attempt}:{status}"
+
+
+def _beat(time_ns: int, state: State | None) -> dict[str, str]:
+    found = {"interlock.heartbeat": _utc(time_ns)}
+    return found if state is None else {**found, "interlock.state": state.value}
 
 
 def _in_words(attempt: Attempt) -> str:

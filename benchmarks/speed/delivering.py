@@ -29,7 +29,7 @@ LOOP, JOURNAL, SHIPPER = "the loop's thread", "the journal's thread", "the shipp
 
 
 class Looking(Callback):
-    """Looks at the processor time of threads and children when the training has been under way for a while, and at its end."""
+    """Looks at the processor time of threads and children after a while, and at the end."""
 
     def __init__(self, seconds: float) -> None:
         self._looks: list[tuple[float, int, dict[str, float]]] = []
