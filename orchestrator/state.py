@@ -159,16 +159,15 @@ class TrainingState:
         self._look()
         work, state = self._work, state or self._loop.state
         work.settle()
-        built = self._as_built()
         names = capture.parameter_names(work.model)
         mid_window = work.window.count > 0 or state is State.BACKWARD
         before = work.before_forward if state is State.FORWARD else None
         return {
             "state": state,
             "forward": None if before is None else {k: v for k, v in before.items() if k != "data"},
-            "model": capture.capture_module(work.model, built["model"]),
-            "loss": None if self._loss is None else capture.capture_module(self._loss, built["loss"]),
-            "built": {name: of_module.scalars for name, of_module in built.items()},
+            "model": self._captured("model"),
+            "loss": None if self._loss is None else self._captured("loss"),
+            "built": {name: of_module.scalars for name, of_module in self._as_built().items()},
             "gradients": capture.capture_gradients(work.model, self._optimizers)
             if mid_window or self._gradients_are_read(state)
             else None,
@@ -203,6 +202,12 @@ class TrainingState:
             "generators": self._generators.capture(),
             "flags": capture.numeric_flags(),
         }
+
+    def _captured(self, name: str) -> dict[str, Any]:
+        """The state of a module that was just looked at."""
+        built, watch = self._as_built()[name], self._watch
+        attributes = None if watch is None else watch.attributes_of(name, built)
+        return capture.capture_module(self._modules[name], built, attributes)
 
     def check_storable(self) -> None:
         """Refuse what no checkpoint can have, before anything is written. Nothing is copied.

@@ -27,6 +27,7 @@ __all__ = [
     "is_torchs",
     "other_constants",
     "restore_attributes",
+    "without_standing",
 ]
 
 Tree = dict[str, Any]
@@ -121,6 +122,15 @@ def capture_attributes(module: nn.Module, built: Built | None = None) -> Tree:
         if marks:
             tree["marks"][full] = marks
     return tree
+
+
+def without_standing(tree: Tree, built: Built) -> Tree:
+    """What `capture_attributes` gives with `built`, of what it has given without."""
+    values = {
+        path: {name: value for name, value in of_part.items() if not _stands(built, path, name, value)}
+        for path, of_part in tree["values"].items()
+    }
+    return {**tree, "values": {path: of_part for path, of_part in values.items() if of_part}}
 
 
 class _Search:

@@ -32,10 +32,11 @@ __all__ = ["capture_module", "compare_module", "restore_module", "restore_weight
 Tree = dict[str, Any]
 
 
-def capture_module(module: nn.Module, built: Built | None = None) -> Tree:
+def capture_module(module: nn.Module, built: Built | None = None, attributes: Tree | None = None) -> Tree:
     """The state of `module` under plain names; tensors are references to the live ones.
 
-    `built` says how its attributes were before training.
+    `built` says how its attributes were before training; `attributes` are what `capture_attributes` gives with it,
+    where that was asked already.
 
     Keys: `parameters`, `buffers` (None, or a parameter of a lazy module that has no shape yet, is None),
     `aliases` (tied name: the name under which the tensor is), `non_persistent` (names of buffers),
@@ -56,7 +57,7 @@ def capture_module(module: nn.Module, built: Built | None = None) -> Tree:
         "types": {path: _type_name(part) for path, part in modules.items()},
         "extra": {path: part.get_extra_state() for path, part in modules.items() if _has_extra(part)},
         "metrics": {path: capture_states(part) for path, part in modules.items() if has_states(part)},
-        "attributes": capture_attributes(module, built),
+        "attributes": capture_attributes(module, built) if attributes is None else attributes,
     }
 
 

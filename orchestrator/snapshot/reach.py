@@ -117,9 +117,12 @@ class Reach:
             for parameter in part._parameters.values():
                 self.add_hooks(parameter)
 
+        ever: set[str] = set()
+
         def hooks() -> dict[str, Any]:
-            parts = unique_submodules(module).items()
-            return {f"{name}.hooks" if name else "hooks": _users_hooks(part) for name, part in parts}
+            found = {name: _users_hooks(part) for name, part in unique_submodules(module).items()}
+            ever.update(name for name, of_part in found.items() if of_part)
+            return {f"{name}.hooks" if name else "hooks": found.get(name, []) for name in ever}
 
         self.owners.append(Owner(f"{path}.", "registered with a module or its parameters", hooks, True))
 

@@ -57,7 +57,8 @@ def storable(tensor: Tensor) -> tuple[Tensor, dict[str, Any]]:
                 stored = stored.narrow(dim, 0, 1)
         if _worth_keeping(stored):
             entry["stride"] = list(stored.stride())
-    stored = stored.resolve_conj().resolve_neg()
+    if stored.is_conj() or stored.is_neg():
+        stored = stored.resolve_conj().resolve_neg()
     if stored.dtype not in DTYPES:
         entry["dtype"] = str(stored.dtype).removeprefix("torch.")
         stored = torch.view_as_real(stored) if stored.dtype in _PAIRS else stored.view(torch.uint8)

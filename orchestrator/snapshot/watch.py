@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from orchestrator.snapshot.attributes import capture_attributes
+from orchestrator.snapshot.attributes import Built, capture_attributes, without_standing
 from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, is_of_code, memory_of
 from orchestrator.snapshot.names import buffer_slots, parameter_slots
 from orchestrator.snapshot.reach import Owner, Reach
@@ -61,6 +61,8 @@ class Watch:
         self._before: list[dict[str, Hashable]] = []
         self._reach = Reach(())
         self._began: list[float] = []
+        self._read: list[Mapping[str, Any]] = []
+        """The values of each owner, as they were looked at last; until `roots` has used them."""
         self._readers: Readers | None = None
 
     @property
@@ -72,11 +74,19 @@ class Watch:
         """Whether the user's code reads an attribute of that name, of whatever."""
         return self._reach.reads(attribute)
 
+    def attributes_of(self, path: str, built: Built) -> dict[str, Any]:
+        """What `capture_attributes` gives of a module of that name, as it was looked at last."""
+        return without_standing(self._taken[path], built)
+
     def roots(self) -> dict[str, object]:
-        """By name, every value that generators may be reached from; those of all the user's callbacks too."""
+        """By name, every value that generators may be reached from; those of all the user's callbacks too.
+
+        Those of owners are as they were looked at just before.
+        """
         found: dict[str, object] = {}
-        for owner in self.owners:
-            for name, value in owner.read().items():
+        read, self._read = self._read or self._read_all(), []
+        for owner, values in zip(self.owners, read, strict=True):
+            for name, value in values.items():
                 found.setdefault(owner.label + name, value)
         for key, callback in self._callbacks.items():
             if is_users(type(callback)):
@@ -173,8 +183,11 @@ class Watch:
     def _fingerprints(self) -> list[tuple[Mapping[str, Any], dict[str, Hashable]]]:
         """The values of each owner, and their fingerprints."""
         fingerprints = Fingerprints(set(self._memories()), self._reach.known)
-        read = (owner.read() for owner in self.owners)
-        return [(values, {name: fingerprints.of(v) for name, v in values.items()}) for values in read]
+        self._read = self._read_all()
+        return [(values, {name: fingerprints.of(v) for name, v in values.items()}) for values in self._read]
+
+    def _read_all(self) -> list[Mapping[str, Any]]:
+        return [owner.read() for owner in self.owners]
 
     def _memories(self) -> Iterator[Hashable]:
         for module in self._modules.values():
