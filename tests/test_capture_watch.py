@@ -37,6 +37,7 @@ from torch.utils.data.dataloader import default_collate
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
+from orchestrator.snapshot.reach import Reach
 from orchestrator.snapshot.users_code import is_users, only_written
 from orchestrator.snapshot.watch import Watch
 from states import Trigger
@@ -709,6 +710,12 @@ def a_hook_that_is_registered_while_training() -> tuple[Options, str]:
     return {"model": model, "callbacks": hook_of(register)}, "model.0.hooks, registered with a module"
 
 
+def a_hook_that_is_taken_away_while_training() -> tuple[Options, str]:
+    model = trainings.network()
+    handle = model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    return {"model": model, "callbacks": hook_of(handle.remove)}, "model.0.hooks, registered with a module"
+
+
 def a_hook_of_a_tensor() -> tuple[Options, str]:
     model, scale = trainings.network(), {"of": 1.0}
     model[0].weight.register_hook(lambda gradient: gradient * scale["of"])
@@ -829,7 +836,8 @@ TOLD |= {
         weights_that_a_method_of_the_sampler_sets,
         *(a_namespace, arguments_of_the_command_line, a_function_that_is_exchanged),
         *(arguments_of_a_function_that_are_exchanged, a_transform_that_is_exchanged),
-        *(an_activation_that_is_exchanged, a_hook_that_is_registered_while_training, a_hook_of_a_tensor),
+        *(an_activation_that_is_exchanged, a_hook_of_a_tensor),
+        *(a_hook_that_is_registered_while_training, a_hook_that_is_taken_away_while_training),
         *(an_optimizer_that_a_tensor_calls, an_object_of_a_library),
         *(a_list_of_samples, what_a_collating_object_keeps),
         *(what_a_function_of_the_scheduler_reads, what_a_function_of_the_scheduler_keeps),
@@ -1248,3 +1256,15 @@ def test_a_generator_whose_state_cannot_be_read_is_named(tmp_path: Path) -> None
         return loss_of(model, batch) * chance.random()
 
     assert "chance (SystemRandom)" in told(tmp_path, {"forward": forward})[0]
+
+
+def test_hooks_are_read_in_the_order_of_modules_whenever_they_were_registered() -> None:
+    """Generators are named by the first path to them, which is to be the same in a process that goes on."""
+    model, reach = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12))), Reach(())
+    reach.add_module("model", model, lambda: {"values": {}, "shared": {}})
+    (owner,) = (owner for owner in reach.owners if owner.kind.startswith("registered"))
+    assert owner.read() == {}
+    for at in (7, 2, 11, 0):
+        model[at].register_forward_hook(lambda module, inputs, output: None)
+        owner.read()
+    assert list(owner.read()) == ["0.hooks", "2.hooks", "7.hooks", "11.hooks"]

@@ -43,7 +43,7 @@ __all__ = ["Shipment", "Waiting", "waiting"]
 _TAGS_EVERY_S = 2.0
 _HEARTBEAT_EVERY_S = 30.0
 _MOST_VALUES = 20_000  # a flight: what the shipper holds in memory
-_MOST_ROWS = 4096
+_MOST_ROWS = 4096  # batches: what is read of the journal at a time
 _LONGEST_WINDOW_MS = 10_000
 
 _ENDINGS: dict[Outcome, Ending] = {

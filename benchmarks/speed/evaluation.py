@@ -15,9 +15,10 @@ from functools import partial
 import torch
 from measuring import keep_memory, report
 from torch import nn
+from training import network
 from turns import Contender, Turns, alternate, arguments
 
-from orchestrator import Trainer, seed_everything
+from orchestrator import Trainer
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -57,20 +58,19 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batches], None]] = {
 }
 
 
-def contender(name: str, count: int, size: int) -> Contender:
+def contender(name: str, count: int, size: int, width: int) -> Contender:
     """The contender of that name, with a network and batches of its own."""
-    seed_everything(1)
-    model = Turns(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)))
+    model = Turns(network(width, convolutions=False))
     batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
     return Contender(name, model, partial(CONTENDERS[name], model, batches))
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__, batches=5000, size=32).parse_args()
+    options = arguments(__doc__, batches=5000, size=32, width=32).parse_args()
     keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    contenders = [contender(name, options.batches, options.size) for name in CONTENDERS]
+    contenders = [contender(name, options.batches, options.size, options.width) for name in CONTENDERS]
     rows = alternate(contenders, options)
     for one in contenders:
         one.finish()

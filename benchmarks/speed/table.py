@@ -47,6 +47,9 @@ PARTS = {
         *("--warm", "5", "--batches", "20", "--rounds", "1"),
     ],
     "Validation": ["evaluation.py"],
+    "Validation, 1.5 ms a batch": [
+        *("evaluation.py", "--width", "4096", "--size", "128", "--batches", "500"),
+    ],
     "Checkpoints": ["checkpoint.py"],
     "Checkpoints, in a training": ["saving.py"],
     "Start and stop": ["startup.py"],

@@ -117,12 +117,13 @@ class Reach:
             for parameter in part._parameters.values():
                 self.add_hooks(parameter)
 
-        ever: set[str] = set()
+        ever: set[str] = set()  # one whose last hook was taken away is still looked at
 
         def hooks() -> dict[str, Any]:
             found = {name: _users_hooks(part) for name, part in unique_submodules(module).items()}
             ever.update(name for name, of_part in found.items() if of_part)
-            return {f"{name}.hooks" if name else "hooks": found.get(name, []) for name in ever}
+            # In the modules' order, since generators are named by the first path that leads to them.
+            return {f"{name}.hooks" if name else "hooks": of for name, of in found.items() if name in ever}
 
         self.owners.append(Owner(f"{path}.", "registered with a module or its parameters", hooks, True))
 
