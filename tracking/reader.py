@@ -305,20 +305,21 @@ class Journal:
         include_superseded: bool = False,
         page: int = _PAGE,
     ) -> Iterator[Measured]:
-        """The same values by columns, in the order of id. At most `page` batches are read at a time."""
+        """The same values by columns, in the order of id. No more than `page` batches are read at a time."""
         keysets: dict[int, tuple[str, ...]] = {}
         first = after // ROW_LENGTH  # that packed row may hold values beyond it
         while (newest := self.newest_metrics()) >= first:
-            last = min(first + page - 1, newest)
+            last = min(first + min(page, _PAGE) - 1, newest)
             rows = self._all(_METRICS, first, last, scope, epoch)
             blocks = self._all(_METRIC_BLOCKS, first, last, scope, epoch)
-            rows = _in_order(rows, blocks, first, last) if blocks else rows
-            for (attempt, name, in_epoch, keyset, gone, _), group in groupby(rows, _alike):
+            in_order = _in_order(rows, blocks, first, last)
+            for (attempt, name, in_epoch, keyset, gone, _), group in groupby(in_order, _alike):
                 if gone and not include_superseded:
                     continue
                 if keyset not in keysets:
                     keysets = self._keysets()
-                keys = keysets[keyset]
+                if not (keys := keysets.get(keyset, ())):
+                    continue
                 packed, _, _, _, _, _, batches, steps, times_ns, _, *columns = zip(*group, strict=False)
                 found = Measured(
                     attempt, name, in_epoch, gone, keys, tuple(ROW_LENGTH * row for row in packed),

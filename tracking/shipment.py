@@ -43,7 +43,6 @@ __all__ = ["Shipment", "Waiting", "waiting"]
 _TAGS_EVERY_S = 2.0
 _HEARTBEAT_EVERY_S = 30.0
 _MOST_VALUES = 20_000  # a flight: what the shipper holds in memory
-_MOST_ROWS = 4096  # batches: what is read of the journal at a time
 _LONGEST_WINDOW_MS = 10_000
 
 _ENDINGS: dict[Outcome, Ending] = {
@@ -347,7 +346,7 @@ class Shipment:
         limit = min(_MOST_VALUES, self._at_server.most_points * self._every)
         rows: list[Measured] = []
         values, self._more = 0, False
-        for found in self._journal.measured(after=self._outbox.cursor, page=min(_MOST_ROWS, limit)):
+        for found in self._journal.measured(after=self._outbox.cursor, page=limit):
             room = max(1, (limit - values) // len(found.keys))
             rows.append(found.part(slice(room)))
             values += len(found.keys) * len(rows[-1].ids)

@@ -74,7 +74,7 @@ def _devices() -> Iterator[tuple[Any, Any]]:
 class SystemSampler:
     """Takes a sample of what the machine is doing now and then while the run trains, first after ten seconds of it.
 
-    It is in no journal: what is not delivered when the next one is due is lost.
+    It is in no journal: none is taken while the server is away.
     """
 
     def __init__(self, journal: Journal, *, wanted: bool):

@@ -191,7 +191,7 @@ class _Encoder:
 
     def dictionary(self, value: dict[Any, Any], path: str) -> Any:
         for key in value:
-            if type(key) is not str or key == _TAG or not (key.isascii() or _is_text(key)):
+            if type(key) is not str or key == _TAG or not _is_text(key):
                 return {_TAG: "dict", "v": self.pairs(value, path)}
         self.inside(value, path)
         encoded = {key: self.encode(item, _joined(path, key)) for key, item in value.items()}
@@ -266,7 +266,7 @@ class _Encoder:
 
     def free_name(self, path: str) -> str:
         # Names go into file headers as UTF-8.
-        base = name = _named(path) or "tensor"
+        base = name = path.encode("utf-8", "backslashreplace").decode() or "tensor"
         number = 2
         while name in self.tensors or name == METADATA:
             name, number = f"{base}#{number}", number + 1
@@ -329,10 +329,6 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _named(path: str) -> str:
-    return path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
 
 
 def _text(value: bytes | bytearray) -> str:
