@@ -15,6 +15,7 @@ from states.errors import InterlockError
 __all__ = ["main"]
 
 _COMMANDS = {
+    "launch": "orchestrator.commands.launch",
     "runs": "orchestrator.commands.runs",
     "show": "orchestrator.commands.show",
     "watch": "orchestrator.commands.watch",

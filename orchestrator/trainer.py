@@ -29,6 +29,7 @@ from orchestrator.errors import ConfigurationError, TaintedError
 from orchestrator.evaluation import Evaluation
 from orchestrator.exactness import risks
 from orchestrator.final_model import HandingOver
+from orchestrator.launched import asked_to_resume, tell_begun
 from orchestrator.metrics import EpochMetrics, Metric
 from orchestrator.named import named
 from orchestrator.numerics import Precision
@@ -50,7 +51,7 @@ from states.table import ARCS, TERMINAL, Arc, State, Trigger
 from tracking.delivery import Tracker
 from tracking.own_artifacts import writing
 from tracking.rows import Parent
-from tracking.runs import RESUME_VARIABLE, RunFolder
+from tracking.runs import RunFolder
 
 if (
     TYPE_CHECKING
@@ -651,7 +652,7 @@ class Trainer:
             )
         if training.attempt is not None and not resume:
             resume = training.attempt.run.path  # a notebook whose fit was interrupted goes on
-        resume = self._asked_from_outside() or resume
+        resume = asked_to_resume(self._settings.name) or resume
         names = check_names(override, resume, training.snapshots)
         configuration.set_determinism(self._settings)
         try:
@@ -755,6 +756,7 @@ class Trainer:
             training.snapshots.begin(self._make_watch())
             training.restore()
             self._stand_done(plan.run)
+            tell_begun(plan.run)
             return
         settings = self._settings
         self.warm_start = None
@@ -764,22 +766,11 @@ class Trainer:
         parent = None if self.warm_start is None else self.warm_start.source.parent
         attempt = training.open(replace(plan, checkpoint=training.found), settings, parent)
         self.run = attempt.run
+        tell_begun(attempt.run)
         self._final_model.begin()
         if self.warm_start is not None:
             warm_start.apply(weights, self.model)
             attempt.say(str(self.warm_start))
-
-    def _asked_from_outside(self) -> str | None:
-        """The folder or checkpoint that `interlock resume` names in the environment, if of a run of this name; once."""
-        named = os.environ.get(RESUME_VARIABLE)
-        if named is None:
-            return None
-        folder = Path(named)
-        if (folder / "manifest.json").is_file():
-            folder = folder.parent.parent
-        if RunFolder(folder).name != self._settings.name:
-            return None
-        return os.environ.pop(RESUME_VARIABLE)
 
     def _begin(self, checkpoint: recovery.Found | None) -> None:
         """The beginning of an attempt: on_train_begin, then the checkpoint of IDLE, or resume."""

@@ -21,6 +21,7 @@ from tracking.rows import Parent
 from tracking.schema import create_journal, newest_checkpoint
 
 __all__ = [
+    "BEGUN_VARIABLE",
     "RESUME_VARIABLE",
     "Holder",
     "Lease",
@@ -43,7 +44,10 @@ _LONGEST_NAME = 100
 
 
 RESUME_VARIABLE = "INTERLOCK_RESUME"
-"""The environment variable by which `interlock resume` tells a script which run's folder to go on with."""
+"""The environment variable by which a command tells a script which runs' folders to go on with, one a line."""
+
+BEGUN_VARIABLE = "INTERLOCK_BEGUN"
+"""The one that names the file in which a script's trainers tell `interlock launch` which runs they are at work on."""
 
 
 class RunNameError(InterlockError):

@@ -6,6 +6,9 @@ row comes no further than before, or takes ten times as long as without kills, i
 is whether every loss, and the weights after batch N, are those of the run that was not killed, to the bit. A bare loop,
 which is not killed, shows what torch itself takes to start.
 
+Each is started by this script, and started again by it. "interlock launch" is the same training started once by that
+command, which starts it again itself: the process that trains is killed, and the command, which imports for it, is not.
+
 On a machine whose speed changes from one minute to the next, look at what the kills cost: the time in which nothing new
 was trained, beside the rest of the same run.
 """
@@ -13,6 +16,7 @@ was trained, beside the rest of the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import statistics
@@ -24,12 +28,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 SCRIPT = Path(__file__).parent / "killed.py"
 RECORD = "record.txt"
 NAMES = {
+    "launch": "interlock launch",
     "interlock": "interlock",
     "ignite": "Ignite",
     "hf_trainer": "HF Trainer",
@@ -38,7 +44,9 @@ NAMES = {
 INTERVALS = {2: (20,), 10: (50, 150), 60: (250,)}
 """Batches between the checkpoints of the others, for each T: some sqrt(2 T C) apart, C being what a save costs."""
 BATCHES = {2: 1_000, 10: 2_500, 60: 20_000}
-AT_60 = ("interlock", "ignite")
+OWN_INTERVAL = ("launch", "interlock")
+"""Those that find the batches between two checkpoints themselves."""
+AT_60 = ("launch", "interlock", "ignite")
 """Those that are killed every 60 s too, by default: it takes more than two minutes each."""
 
 
@@ -117,30 +125,29 @@ class Bench:
         self._count += 1
         folder = self.folder / f"{self._count}-{contender}"
         folder.mkdir()
+        launched = contender == "launch"
         command = [
-            sys.executable, "-W", "ignore", str(SCRIPT), contender, str(folder), str(self.data),
+            sys.executable, "-W", "ignore", *(["-m", "orchestrator.cli", "launch", "--tries", "5"] if launched else []),
+            str(SCRIPT), "interlock" if launched else contender, str(folder), str(self.data),
             "--batches", str(batches), *(["--every", str(every)] if every else []),
             "--digest-at", *map(str, digest_at),
         ]  # fmt: skip
         environment = {
             **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
         starts: list[float] = []
         furthest, in_vain = 0, 0
-        with (folder / "output.txt").open("w") as output:
+        with (folder / "output.txt").open("w") as output, contextlib.ExitStack() as ending:
+            life: _Life | None = None
             while True:
-                starts.append(time.time())
-                process = subprocess.Popen(
-                    command, env=environment, stdout=output, stderr=output, cwd=folder, start_new_session=True
-                )
-                try:
-                    status = process.wait(period)
-                except subprocess.TimeoutExpired:
-                    status = None
-                finally:
-                    if process.returncode is None:
-                        os.killpg(process.pid, signal.SIGKILL)
-                        process.wait()
+                if life is None or not launched:
+                    starts.append(time.time())
+                    life = _Life(command, environment, output, folder)
+                    ending.callback(life.end)
+                else:
+                    starts.append(life.forked_anew())
+                status = life.wait(period, in_a_fork=launched)
                 if status:
                     said = (folder / "output.txt").read_text()[-2000:]
                     raise SystemExit(f"{contender} ended with status {status}, expected 0:\n{said}")
@@ -150,6 +157,48 @@ class Bench:
                 too_long = period is not None and time.time() - starts[0] > 10 * plain
                 if status == 0 or reached >= batches or in_vain == 5 or too_long:
                     return _outcome(read(folder), starts, batches)
+
+
+class _Life:
+    """A process that trains, or one whose forks do."""
+
+    def __init__(
+        self, command: list[str], environment: dict[str, str], output: IO[str], folder: Path
+    ) -> None:
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, cwd=folder, start_new_session=True
+        )
+        self._killed = 0
+
+    def wait(self, period: float | None, *, in_a_fork: bool) -> int | None:
+        """The exit status, or None where it, or its fork, was killed `period` seconds after it began."""
+        if in_a_fork and period is not None and not self._killed:
+            self.forked_anew()
+        try:
+            return self._process.wait(period)
+        except subprocess.TimeoutExpired:
+            if in_a_fork:
+                self._killed = self._fork()
+                os.kill(self._killed, signal.SIGKILL)
+            else:
+                self.end()
+            return None
+
+    def forked_anew(self) -> float:
+        """When there was a fork that has not been killed yet, seconds since 1970."""
+        while self._fork() in (0, self._killed) and self._process.poll() is None:
+            time.sleep(0.002)
+        return time.time()
+
+    def _fork(self) -> int:
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return int(children[0]) if children else 0
+
+    def end(self) -> None:
+        """Kill it with all that it has started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
@@ -180,7 +229,7 @@ def _outcome(lines: list[Line], starts: list[float], batches: int) -> Outcome:
 
 def report_whole(name: str, found: Outcome) -> None:
     """Print how long a training that is not killed took."""
-    print(f"{name:11} unbroken, to batch {found.reached:,}: {_took(found)}, {_details(found)}", flush=True)
+    print(f"{name:16} unbroken, to batch {found.reached:,}: {_took(found)}, {_details(found)}", flush=True)
 
 
 def report(
@@ -193,7 +242,7 @@ def report(
         start = plain[contender].lines[0].time - plain[contender].to_first_batch[0]
         seconds = whole - start
         tried: dict[int | None, Outcome] = {}
-        for every in (None,) if contender == "interlock" else INTERVALS.get(int(period), (100,)):
+        for every in (None,) if contender in OWN_INTERVAL else INTERVALS.get(int(period), (100,)):
             tried[every] = bench.run(contender, batches, every, [batches], period, seconds)
             if not tried[every].reached:
                 break  # another interval is no help where there is not one batch
@@ -203,7 +252,7 @@ def report(
         took = "not reached" if best.seconds is None else f"{best.seconds:7.1f} s"
         ratio = "" if best.seconds is None else f", {best.seconds / seconds:.2f} times"
         print(
-            f"{NAMES[contender]:11} {took} (unbroken {seconds:.1f} s{ratio}); {_details(best)}; {setting}",
+            f"{NAMES[contender]:16} {took} (unbroken {seconds:.1f} s{ratio}); {_details(best)}; {setting}",
             end="",
         )
         print(f" ({others})" if others else "", end="")
@@ -249,10 +298,10 @@ def main() -> None:
         report_whole("bare loop", bench.run("bare", 200, None, []))
         for contender in options.contenders:
             marks = [batches[period] for period, chosen in wanted.items() if contender in chosen]
-            every = None if contender == "interlock" else 250
+            every = None if contender in OWN_INTERVAL else 250
             plain[contender] = bench.run(contender, max(marks), every, marks)
             print(
-                f"{NAMES[contender]:11} unbroken, to batch {max(marks):,}: {_took(plain[contender])}",
+                f"{NAMES[contender]:16} unbroken, to batch {max(marks):,}: {_took(plain[contender])}",
                 flush=True,
             )
         for period, contenders in wanted.items():
