@@ -194,7 +194,9 @@ def test_errors_are_one_message(tmp_path: Path) -> None:
     assert message.count("\n") == 1
     assert "Missing argument 'RUN'" in interlock("show", code=2).output
     mistyped = interlock("shwo", code=2).output
-    assert "No such command 'shwo'. Did you mean 'show'? Expected one of launch, runs, show, watch" in mistyped
+    assert (
+        "No such command 'shwo'. Did you mean 'show'? Expected one of launch, runs, show, watch" in mistyped
+    )
     nothing = interlock("log", "digits", "--epoch", "99", root=tmp_path).output
     assert "has no such transition; `interlock show digits-" in nothing
     assert "--state" in interlock("log", "digits", "--state", "nowhere", root=tmp_path, code=2).output

@@ -411,7 +411,7 @@ acts = st.lists(
             st.sampled_from([True, True, True, False]),  # begun when the one before was complete
             st.sampled_from(["", "", "", "", "why " * 50]),
         ),
-        st.sampled_from([("take",), ("take",), ("restart",), ("late",)]),
+        st.sampled_from([("take", 0), ("take", 2), ("restart",), ("late",)]),
     ),
     max_size=120,
 )
@@ -427,9 +427,15 @@ def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]
         late: set[int] = set()
         batch, time_ns = 0, 1000
 
-        def take() -> None:
-            chunk, upto = recorder.take()
-            assert bool(chunk) == (len(taken) < len(expected))
+        def take(whole: int = 0) -> None:
+            chunk, upto = recorder.take(whole=whole)
+            if not whole:
+                assert bool(chunk) == (len(taken) < len(expected))
+            elif left := expected[len(taken) + len(chunk.records) :]:
+                # Of the newest frame, which is of one batch, and in which nothing has a note.
+                assert len({(one.scope, one.batch, one.note) for one in left}) == 1
+                assert not left[0].note
+                assert len(chunk.data) >= whole * SIZE
             if chunk:
                 assert chunk.first == len(taken) + 1
             taken.extend(chunk.records)
@@ -437,7 +443,7 @@ def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]
 
         for act, *what in acts:
             if act == "take":
-                take()
+                take(*what)
             elif act == "restart":
                 recorder.line(0).restart()
             elif act == "late":

@@ -7,8 +7,8 @@ import sqlite3
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, groupby, islice
-from operator import attrgetter, sub
+from itertools import chain, groupby, pairwise
+from operator import attrgetter, itemgetter, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from states.table import Trigger
@@ -60,8 +60,17 @@ def to_number(stored: SqlNumber) -> float | None:
 
 
 _Row = list[tuple[str, object]]
-_TOGETHER = 50
+_TOGETHER = (50, 25, 12, 6, 3, 1)
 """Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
+
+
+_KIND = itemgetter(TAGS, *range(STEPS, TIMES))
+"""What frames that share a pattern have in common."""
+
+
+def _noted(tags: int) -> int:
+    """How many frames of text follow a frame with these tags."""
+    return tags >> 16 & 0xFFFF
 
 
 def _durations(length: int) -> list[str]:
@@ -152,33 +161,40 @@ class Packer:
 
     def _frames(self, data: bytes, skip: int) -> None:
         """Write what frames hold, those alike together; the first `skip` transitions of the first were taken before."""
+        others: list[Record] = []
+        if skip and data:
+            beyond = (1 + _noted(FRAME.unpack_from(data)[TAGS])) * SIZE
+            others += next(decode(data[:beyond], self._forwards))[0][skip:]
+            data = data[beyond:]
         alike: dict[tuple[int, ...], list[tuple[SqlNumber, ...]]] = {}
         patterns: dict[tuple[int, ...], tuple[int, int, bool]] = {}
-        others: list[Record] = []
-        for at, words in enumerate(FRAME.iter_unpack(data)):
-            tags = words[TAGS]
+        at = 0
+        for (tags, *steps), run in groupby(FRAME.iter_unpack(data), _KIND):
+            frames = list(run)
+            at += len(frames)
             if is_text(tags):
                 continue
-            if tags >> 16 & 0xFFFF or (skip and not at):
-                beyond = at + 1 + (tags >> 16 & 0xFFFF)
-                others += next(decode(data[at * SIZE : beyond * SIZE], self._forwards))[0][
-                    0 if at else skip :
-                ]
+            if noted := _noted(tags):  # its text is the next run, so that it is the only one of its own
+                others += next(decode(data[(at - 1) * SIZE : (at + noted) * SIZE], self._forwards))[0]
                 continue
-            kind = (tags & 0xFFFF, *words[STEPS:TIMES])
-            rows = alike.get(kind)
-            if rows is None:
-                rows = alike[kind] = []
-                patterns[kind] = self._pattern(words[STEPS:TIMES])
+            kind = (tags & 0xFFFF, *steps)
+            if kind not in alike:
+                alike[kind], patterns[kind] = [], self._pattern(steps)
             _, length, carries = patterns[kind]
-            times, loss = words[TIMES : TIMES + length], words[LOSS]
-            row = (*words[:TAGS], times[0], words[LOSS + 1], *map(sub, times[1:], times))
-            rows.append((*row, loss if loss == loss else _stored(loss)) if carries else row)
+            columns = list(zip(*frames, strict=True))
+            times, losses = columns[TIMES : TIMES + length], columns[LOSS]
+            if (
+                carries and (total := sum(losses)) != total
+            ):  # NaN where one is, or where infinities cancel out
+                losses = tuple(map(_stored, losses))
+            durations = (map(sub, after, before) for before, after in pairwise(times))
+            place = (*columns[:TAGS], times[0], columns[LOSS + 1])
+            alike[kind] += zip(*place, *durations, *[losses] * carries, strict=True)
         for kind, rows in alike.items():
             word, length, carries = patterns[kind]
             shared = {"attempt": self._attempt, "scope": self._scopes[kind[0]], "word": word}
-            columns = ["seq", "epoch", "batch", "time_ns", *_durations(length), *["loss"] * carries]
-            self._write("packed_transitions", shared, columns, rows)
+            names = ["seq", "epoch", "batch", "time_ns", *_durations(length), *["loss"] * carries]
+            self._write("packed_transitions", shared, names, rows)
         self.records(others)
 
     def _pattern(self, steps: Sequence[int]) -> tuple[int, int, bool]:
@@ -211,11 +227,12 @@ class Packer:
         rows: Iterable[tuple[object, ...]],
     ) -> None:
         """Insert rows of `columns`; for each statement the training's thread is asked for the interpreter's lock."""
-        left = iter(rows)
-        while len(some := list(islice(left, _TOGETHER))) == _TOGETHER:
-            several = _insert(table, shared, columns, _TOGETHER)
-            self._connection.execute(several, list(chain.from_iterable(some)))
-        self._connection.executemany(_insert(table, shared, columns), some)
+        rows, done = list(rows), 0
+        for together in _TOGETHER:
+            while len(rows) - done >= together:
+                some = chain.from_iterable(rows[done : done + together])
+                self._connection.execute(_insert(table, shared, columns, together), list(some))
+                done += together
 
     def metrics(self, measured: Sequence[MetricValues]) -> None:
         """Write metric values."""

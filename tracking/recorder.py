@@ -427,9 +427,16 @@ class Recorder:
         self.losses[frame + LOSS] = loss
         words[frame + TAGS] |= LATE
 
-    def take(self) -> tuple[Chunk, tuple[int, int]]:
-        """What has not been drained, and what to hand to `release` when it is durable elsewhere."""
+    def take(self, *, whole: int = 0) -> tuple[Chunk, tuple[int, int]]:
+        """What has not been drained, and what to hand to `release` when it is durable elsewhere.
+
+        The newest frame, which may have only some of its batch's transitions yet, is left out where there are more
+        than `whole` others (0: never). One with a note is complete.
+        """
         tail, head = self._tails[0], self.heads[0]
+        if whole and head - tail > whole and not is_text(self.words[(head - 1 & self.mask) * WORDS + TAGS]):
+            head -= 1
+            return Chunk(self._copy(tail, head), self._taken), (head, 0)
         data = self._copy(tail, head)
         last = struct.unpack_from(f"<{TIMES}q", data, len(data) - SIZE) if data else ()
         if not last or is_text(last[TAGS]):

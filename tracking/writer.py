@@ -25,6 +25,8 @@ from tracking.settling import begin_attempt, end_attempt, open_to_write
 __all__ = ["JournalStalledError", "JournalWriter", "open_attempt"]
 
 _PERIOD_S = 0.25
+_WHOLE = 16
+"""Batches of one drain from which on the newest, which is not complete, is left for the next: two rows less."""
 _MOST_QUEUED = 200_000
 _FULL_ENOUGH = 0.75  # of the recorder: room is left to record the halt
 
@@ -289,7 +291,7 @@ class JournalWriter:
             with self._turn:
                 self._turn.wait_for(lambda: self._closing or self._wanted > self._done, _PERIOD_S)
                 wanted, closing = self._wanted, self._closing
-            written = self._drain()
+            written = self._drain(everything=closing or wanted > self._done)
             with self._turn:
                 if written:
                     self._done = wanted
@@ -303,13 +305,13 @@ class JournalWriter:
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
 
-    def _drain(self) -> bool:
-        """Write down what there is, in one transaction; did it work?"""
+    def _drain(self, *, everything: bool) -> bool:
+        """Write down what there is, in one transaction, but for a batch under way; did it work?"""
         # Events first, so that what was measured before one comes with it.
         _move(self._events, self._held_events)
         _move(self._values, self._held_values)
         _move(self._late, self._held_late)
-        chunk, position = self._recorder.take()
+        chunk, position = self._recorder.take(whole=0 if everything else _WHOLE)
         if not (self._held_values or self._held_events or self._held_late or chunk):
             self._recovered()
             return True
