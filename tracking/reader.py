@@ -91,6 +91,8 @@ class Journal:
     def __init__(self, run: RunFolder, connection: Connection):
         self.run = run
         self._connection = connection
+        self._attempt_rows: list[tuple[Any, ...]] = []
+        self._attempts: list[Attempt] = []
 
     @classmethod
     def open(cls, run: RunFolder) -> "Journal":
@@ -120,9 +122,10 @@ class Journal:
 
     def attempts(self) -> list[Attempt]:
         """The run's attempts, oldest first."""
-        return [
-            _attempt(row) for row in self._all(f"SELECT {_ATTEMPT_COLUMNS} FROM attempts ORDER BY attempt")
-        ]
+        rows = self._all(f"SELECT {_ATTEMPT_COLUMNS} FROM attempts ORDER BY attempt")
+        if rows != self._attempt_rows:  # the shipper asks each second
+            self._attempt_rows, self._attempts = rows, [_attempt(row) for row in rows]
+        return list(self._attempts)
 
     def newest_seq(self) -> int:
         """The seq of the newest transition in the journal, superseded or not; 0 if there is none."""

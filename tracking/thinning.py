@@ -12,7 +12,7 @@ _HORIZON_S = 20.0
 _CATCH_UP_S = 600.0
 _MOST_A_SECOND = 2000.0
 _STEADY_A_SECOND = 25.0
-_MEANS_A_SECOND = 12.5
+_MEANS_A_SECOND = 8.0
 _FIRST = 10_000
 _FEWEST_A_SECOND = 10.0
 _LARGEST = 2**20
@@ -89,7 +89,7 @@ class Pace:
 
     That is: what a training measures in a second (on average over the last twenty seconds), and a six-hundredth of what
     waits, are then no more points than 2,000, and no more than half of what the server was seen to take in a
-    second; and, once a run has measured 10,000 values, more than 25 values a second are at most 12 points a second,
+    second; and, once a run has measured 10,000 values, more than 25 values a second are at most 8 points a second,
     because a point costs some 0.1 ms of processor time, and charts show a few hundred. Up to there every batch is one.
     """
 
