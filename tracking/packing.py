@@ -7,7 +7,7 @@ import sqlite3
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 from operator import attrgetter, itemgetter, sub
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,8 +60,10 @@ def to_number(stored: SqlNumber) -> float | None:
 
 
 _Row = list[tuple[str, object]]
-_TOGETHER = (50, 25, 12, 6, 3, 1)
-"""Rows that one statement writes. They bind no more than the 999 values that every SQLite allows."""
+_MOST_BOUND = 999
+"""Values that one statement binds: what every SQLite allows."""
+_TOGETHER = 8
+"""One statement writes a multiple of so many rows, or fewer: so there are few to be prepared, and kept."""
 
 
 _KIND = itemgetter(TAGS, *range(STEPS, TIMES))
@@ -79,6 +81,15 @@ def _durations(length: int) -> list[str]:
 
 def _stored(loss: float) -> SqlNumber:
     return loss if loss == loss else None if is_pending(loss) else "nan"
+
+
+def _by_rows(columns: Sequence[Sequence[SqlNumber]]) -> list[SqlNumber]:
+    """The values of `columns`, which are as long as each other, row after row."""
+    width = len(columns)
+    found: list[SqlNumber] = [None] * (width * len(columns[0]))
+    for at, column in enumerate(columns):
+        found[at::width] = column
+    return found
 
 
 def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str], rows: int = 1) -> str:
@@ -166,7 +177,7 @@ class Packer:
             beyond = (1 + _noted(FRAME.unpack_from(data)[TAGS])) * SIZE
             others += next(decode(data[:beyond], self._forwards))[0][skip:]
             data = data[beyond:]
-        alike: dict[tuple[int, ...], list[tuple[SqlNumber, ...]]] = {}
+        alike: dict[tuple[int, ...], list[SqlNumber]] = {}
         patterns: dict[tuple[int, ...], tuple[int, int, bool]] = {}
         at = 0
         for (tags, *steps), run in groupby(FRAME.iter_unpack(data), _KIND):
@@ -187,9 +198,9 @@ class Packer:
                 carries and (total := sum(losses)) != total
             ):  # NaN where one is, or where infinities cancel out
                 losses = tuple(map(_stored, losses))
-            durations = (map(sub, after, before) for before, after in pairwise(times))
-            place = (*columns[:TAGS], times[0], columns[LOSS + 1])
-            alike[kind] += zip(*place, *durations, *[losses] * carries, strict=True)
+            durations = [list(map(sub, after, before)) for before, after in pairwise(times)]
+            place = [*columns[:TAGS], times[0], columns[LOSS + 1]]
+            alike[kind] += _by_rows([*place, *durations, *[losses] * carries])
         for kind, rows in alike.items():
             word, length, carries = patterns[kind]
             shared = {"attempt": self._attempt, "scope": self._scopes[kind[0]], "word": word}
@@ -220,19 +231,19 @@ class Packer:
         self._connection.execute(_insert(table, {}, list(row)), list(row.values()))
 
     def _write(
-        self,
-        table: str,
-        shared: Mapping[str, int],
-        columns: Sequence[str],
-        rows: Iterable[tuple[object, ...]],
+        self, table: str, shared: Mapping[str, int], columns: Sequence[str], left: list[SqlNumber]
     ) -> None:
-        """Insert rows of `columns`; for each statement the training's thread is asked for the interpreter's lock."""
-        rows, done = list(rows), 0
-        for together in _TOGETHER:
-            while len(rows) - done >= together:
-                some = chain.from_iterable(rows[done : done + together])
-                self._connection.execute(_insert(table, shared, columns, together), list(some))
-                done += together
+        """Insert rows of `columns`, whose values follow each other in `left`.
+
+        For each statement the training's thread is asked for the interpreter's lock.
+        """
+        width = len(columns)
+        most = _MOST_BOUND // width // _TOGETHER * _TOGETHER
+        while left:
+            rows = len(left) // width
+            together = min(rows // _TOGETHER * _TOGETHER or rows, most)
+            some, left = left[: together * width], left[together * width :]
+            self._connection.execute(_insert(table, shared, columns, together), some)
 
     def metrics(self, measured: Sequence[MetricValues]) -> None:
         """Write metric values."""
@@ -264,15 +275,13 @@ class Packer:
 
     def _measured(self, scope: str, keys: tuple[str, ...], alike: Iterable[MetricValues]) -> None:
         shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
-        columns = ("id", "seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
-        rows = (
-            # A sum is NaN where a value is (or where infinities cancel out): then each is looked at.
-            (self._next_id(), seq, epoch, batch, step, time_ns, *values)
-            if (total := sum(values)) == total
-            else (self._next_id(), seq, epoch, batch, step, time_ns, *map(from_number, values))
-            for seq, _, epoch, batch, step, _, values, time_ns in alike
-        )
-        self._write("packed_metrics", shared, columns, rows)
+        names = ("id", "seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
+        seq, _, epoch, batch, step, _, values, time_ns = zip(*alike, strict=True)
+        if (total := sum(map(sum, values))) != total:  # as one is NaN, or infinities cancel out
+            values = tuple(tuple(map(from_number, one)) for one in values)
+        first = self._next_id(len(seq))
+        place = (range(first, first + len(seq)), seq, epoch, batch, step, time_ns)
+        self._write("packed_metrics", shared, names, _by_rows([*place, *zip(*values, strict=True)]))
 
     def _next_id(self, rows: int = 1) -> int:
         """The first of the ids of so many packed rows of values."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # a trainer imports this module to start the process, and nee
 
 __all__ = ["DeliveryStatus", "NotTrackedError", "SyncReport", "start_shipper", "status", "sync"]
 
-_PERIOD_S = 1.0
+_PERIOD_S = 2.0
 _LEASE_EVERY_S = 10.0
 _log = logging.getLogger("interlock.shipper")
 
