@@ -97,6 +97,6 @@ def contenders() -> dict[str, Callable[[int], Cost]]:
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__, batches=50_000, rounds=7).parse_args()
+    options = arguments(__doc__, batches=50_000, rounds=21).parse_args()
     chosen = {name: partial(run, options.batches) for name, run in contenders().items()}
     report(compared(alternate(chosen, options.rounds), IGNITE), options.json)

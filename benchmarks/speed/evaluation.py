@@ -67,7 +67,7 @@ def contender(name: str, count: int, size: int, width: int) -> Contender:
 
 if __name__ == "__main__":
     options = arguments(__doc__, batches=5000, size=32, width=32).parse_args()
-    keep_memory(one_heap=True)
+    keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     contenders = [contender(name, options.batches, options.size, options.width) for name in CONTENDERS]

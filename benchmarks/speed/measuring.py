@@ -84,18 +84,17 @@ class Row:
         return text if self.times is None else f"{text}; {self.times} times"
 
 
-def keep_memory(*, one_heap: bool = False) -> None:
-    """Let glibc give nothing back to the system.
+def keep_memory() -> None:
+    """Let glibc give nothing back to the system, and all threads have one heap.
 
-    `one_heap`: for all threads. One of a thread's own is of pieces of 64 MB, which are given back and taken again with
-    each batch where its memory happens to lie across two of them.
+    One of a thread's own is of pieces of 64 MB, which are given back and taken again with each batch where its memory
+    happens to lie across two of them.
     """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):
         for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
             allocator.mallopt(parameter, 2**30)
-        if one_heap:
-            allocator.mallopt(_ARENA_MAX, 1)
+        allocator.mallopt(_ARENA_MAX, 1)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8

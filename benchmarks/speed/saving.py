@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Saves:
         self._trainer, self._root = trainer, root
         self.began: list[float] = []
         self._still: list[Callable[[], float]] = []
-        self._allocated: list[Tensor] = []
+        # In a generator, where it is not state of the training: interlock looks whether what hooks keep has changed.
+        self._copies = self._copying()
         self._ends: deque[Callable[[], object]] = deque()
         self.contenders: dict[str, Callable[[], Save | None]] = {
             COPY: self._copy,
@@ -87,15 +88,18 @@ class Saves:
             "optimizer": self._trainer.optimizers[0].state_dict(),
         }
 
-    def _copy(self) -> None:
+    def _copying(self) -> Iterator[None]:
         tensors = self._tensors()
-        self._allocated = self._allocated or [
-            torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors
-        ]
-        with torch.no_grad():
-            for place, tensor in zip(self._allocated, tensors, strict=True):
-                place.copy_(tensor, non_blocking=True)
-        self._synchronize()
+        places = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+        while True:
+            with torch.no_grad():
+                for place, tensor in zip(places, self._tensors(), strict=True):
+                    place.copy_(tensor, non_blocking=True)
+            self._synchronize()
+            yield
+
+    def _copy(self) -> None:
+        next(self._copies)
 
     def _interlock(self) -> Save:
         save = self._trainer.save()
