@@ -13,6 +13,7 @@ import signal
 import sys
 import sysconfig
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,10 @@ def start(script: Script, environment: Mapping[str, str], *, fork: bool) -> int:
         return os.posix_spawn(sys.executable, script.command, environment, setsigmask=())
     gc.freeze()  # what was imported stays, and stays shared: no collection of the script's looks at it
     parent = os.getpid()
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads: those of NumPy's OpenBLAS, which ends them before a fork and begins them after.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         _become(script, environment, parent)
     return child

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -191,4 +192,6 @@ def _reached(runs: list[RunFolder]) -> _Reached:
 
 
 def _say(text: str) -> None:
+    if sys.stderr.isatty():  # where a live line may have been left, and no cursor
+        click.echo("\x1b[?25h", err=True)
     click.echo(f"{click.style('interlock', dim=True)} {text}", err=True)
