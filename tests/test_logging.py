@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import ANY
 
 import pytest
@@ -26,9 +26,9 @@ import trainings
 from orchestrator.callbacks.checkpointing import Checkpointing
 from orchestrator.callbacks.logs import Logging, LogRecord, callback
 from orchestrator.callbacks.logs.callback import headline
-from orchestrator.callbacks.logs.live import LiveConsole, paint
+from orchestrator.callbacks.logs.live import LiveConsole, paint, styled
 from orchestrator.callbacks.logs.progress import Pace, Progress, batches_left
-from orchestrator.callbacks.logs.record import clock, quantity, shown, span
+from orchestrator.callbacks.logs.record import Kind, clock, quantity, shown, span
 from orchestrator.callbacks.logs.sinks import FileLog, PlainConsole, live_wanted
 from orchestrator.callbacks.logs.table import EpochTable
 from orchestrator.callbacks.logs.terminal import Terminal
@@ -469,6 +469,18 @@ def test_drawing_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with _on_terminal(monkeypatch) as pty:
         _trainer(tmp_path, Logging(), epochs=1, val_loader=None).fit()
     assert pty.raw.count("batch ") <= 3  # one at the epoch's beginning, one again below its row
+
+
+def test_whatever_is_said_is_shown_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _on_terminal(monkeypatch) as pty:
+        trainer = _trainer(tmp_path, Logging(level="verbose"))
+        trainer.after(Trigger.BEGIN_EPOCH)(lambda: trainer.say("something of my own"))
+        trainer.fit()
+    assert pty.screen.count("something of my own") == 2
+    kinds = get_args(Kind)
+    assert "message" in kinds
+    for kind in kinds:
+        assert styled(LogRecord(0.0, kind, "said", -1, -1, {"loss": 1.0}), 80).plain == "said  loss 1.0000"
 
 
 def test_no_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ _STYLES: Mapping[Kind, str] = {
     "start": "bold",
     "resume": "bold",
     "epoch": "cyan",
+    "message": "",
     "warning": "yellow",
     "halt": "bold red",
     "done": "bold green",
