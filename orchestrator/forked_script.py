@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ _ALWAYS = ("torch", "torch._dynamo", "numpy", "orchestrator.trainer", "orchestra
 """`torch._dynamo` is imported by the first optimizer."""
 _NOT_FORKED = frozenset({"grpc", "jax", "jaxlib", "ray", "tensorflow"})
 """Packages whose threads, which a fork has not, they wait for all the same."""
+_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,6 +37,11 @@ class Script:
     name: str
     arguments: tuple[str, ...] = ()
     module: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where Python looks first for what the script imports."""
+        return os.getcwd() if self.module else str(Path(self.name).resolve().parent)
 
     @property
     def command(self) -> list[str]:
@@ -53,14 +59,19 @@ def import_ahead(script: Script, also: Sequence[str] = ()) -> None:
     """
     for name in also:
         importlib.import_module(name)
+    # By NVML it is found out whether there is a device; by CUDA itself, which no fork could use then.
+    given = os.environ.get(_NVML)
+    os.environ[_NVML] = given or "1"
     for name, members in [*((name, []) for name in _ALWAYS), *_imports(script)]:
         top = name.partition(".")[0]
-        if top in _NOT_FORKED or not _installed(top):
+        if top in _NOT_FORKED or not _installed(top, script):
             continue
         try:
             __import__(name, fromlist=members)
         except Exception:
             continue  # the script meets it at its own line, where it may be caught
+    if given is None:
+        del os.environ[_NVML]
 
 
 def _imports(script: Script) -> Iterator[tuple[str, list[str]]]:
@@ -78,8 +89,10 @@ def _imports(script: Script) -> Iterator[tuple[str, list[str]]]:
             yield statement.module, [alias.name for alias in statement.names if alias.name != "*"]
 
 
-def _installed(top: str) -> bool:
-    """Whether a package is Python's own, or lies where packages are installed."""
+def _installed(top: str, script: Script) -> bool:
+    """Whether a package is Python's own, or found where packages are installed, and not beside the script."""
+    if _beside(script, top):
+        return False
     if top in sys.stdlib_module_names or top == __name__.partition(".")[0]:
         return True
     try:
@@ -92,18 +105,45 @@ def _installed(top: str) -> bool:
     return not folders.isdisjoint(Path(found.origin).resolve().parents)
 
 
-def cannot_fork() -> str:
-    """Why what has been imported here cannot be shared by forks of this process; empty if it can be."""
-    torch = sys.modules["torch"]
+def _beside(script: Script, top: str) -> bool:
+    place = Path(script.folder, top)
+    return place.with_name(f"{top}.py").is_file() or (place / "__init__.py").is_file()
+
+
+def cannot_fork(script: Script) -> str:
+    """Why what has been imported here cannot be shared by forks that run `script`; empty if it can be."""
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    there = sorted(_NOT_FORKED.intersection(sys.modules))
     if threads:
         return f"what was imported has started threads ({', '.join(threads)})"
-    if there:
+    if there := sorted(_NOT_FORKED.intersection(sys.modules)):
         return f"{', '.join(there)} cannot be used in a fork"
-    if torch.cuda.is_initialized():
+    if shadowed := sorted(name for name in sys.modules if "." not in name and _is_another(script, name)):
+        return f"{', '.join(shadowed)} beside the script has the name of a module that is imported already"
+    if _in_a_fork(sys.modules["torch"].cuda._is_in_bad_fork):
         return "what was imported has begun to use CUDA"
     return ""
+
+
+def _is_another(script: Script, name: str) -> bool:
+    """Whether what lies beside the script by the name of an imported module is not that module."""
+    file = getattr(sys.modules[name], "__file__", None)
+    return (
+        name != "__main__" and _beside(script, name) and Path(script.folder) not in Path(file or "/").parents
+    )
+
+
+def _in_a_fork(question: Callable[[], bool]) -> bool:
+    child = _fork()
+    if child == 0:
+        os._exit(question())
+    return os.waitpid(child, 0)[1] != 0
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads: those of NumPy's OpenBLAS, which ends them before a fork and begins them after.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def start(script: Script, environment: Mapping[str, str], *, fork: bool) -> int:
@@ -117,10 +157,7 @@ def start(script: Script, environment: Mapping[str, str], *, fork: bool) -> int:
         return os.posix_spawn(sys.executable, script.command, environment, setsigmask=())
     gc.freeze()  # what was imported stays, and stays shared: no collection of the script's looks at it
     parent = os.getpid()
-    with warnings.catch_warnings():
-        # Python 3.12 warns of threads: those of NumPy's OpenBLAS, which ends them before a fork and begins them after.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    child = _fork()
     if child == 0:
         _become(script, environment, parent)
     return child
@@ -139,7 +176,7 @@ def _become(script: Script, environment: Mapping[str, str], parent: int) -> NoRe
     sys.modules["torch"].default_generator.seed()
     sys.argv = [script.name, *script.arguments]
     sys.orig_argv = script.command
-    sys.path[0] = os.getcwd() if script.module else str(Path(script.name).resolve().parent)
+    sys.path[0] = script.folder
     try:
         if script.module:
             runpy.run_module(script.name, run_name="__main__", alter_sys=True)

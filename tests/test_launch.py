@@ -25,7 +25,7 @@ from orchestrator.launched import asked_to_resume, tell_begun
 from states import State
 from tracking.journal import Journal
 from tracking.runs import BEGUN_VARIABLE, RESUME_VARIABLE, RunFolder, create_run, list_runs
-from waiting import ENVIRONMENT, wait_for
+from waiting import ENVIRONMENT, HERE, wait_for
 
 LAUNCH = (sys.executable, "-m", "orchestrator.cli", "launch")
 SCRIPT = """
@@ -273,6 +273,19 @@ def test_what_cannot_be_shared_is_imported_by_each_start(
     assert "what was imported has started threads (helper): each start imports everything anew" in error
     assert "at epoch 1, batch 2; starting it again" in error
     assert _attempts(one.run) == ["died", "done"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_module_beside_the_script_is_the_one_that_it_gets(tmp_path: Path, *, ahead: bool) -> None:
+    (tmp_path / "mailbox.py").write_text("")
+    (tmp_path / "train.py").write_text("import mailbox\nprint(mailbox.__file__)")
+    found = subprocess.run(
+        [*LAUNCH, *(["--import", "mailbox"] if ahead else []), tmp_path / "train.py"],
+        env=ENVIRONMENT, cwd=HERE, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(tmp_path / "mailbox.py")
+    said = "mailbox beside the script has the name of a module that is imported already: each start imports everything"
+    assert (said in found.stderr) == ahead
 
 
 def test_a_module_is_run_as_by_python_m(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def launch(
             import_ahead(what, also)
         except ImportError as error:
             raise LaunchError(f"--import: {error}; expected modules that can be imported here") from error
-        if reason := cannot_fork():
+        if reason := cannot_fork(what):
             _say(f"{reason}: each start imports everything anew")
             cold = True
     ctx.exit(_keep_going(what, tries, errors, fork=not cold))
