@@ -135,7 +135,11 @@ def _is_another(script: Script, name: str) -> bool:
 def _in_a_fork(question: Callable[[], bool]) -> bool:
     child = _fork()
     if child == 0:
-        os._exit(question())
+        answer = True
+        try:
+            answer = question()
+        finally:
+            os._exit(answer)
     return os.waitpid(child, 0)[1] != 0
 
 

@@ -182,6 +182,24 @@ def test_it_is_killed_and_goes_on_to_the_same_end(launched: Callable[..., Launch
     assert_same(recorded(whole), recorded(runs["a"]))
 
 
+def test_a_run_is_gone_on_with_though_a_start_between_did_not_come_to_it(
+    launched: Callable[..., Launched],
+) -> None:
+    code = """
+train('a').fit()
+marks = here / "marks"
+marks.write_text((marks.read_text() if marks.exists() else "") + ".")
+if len(marks.read_text()) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+train('b', 'b:1:1').fit()
+"""
+    one = launched(code)
+    status, _, error = one.ended()
+    assert status == 0, error
+    runs = list_runs(one.folder / "runs")
+    assert [(run.name, _attempts(run)) for run in runs] == [("b", ["died", "done"]), ("a", ["done"])]
+
+
 def test_one_that_comes_no_further_is_given_up(launched: Callable[..., Launched]) -> None:
     one = launched("deaths = Path('/dev/null')\ntrain('a', 'a:1:2').fit()", "--tries", "2")
     status, _, error = one.ended()

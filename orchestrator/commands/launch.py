@@ -29,7 +29,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """By which somebody means that it is to stop."""
 _LEFT = (75, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """With which `fit` leaves after `max_time` and signals."""
-_PASSED_ON = (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+_PASSED_ON = (*_STOPPING, signal.SIGUSR1, signal.SIGUSR2)
 _BY_THE_KERNEL = 0x80  # si_code SI_KERNEL: a key of the terminal, which the script gets as well
 
 
@@ -133,8 +133,12 @@ def _keep_going(script: Script, tries: int, errors: bool, *, fork: bool) -> int:
         status, asked_to_stop = _wait(process)
         if asked_to_stop or not (_was_killed(status) or (errors and status > 0 and status not in _LEFT)):
             break
-        known = _begun(file) or known
-        reached = _reached(known)
+        begun = _begun(file)
+        known = [
+            *begun,
+            *(run for run in known if run not in begun),
+        ]  # it may have died before it came to them
+        reached = _reached(begun)
         in_vain, best = (0, reached) if reached > best else (in_vain + 1, best)
         said = f"process {process} {_ended(status)} after {time.monotonic() - began:.1f} s, {reached}"
         if in_vain >= tries:
