@@ -352,23 +352,26 @@ def test_what_makes_no_sense_is_said(words: list[str], said: str, tmp_path: Path
     assert not found.stdout
 
 
-def test_only_what_is_installed_is_imported_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_only_what_is_installed_is_imported_ahead(tmp_path: Path) -> None:
+    """In a process that has imported nothing else."""
     (tmp_path / "beside_it.py").write_text("")
-    for name in ("this", "antigravity"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delitem(sys.modules, "xml.dom.minidom", raising=False)
-    script = tmp_path / "train.py"
+    script, wrong = tmp_path / "train.py", tmp_path / "wrong.py"
     script.write_text(
-        "import beside_it, there_is_none\nfrom xml.dom import minidom\nfrom . import a\nimport torch as t\n"
+        "import beside_it, there_is_none\nfrom xml.dom import pulldom\nfrom . import a\nimport torch as t\n"
         "if True:\n    import this\n"
     )
-    import_ahead(Script(str(script)))
-    assert "xml.dom.minidom" in sys.modules
-    assert not {"beside_it", "there_is_none", "this"} & set(sys.modules)
-    script.write_text("import what is it\n")
-    import_ahead(Script(str(script)))  # running it says so
+    wrong.write_text("import what is it\n")  # running it says so
+    code = f"""
+import sys
+from orchestrator.forked_script import Script, import_ahead
+import_ahead(Script({str(wrong)!r}))
+assert "torch" in sys.modules and "xml.dom.pulldom" not in sys.modules
+import_ahead(Script({str(script)!r}))
+assert "xml.dom.pulldom" in sys.modules
+assert not {{"beside_it", "there_is_none", "this"}} & set(sys.modules)
+"""
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)])}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, timeout=90)
     with pytest.raises(ImportError, match="there_is_none"):
         import_ahead(Script(str(script)), ["there_is_none"])
 
