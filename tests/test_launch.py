@@ -134,8 +134,9 @@ def _attempts(run: RunFolder) -> list[str | None]:
 
 def test_it_is_killed_and_goes_on_to_the_same_end(launched: Callable[..., Launched], tmp_path: Path) -> None:
     one = launched(
-        "print('argv', sys.argv[1:], sys.orig_argv[1:], __name__, __file__, sys.path[0])\n"
-        "print('drawn', torch.initial_seed(), __import__('numpy').random.rand(), __import__('random').random())\n"
+        "print('argv', sys.argv[1:], sys.orig_argv[1:], __name__, __file__, sys.path[0], flush=True)\n"
+        "import random, numpy\n"
+        "print('drawn', torch.initial_seed(), numpy.random.rand(), random.random(), flush=True)\n"
         "train('a', 'a:0:3', 'a:2:1').fit()\n"
         "train('b', 'b:1:1', number=signal.SIGSEGV, model=lambda: __import__('trainings').network(0.1)).fit()"
     )
