@@ -68,7 +68,6 @@ class Launched:
         self.folder = folder
         (folder / "beside.py").write_text("import os\nprint('beside', os.getpid(), flush=True)\n")
         (folder / "train.py").write_text(SCRIPT + code)
-        self._terminal = terminal
         self.process = subprocess.Popen(
             [
                 sys.executable,

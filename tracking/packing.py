@@ -194,9 +194,8 @@ class Packer:
             _, length, carries = patterns[kind]
             columns = list(zip(*frames, strict=True))
             times, losses = columns[TIMES : TIMES + length], columns[LOSS]
-            if (
-                carries and (total := sum(losses)) != total
-            ):  # NaN where one is, or where infinities cancel out
+            # A sum is NaN where one is, or where infinities cancel out.
+            if carries and (total := sum(losses)) != total:
                 losses = tuple(map(_stored, losses))
             durations = [list(map(sub, after, before)) for before, after in pairwise(times)]
             place = [*columns[:TAGS], times[0], columns[LOSS + 1]]

@@ -123,7 +123,7 @@ class Journal:
     def attempts(self) -> list[Attempt]:
         """The run's attempts, oldest first."""
         rows = self._all(f"SELECT {_ATTEMPT_COLUMNS} FROM attempts ORDER BY attempt")
-        if rows != self._attempt_rows:  # the shipper asks each second
+        if rows != self._attempt_rows:  # the shipper asks again and again
             self._attempt_rows, self._attempts = rows, [_attempt(row) for row in rows]
         return list(self._attempts)
 

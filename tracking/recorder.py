@@ -430,8 +430,8 @@ class Recorder:
     def take(self, *, whole: int = 0) -> tuple[Chunk, tuple[int, int]]:
         """What has not been drained, and what to hand to `release` when it is durable elsewhere.
 
-        The newest frame, which may have only some of its batch's transitions yet, is left out where there are more
-        than `whole` others (0: never). One with a note is complete.
+        The newest frame, which may have only some of its batch's transitions yet, is left out where there are at
+        least `whole` others (0: never). One with a note is complete.
         """
         tail, head = self._tails[0], self.heads[0]
         if whole and head - tail > whole and not is_text(self.words[(head - 1 & self.mask) * WORDS + TAGS]):

@@ -134,20 +134,17 @@ class Bench:
         ]  # fmt: skip
         environment = {
             **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
         starts: list[float] = []
         furthest, in_vain = 0, 0
         with (folder / "output.txt").open("w") as output, contextlib.ExitStack() as ending:
             life: _Life | None = None
             while True:
+                starts.append(time.time())
                 if life is None or not launched:
-                    starts.append(time.time())
-                    life = _Life(command, environment, output, folder)
+                    life = _Life(command, environment, output, folder, in_a_fork=launched)
                     ending.callback(life.end)
-                else:
-                    starts.append(life.forked_anew())
-                status = life.wait(period, in_a_fork=launched)
+                status = life.wait(period)
                 if status:
                     said = (folder / "output.txt").read_text()[-2000:]
                     raise SystemExit(f"{contender} ended with status {status}, expected 0:\n{said}")
@@ -160,35 +157,36 @@ class Bench:
 
 
 class _Life:
-    """A process that trains, or one whose forks do."""
+    """A process that trains, or one whose forks do, one after the other."""
 
     def __init__(
-        self, command: list[str], environment: dict[str, str], output: IO[str], folder: Path
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        output: IO[str],
+        folder: Path,
+        *,
+        in_a_fork: bool,
     ) -> None:
         self._process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=output, cwd=folder, start_new_session=True
         )
+        self._in_a_fork = in_a_fork
         self._killed = 0
 
-    def wait(self, period: float | None, *, in_a_fork: bool) -> int | None:
-        """The exit status, or None where it, or its fork, was killed `period` seconds after it began."""
-        if in_a_fork and period is not None and not self._killed:
-            self.forked_anew()
+    def wait(self, period: float | None) -> int | None:
+        """The exit status, or None where what trains was killed `period` seconds after it began."""
+        while self._in_a_fork and self._fork() in (0, self._killed) and self._process.poll() is None:
+            time.sleep(0.002)
         try:
             return self._process.wait(period)
         except subprocess.TimeoutExpired:
-            if in_a_fork:
+            if self._in_a_fork:
                 self._killed = self._fork()
                 os.kill(self._killed, signal.SIGKILL)
             else:
                 self.end()
             return None
-
-    def forked_anew(self) -> float:
-        """When there was a fork that has not been killed yet, seconds since 1970."""
-        while self._fork() in (0, self._killed) and self._process.poll() is None:
-            time.sleep(0.002)
-        return time.time()
 
     def _fork(self) -> int:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()

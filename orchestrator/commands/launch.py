@@ -34,7 +34,7 @@ _BY_THE_KERNEL = 0x80  # si_code SI_KERNEL: a key of the terminal, which the scr
 
 
 class LaunchError(InterlockError):
-    """The script cannot be started, or not once more."""
+    """The script cannot be started."""
 
 
 @dataclass(frozen=True, order=True)
