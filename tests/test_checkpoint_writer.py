@@ -19,7 +19,7 @@ import torch
 from test_encoding import same
 
 from orchestrator.snapshot import storage
-from orchestrator.snapshot.chunks import sha256
+from orchestrator.snapshot.chunks import DIGESTS
 from orchestrator.snapshot.encoding import Encoded, EncodingError
 from orchestrator.snapshot.filesystem import Disk
 from orchestrator.snapshot.staging import Staging
@@ -125,9 +125,9 @@ def test_the_processors_are_left_to_the_training(tmp_path: Path, monkeypatch: py
     def hashed(chunk: Sequence[memoryview]) -> str:
         look()
         time.sleep(0.01)  # so that more than one thread gets a turn
-        return sha256(chunk)
+        return DIGESTS["sha256"](chunk)
 
-    monkeypatch.setattr(storage, "sha256", hashed)
+    monkeypatch.setattr(storage, "DIGESTS", {"sha256": hashed})
     monkeypatch.setattr(storage, "CHUNK", 4096)
     look()
     before = seen.copy()

@@ -734,7 +734,7 @@ def test_every_byte_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
     text = interlock("check", "digits", root=tmp_path, code=1).output
     assert path.name in text
     assert "model.safetensors" in text
-    assert "SHA-256" in text
+    assert "found sha256" in text
 
 
 def test_a_checkpoint_of_another_place_is_found(tmp_path: Path) -> None:

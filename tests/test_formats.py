@@ -15,7 +15,13 @@ from orchestrator.cli import main
 from orchestrator.snapshot.info import info_of
 from orchestrator.snapshot.manifest import FORMAT_VERSION, manifest_as_written
 from orchestrator.snapshot.migrations import MIGRATIONS, migrate, with_what_was_not_kept
-from orchestrator.snapshot.storage import list_checkpoints, read_checkpoint, read_manifest
+from orchestrator.snapshot.storage import (
+    CheckpointDamaged,
+    list_checkpoints,
+    read_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
 from states import State
 from tracking.journal import Journal
 from tracking.runs import RunFolder
@@ -111,6 +117,17 @@ def test_there_is_a_way_from_every_older_format() -> None:
     assert list(MIGRATIONS) == list(range(1, FORMAT_VERSION))
 
 
+def test_damage_is_found_by_the_digests_of_an_older_format(tmp_path: Path) -> None:
+    run = copied(HERE / "2" / "window", tmp_path)
+    (path, *_) = list_checkpoints(run.checkpoints)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    for look in (read_checkpoint, verify_checkpoint):
+        with pytest.raises(CheckpointDamaged, match="found sha256"):
+            look(path)
+
+
 NONE = {"values": {}, "shared": {}, "marks": {}}
 
 
@@ -143,6 +160,11 @@ def test_from_1_to_2() -> None:
     _, other = migrate(manifest, {**tree, "loss": {}, "forward": {"kept": 1}})
     assert other == {**expected, "loss": {"attributes": NONE}, "forward": {"kept": 1}}
     assert migrate(manifest, None) == (manifest, None)
+
+
+def test_from_2_to_3() -> None:
+    manifest, tree = {"format_version": 2}, {"model": {}}
+    assert migrate(manifest, tree) == (manifest, tree)
 
 
 def test_what_a_format_did_not_keep_stays_as_it_is() -> None:

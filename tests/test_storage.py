@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_encoding import same, trees
@@ -691,12 +693,33 @@ def test_damage_is_named_by_file_and_place(tmp_path: Path) -> None:
     content = bytearray((path / "state.safetensors").read_bytes())
     content[2 * SMALL + 5] ^= 1
     (path / "state.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointDamaged) as caught:
-        read_checkpoint(path)
     end = min(3 * SMALL, len(content)) - 1
-    assert caught.value.what.startswith(f"state.safetensors: bytes {2 * SMALL} to {end}: found SHA-256 ")
-    assert "expected" in caught.value.what
-    assert str(path) in str(caught.value)
+    for look, kind in (read_checkpoint, "xxh3_128"), (verify_checkpoint, "sha256"):
+        with pytest.raises(CheckpointDamaged) as caught:
+            look(path)
+        assert caught.value.what.startswith(f"state.safetensors: bytes {2 * SMALL} to {end}: found {kind} ")
+        assert "expected" in caught.value.what
+        assert str(path) in str(caught.value)
+
+
+def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    files = read_manifest(path)["files"]
+    assert len(files["state.safetensors"]["sha256"]) > 1
+    for name, record in files.items():
+        content = (path / name).read_bytes()
+        chunks = [content[at : at + SMALL] for at in range(0, len(content), SMALL)]
+        assert record["sha256"] == [hashlib.sha256(chunk).hexdigest() for chunk in chunks]
+        assert record["xxh3_128"] == [xxhash.xxh3_128_hexdigest(chunk) for chunk in chunks]
+
+
+@pytest.mark.parametrize("kind", ["sha256", "xxh3_128"])
+def test_both_digests_are_verified(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "DIGESTS", {**storage.DIGESTS, kind: lambda chunk: "0" * 32})
+    path = write(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointDamaged, match=f"found {kind} .*, expected 0000"):
+        verify_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "state.safetensors", "state.json"])

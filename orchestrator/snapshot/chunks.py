@@ -1,4 +1,4 @@
-"""Files in chunks: cut from memory, hashed by several threads while other work goes on."""
+"""Files in chunks: cut from memory, digested by several threads while other work goes on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
-__all__ = ["CHUNK", "TOGETHER", "InParallel", "after", "chunked", "sha256"]
+import xxhash
+
+__all__ = ["CHUNK", "DIGESTS", "TOGETHER", "InParallel", "after", "chunked"]
 
 CHUNK = 16 << 20
 """Bytes of a file under one digest; its last chunk may be shorter.
@@ -54,12 +57,23 @@ def after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     return left
 
 
-def sha256(chunk: Sequence[memoryview]) -> str:
-    """The hexadecimal SHA-256 of a chunk. Other threads run meanwhile."""
-    digest = hashlib.sha256()
+def _digest(kind: Callable[[], Any], chunk: Sequence[memoryview]) -> str:
+    digest = kind()
     for part in chunk:
         digest.update(part)
-    return digest.hexdigest()
+    text: str = digest.hexdigest()
+    return text
+
+
+DIGESTS: Mapping[str, Callable[[Sequence[memoryview]], str]] = {
+    "sha256": partial(_digest, hashlib.sha256),
+    "xxh3_128": partial(_digest, xxhash.xxh3_128),
+}
+"""What gives the hexadecimal digest of a chunk, by the digest's name. Other threads run meanwhile.
+
+XXH3 is as fast as memory is, a dozen times as fast as SHA-256, and finds what a disk or a cut does to a file as surely:
+of 128 bits none is likelier than another. It does not resist somebody who looks for two contents with one digest.
+"""
 
 
 class InParallel(Generic[T, R]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections import OrderedDict, deque
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from orchestrator.snapshot.differences import UnsupportedStateError
@@ -24,12 +24,12 @@ _VALUES = "values"
 
 
 def digests(tree: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[str, str]:
-    """A SHA-256 for each tensor of `tree` by its path (`model/parameters/0.weight`), and some for the rest.
+    """An XXH3 of 128 bits for each tensor of `tree` by its path (`model/parameters/0.weight`), and some for the rest.
 
     A tensor's covers dtype, shape, strides and bits: -0.0 is not 0.0, and a NaN has its payload. The rest of
     each top-level entry has one under `ENTRY/values`; types count, the order of a plain dict does not.
-    Paths in `ignore`, with all that is below them, are left out. Hashing runs in parallel; tensors on devices
-    are copied.
+    Paths in `ignore`, with all that is below them, are left out. It runs in parallel; tensors on devices are
+    copied.
 
     Raises UnsupportedStateError, naming the path, for what is no part of a training state.
     """
@@ -39,8 +39,8 @@ def digests(tree: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[st
     for key, value in tree.items():
         rest = _canonical(value, str(key), tensors, ignored)
         if rest:
-            found[f"{key}/{_VALUES}"] = hashlib.sha256(rest).hexdigest()
-    # hashlib releases the interpreter's lock for anything long.
+            found[f"{key}/{_VALUES}"] = xxhash.xxh3_128_hexdigest(rest)
+    # xxhash releases the interpreter's lock for anything long.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found.update(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
     return found
@@ -57,7 +57,7 @@ def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> s
 def _digest(tensor: Tensor) -> str:
     stored, entry = storable(tensor)  # in the entry is what of its layout a checkpoint keeps
     header = f"{tensor.dtype} {tuple(tensor.shape)} {sorted(entry.items())}"
-    digest = hashlib.sha256(header.encode())
+    digest = xxhash.xxh3_128(header.encode())
     digest.update(_bits(stored, in_memory_order="stride" in entry))
     return digest.hexdigest()
 

@@ -35,7 +35,7 @@ __all__ = [
     "versions",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The format that is written. Older ones are read too: `orchestrator.snapshot.migrations` knows the way."""
 MANIFEST = "manifest.json"
 
@@ -103,11 +103,13 @@ def parse_checkpoint_name(name: str) -> CheckpointName | None:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of one file: bytes, bytes of a chunk, hexadecimal SHA-256 of each chunk."""
+    """What a manifest says of one file: bytes, bytes of a chunk, hexadecimal digests of each chunk."""
 
     size: int
     chunk_size: int
     sha256: list[str]
+    xxh3_128: list[str] | None = None
+    """None in formats 1 and 2."""
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,17 @@ def _with_entries(tree: Tree, path: str, entries: Tree) -> Tree:
     }
 
 
-MIGRATIONS: Mapping[int, Migration] = {1: _to_2}
+def _to_3(manifest: Tree, tree: Tree | None) -> tuple[Tree, Tree | None]:
+    """Format 3 has a second digest of each chunk in the manifest, `xxh3_128`; without it the first one is compared."""
+    return manifest, tree
+
+
+MIGRATIONS: Mapping[int, Migration] = {1: _to_2, 2: _to_3}
 """For each format but the newest, what makes (manifest, tree) of it into those of the next."""
 
 _NOT_KEPT: Mapping[int, Mapping[str, Tree]] = {
     1: {**{part: _ADDED_IN_2[part] for part in ("model", "loss", "data")}, "callbacks/*": _NO_ATTRIBUTES},
+    2: {},
 }
 
 

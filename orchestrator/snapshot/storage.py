@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from orchestrator.snapshot.chunks import CHUNK, InParallel, sha256
+from orchestrator.snapshot.chunks import CHUNK, DIGESTS, InParallel
 from orchestrator.snapshot.contents import DOCUMENT, MODEL, STATE, by_path
 from orchestrator.snapshot.encoding import DecodingError, decode
 from orchestrator.snapshot.filesystem import DISK, FileSystem, discard, write_file
@@ -155,20 +155,21 @@ def _write_files(
     draft: Path, manifest: Mapping[str, Any], contents: Mapping[str, list[memoryview]], files: FileSystem
 ) -> None:
     every = [[chunk] for chunks in contents.values() for chunk in chunks]
-    with InParallel(sha256, every) as hashing:
+    with InParallel(_digests, every) as hashing:
         for name, chunks in contents.items():
             write_file(files, draft / name, chunks)
         digests = iter(hashing.results())
-    records = {
-        name: FileRecord(
-            size=sum(chunk.nbytes for chunk in chunks),
-            chunk_size=CHUNK,
-            sha256=[next(digests) for _ in chunks],
-        )
-        for name, chunks in contents.items()
-    }
+    records = {}
+    for name, chunks in contents.items():
+        found = [next(digests) for _ in chunks]
+        size = sum(chunk.nbytes for chunk in chunks)
+        records[name] = FileRecord(size, CHUNK, **{kind: [each[kind] for each in found] for kind in DIGESTS})
     write_file(files, draft / MANIFEST, [memoryview(sealed(manifest, records))])
     files.sync_folder(draft)
+
+
+def _digests(chunk: Sequence[memoryview]) -> dict[str, str]:
+    return {kind: digest(chunk) for kind, digest in DIGESTS.items()}
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
         tensors = by_path(model.tensors(), state.tensors(), found["weights"])
         return migrate(manifest, decode(found["tree"], tensors))
     except (DecodingError, HeaderError, KeyError, ValueError) as error:
-        # The hashes hold, so this is what was written.
+        # The digests hold, so this is what was written.
         raise CheckpointFormatError(f"checkpoint {path} cannot be read by this interlock: {error}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.snapshot.chunks import TOGETHER, InParallel, after, chunked, sha256
+from orchestrator.snapshot.chunks import DIGESTS, TOGETHER, InParallel, after, chunked
 from orchestrator.snapshot.manifest import CheckpointDamaged, CheckpointFormatError, FileRecord
 from orchestrator.snapshot.tensor_file import HeaderError, header_length, memory, read_header
 
@@ -25,6 +25,7 @@ _DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
 class VerifiedFile:
     """File `name` of the checkpoint in `folder`, as its manifest says it should be.
 
+    What is read to be used is compared by XXH3, where the manifest has that; `verify` compares all digests.
     Raises CheckpointFormatError if the manifest knows no such file; all methods raise CheckpointDamaged.
     """
 
@@ -37,6 +38,9 @@ class VerifiedFile:
                 "Upgrade interlock to read it."
             )
         self._record = FileRecord(**manifest["files"][name])
+        recorded = {kind: getattr(self._record, kind) for kind in DIGESTS}
+        self._digests: dict[str, list[str]] = {k: v for k, v in recorded.items() if v is not None}
+        self._quickest = ["sha256" if self._record.xxh3_128 is None else "xxh3_128"]
 
     def content(self) -> bytearray:
         """All of it, verified."""
@@ -56,30 +60,30 @@ class VerifiedFile:
         return made
 
     def verify(self) -> None:
-        """Read all of it, and keep nothing."""
+        """Read all of it, compare every digest, and keep nothing."""
         with self._open() as file:
             numbers = range(len(self._record.sha256))
             with InParallel(lambda number: self._check(file, number), numbers) as checking:
                 checking.results()
 
     def _check(self, file: int, number: int) -> None:
-        self._chunk(file, number)
+        self._chunk(file, number, self._digests)
 
-    def _chunk(self, file: int, number: int) -> bytearray:
+    def _chunk(self, file: int, number: int, kinds: Iterable[str]) -> bytearray:
         first = number * self._record.chunk_size
         content = bytearray(min(self._record.chunk_size, self._record.size - first))
-        self._fill(file, number, [memoryview(content)])
+        self._fill(file, number, [memoryview(content)], kinds)
         return content
 
     def _header(self, file: int) -> bytes:
         """Length and header, from chunks that are verified before they are believed."""
         if not self._record.sha256:
             raise HeaderError("an empty file")
-        content = self._chunk(file, 0)
+        content = self._chunk(file, 0, self._quickest)
         length = header_length(content, self._record.size)
         number = 1
         while len(content) < length:
-            content += self._chunk(file, number)
+            content += self._chunk(file, number, self._quickest)
             number += 1
         return bytes(content[:length])
 
@@ -100,12 +104,12 @@ class VerifiedFile:
             raise self._damaged(f"it cannot be read ({error.strerror})") from error
 
     def _read(self, file: int, views: Sequence[memoryview]) -> None:
-        """Read the whole file into `views`, which have its size, and compare every digest."""
+        """Read the whole file into `views`, which have its size, and compare a digest of every chunk."""
         chunks = list(enumerate(chunked(views, self._record.chunk_size)))
-        with InParallel(lambda chunk: self._fill(file, *chunk), chunks) as reading:
+        with InParallel(lambda chunk: self._fill(file, *chunk, self._quickest), chunks) as reading:
             reading.results()
 
-    def _fill(self, file: int, number: int, chunk: Sequence[memoryview]) -> None:
+    def _fill(self, file: int, number: int, chunk: Sequence[memoryview], kinds: Iterable[str]) -> None:
         first = position = number * self._record.chunk_size
         left = chunk
         while left:
@@ -113,11 +117,12 @@ class VerifiedFile:
             if count == 0:
                 raise self._damaged(f"it ends at byte {position}, expected {self._record.size} bytes")
             left, position = after(left, count), position + count
-        found, expected = sha256(chunk), self._record.sha256[number]
-        if found != expected:
-            raise self._damaged(
-                f"bytes {first} to {position - 1}: found SHA-256 {found[:16]}…, expected {expected[:16]}…"
-            )
+        for kind in kinds:
+            found, expected = DIGESTS[kind](chunk), self._digests[kind][number]
+            if found != expected:
+                raise self._damaged(
+                    f"bytes {first} to {position - 1}: found {kind} {found[:16]}…, expected {expected[:16]}…"
+                )
 
     def _damaged(self, what: str) -> CheckpointDamaged:
         return CheckpointDamaged(self._folder, f"{self._name}: {what}")
