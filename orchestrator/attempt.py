@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,11 +347,11 @@ class Attempt:
         metrics: Mapping[str, float],
         data: Mapping[str, Any],
         *,
-        until_update: bool = False,
+        left_alone: Collection[str] = (),
     ) -> SaveHandle:
         """Begin to write a checkpoint of `tree`; live tensors may change as soon as this returns.
 
-        `until_update`: those of the optimizers' state only once `finish_copy` has.
+        `left_alone`: those of these kinds only once `finish_copy` has.
         `data` are the fingerprints of the data. A second save at one boundary is the first one.
         """
         if self._saved is not None and self._saved[0] == self.seq:
@@ -382,7 +382,7 @@ class Attempt:
             )
             self._retain()
 
-        handle = self._checkpoints.submit(name, tree, manifest, durable, until_update=until_update)
+        handle = self._checkpoints.submit(name, tree, manifest, durable, left_alone=left_alone)
         self._saved = (seq, handle)
         return handle
 

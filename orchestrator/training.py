@@ -18,10 +18,11 @@ from orchestrator.errors import NonFiniteError
 from orchestrator.evaluation import Evaluation
 from orchestrator.late_work import LateTrainingWork, LateWork
 from orchestrator.loop import Loop
-from orchestrator.policy import Situation, next_trigger
+from orchestrator.policy import AHEAD, Situation, next_trigger
 from orchestrator.requests import HaltRequest, Requests, Save
 from orchestrator.signals import GiveWay, leave
 from orchestrator.snapshot.info import BEFORE_THE_END, CUT_SHORT
+from orchestrator.snapshot.writer import OPTIMIZER_STATE, PARAMETERS
 from orchestrator.state import SAVEABLE, TrainingState
 from orchestrator.validation import Validation
 from orchestrator.warning import warn
@@ -31,6 +32,8 @@ from states.table import ARCS, TERMINAL, TRAINING, Arc, State, Trigger
 from tracking.rows import Outcome, Parent
 
 __all__ = ["Training"]
+
+_BEFORE_UPDATES = frozenset({State.BATCH_START, State.FORWARD, State.BACKWARD})
 
 
 class Training:
@@ -261,7 +264,7 @@ class Training:
         work, state, began = self.work, self.state, time.perf_counter()
         stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
         metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
-        until_update = self._runs and state not in TERMINAL
+        left_alone = self._left_alone(state) if self._runs else ()
         try:
             data = (
                 self.snapshots.fingerprints()
@@ -273,17 +276,27 @@ class Training:
                 self._purpose(stands) or purpose,
                 metrics,
                 data,
-                until_update=until_update,
+                left_alone=left_alone,
             )
         except BaseException as error:
             for save in saves:
                 save.abandoned(f"{type(error).__name__}: {error}")
             raise
-        if until_update:
+        if left_alone:
             work.copying = partial(self._end_copying, saves)
         for save in saves:
             save.begun(handle, time.perf_counter() - began)
         self.attempt.restart_clock()
+
+    def _left_alone(self, state: State) -> tuple[str, ...]:
+        """What nothing but the next update writes to, from a boundary in `state` on."""
+        if state in TERMINAL:
+            return ()
+        # Callbacks may well write to parameters where a batch or an epoch ends, or an epoch begins.
+        to_the_update = state in _BEFORE_UPDATES or (
+            state is State.BATCH_END and AHEAD[state](self.work.situation) == (Trigger.FETCH,)
+        )
+        return (PARAMETERS, OPTIMIZER_STATE) if to_the_update else (OPTIMIZER_STATE,)
 
     def _end_copying(self, saves: list[Save]) -> None:
         """Wait until what `saves` have begun is copied."""

@@ -404,7 +404,7 @@ class TrainingWork(BatchWork):
         self.computing = False
         """Whether a forward is under way."""
         self.copying: Callable[[], None] | None = None
-        """Ends the copying of the optimizers' state for a checkpoint; called once, before that changes."""
+        """Ends the copying of weights and optimizers' state for a checkpoint; called once, before they change."""
         self._result: Tensor | None = None
 
     # -- one method for each trigger -------------------------------------------------------------
@@ -520,7 +520,7 @@ class TrainingWork(BatchWork):
             self.place.updates += 1
 
     def end_copying(self) -> None:
-        """Wait until a checkpoint that is being made has its copy of the optimizers' state."""
+        """Wait until a checkpoint that is being made has its copy of weights and optimizers' state."""
         copying, self.copying = self.copying, None
         if copying is not None:
             copying()
@@ -538,6 +538,7 @@ class TrainingWork(BatchWork):
         batches = self.place.batches + 1
         elapsed = time.perf_counter() - self.started
         if self.validate_every and batches % self.validate_every == 0:
+            self.end_copying()  # a validation may be made with other weights
             self.validated = self.validate()
             self.metrics.update(self.validated)
         self.place.batches = batches
@@ -546,6 +547,7 @@ class TrainingWork(BatchWork):
 
     def end_epoch(self) -> None:
         """The epoch's values, and validation where it is not done every so many batches."""
+        self.end_copying()
         self.tell_of_changed_data()  # of the last batch; of the others it was told when the next was taken
         values = self.epoch_metrics.values()
         values["duration"] = time.perf_counter() - self.epoch_started

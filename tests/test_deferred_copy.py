@@ -1,18 +1,19 @@
-"""The optimizers' state is copied while training goes on, and is nevertheless that of the boundary."""
+"""Weights and optimizers' state are copied while training goes on, and are nevertheless those of the boundary."""
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from orchestrator import Callback, Checkpointing, Trainer
-from orchestrator.snapshot import deferred
+from orchestrator.snapshot import deferred, writer
 from orchestrator.snapshot.deferred import Deferred, Due, can_wait
 from orchestrator.snapshot.info import readable
 from orchestrator.snapshot.storage import read_checkpoint
-from orchestrator.snapshot.writer import ChangedMeanwhileError, _is_state_of_optimizer
+from orchestrator.snapshot.writer import OPTIMIZER_STATE, PARAMETERS, ChangedMeanwhileError, _kind
 from states import State, Trigger
 from tracking.journal import Journal
 
@@ -84,10 +85,38 @@ def test_what_was_written_to_is_named() -> None:
     all_due[0].tensor.zero_()
     assert after.changed == []
 
-    made = Deferred(all_due, made=True)
+    made = Deferred([one._replace(made=True) for one in all_due])
+    assert not made.waits
     all_due[2].tensor.zero_()
     made.finish()
-    assert made.changed == ["t2"]
+    assert (made.changed, made.unsteady) == ([], ["t2"])
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("who", ["thread", "loop"])
+def test_what_is_compared_is_found_where_torch_does_not_count(who: str) -> None:
+    all_due = [one._replace(compared=True) for one in due(10, 300, 1000)]
+    one = Deferred(all_due)
+    all_due[2].tensor.data[777] += 1
+    assert all_due[2].tensor._version == 0
+    if who == "thread":
+        one.work_through()
+    one.finish()
+    assert one.changed == ["t2"]
+    assert copied(all_due)
+
+    after = Deferred(all_due)
+    after.work_through()
+    all_due[0].tensor.data.zero_()
+    after.finish()
+    assert after.changed == []
+
+    for each in all_due:
+        each.place.copy_(each.tensor)
+    made = Deferred([one._replace(made=True) for one in all_due])
+    all_due[1].tensor.data[299] += 1
+    made.finish()
+    assert (made.changed, made.unsteady) == ([], ["t1"])
 
 
 def test_only_large_contiguous_tensors_that_torch_counts_writes_to_can_wait(
@@ -100,61 +129,70 @@ def test_only_large_contiguous_tensors_that_torch_counts_writes_to_can_wait(
     assert not can_wait(torch.zeros(99))
     assert not can_wait(torch.zeros(10, 20).t())
     assert not can_wait(uncounted)
+    assert can_wait(torch.zeros(100), compared=True)
 
 
-def test_of_an_optimizer_only_its_state_waits_not_its_parameters() -> None:
-    paths = [
-        "optimizers/0/state/0.weight/exp_avg",
-        "optimizers/1/shared/buffer",
-        "optimizers/0/parameters/optimizer/group0/param0",
-        "optimizers/0/groups/0/settings/lr",
-        "model/parameters/optimizers/0/state/weight",
-        "callbacks/EMA/weights/state/0",
-    ]
-    assert [path for path in paths if _is_state_of_optimizer(path)] == paths[:2]
+def test_what_waits_are_parameters_and_the_state_of_optimizers() -> None:
+    kinds = {
+        "model/parameters/optimizers/0/state/weight": PARAMETERS,
+        "optimizers/0/state/0.weight/exp_avg": OPTIMIZER_STATE,
+        "optimizers/1/shared/buffer": OPTIMIZER_STATE,
+        "optimizers/0/parameters/optimizer/group0/param0": "",
+        "optimizers/0/groups/0/settings/lr": "",
+        "model/buffers/0.running_mean": "",
+        "model/modes": "",
+        "callbacks/EMA/weights/state/0": "",
+    }
+    assert {path: _kind(path) for path in kinds} == kinds
 
 
 class Records(Callback):
-    """Copies of the optimizer's state at the end of each batch."""
+    """Copies of weights and the optimizer's state at the end of each batch."""
 
     def __init__(self) -> None:
         self.found: dict[int, list[Tensor]] = {}
 
     def on_batch_end(self, batch: int, metrics: dict[str, float]) -> None:
-        self.found[self.trainer.batches] = moments(self.trainer)
+        self.found[self.trainer.batches] = large(self.trainer)
 
 
-def moments(trainer: Trainer) -> list[Tensor]:
-    state = trainer.optimizers[0].state
-    return [state[p][key].clone() for p in trainer.model.parameters() for key in ("exp_avg", "exp_avg_sq")]
+def large(trainer: Trainer) -> list[Tensor]:
+    state, parameters = trainer.optimizers[0].state, list(trainer.model.parameters())
+    moments = [state[p][key].clone() for p in parameters if p in state for key in ("exp_avg", "exp_avg_sq")]
+    return [*(p.detach().clone() for p in parameters), *moments]
 
 
-def made(root: Path, *callbacks: Callback, every: int = 1) -> Trainer:
+def made(
+    root: Path, *callbacks: Callback, every: int = 1, model: nn.Module | None = None, **options: Any
+) -> Trainer:
     torch.manual_seed(0)
-    model = nn.Linear(64, 8)
+    model = model or nn.Linear(64, 8)
     data = [(torch.randn(4, 64), torch.randn(4, 8)) for _ in range(BATCHES)]
     return Trainer(
         model,
         torch.optim.Adam(model.parameters()),
         nn.MSELoss(),
         data,
-        epochs=1,
-        checkpoint=Checkpointing(every_batches=every, keep_last=BATCHES + 1),
+        epochs=options.pop("epochs", 1),
+        checkpoint=Checkpointing(every_batches=every, keep_last=99),
         callbacks=callbacks,
         log=None,
         track=None,
         root=root,
+        **options,
     )
 
 
 def saved(trainer: Trainer) -> dict[int, list[Tensor]]:
     found = {}
     for info in readable(trainer.run.checkpoints):
-        state = read_checkpoint(info.path)[1]["optimizers"][0]["state"]
+        tree = read_checkpoint(info.path)[1]
+        state, weights = tree["optimizers"][0]["state"], tree["model"]["parameters"]
         names = [name for name, _ in trainer.model.named_parameters()]
         if info.state in (State.STEP, State.BATCH_END):
             found[info.batches + (info.state is State.STEP)] = [
-                state[n][key] for n in names for key in ("exp_avg", "exp_avg_sq")
+                *(weights[n] for n in names),
+                *(state[n][key] for n in names if n in state for key in ("exp_avg", "exp_avg_sq")),
             ]
     return found
 
@@ -201,7 +239,15 @@ def test_each_checkpoint_has_the_state_of_its_boundary(
     records = Records()
     with made(tmp_path, records) as trainer:
         trainer.fit()
-    assert [one.made for one in observed] == [True] + [False] * BATCHES  # the last: of the epoch
+    assert [one.waits for one in observed] == [False] + [True] * BATCHES  # the last: of the epoch
+    if trainer.device.type == "cpu":
+        assert [
+            f"model/parameters/{name}" in one.paths for one in observed for name in ("weight", "bias")
+        ] == [
+            # not where the epoch ends: there callbacks may write to them
+            *[True] * 2 * (BATCHES - 1),
+            *[False] * 4,
+        ]
     found = saved(trainer)
     assert sorted(found) == list(range(1, BATCHES + 1))
     assert_same(found, records.found)
@@ -223,7 +269,8 @@ def test_an_optimizer_that_updates_in_backward_is_copied_at_once(
         parameter.register_post_accumulate_grad_hook(earlier)
     with trainer:
         trainer.fit()
-    assert [one.made for one in observed] == [True]
+    deferred_since = [path for one in observed if one.waits for path in one.paths]
+    assert not any(path.startswith("optimizers/") for path in deferred_since)
     assert_same(saved(trainer), records.found)
 
 
@@ -253,7 +300,7 @@ def test_a_save_whose_state_changed_meanwhile_is_made_at_the_next_boundary(
     # Batch 4's was spoilt while batch 5 was computed: the next is of batch 5's STEP.
     assert sorted(found) == [2, 5, 6]
     assert_same(found, records.found)
-    assert [one.made for one in observed] == [True, False]
+    assert [one.waits for one in observed] == [False, True]
     with Journal.open(trainer.run) as journal:
         assert any("was not made" in line.message for line in journal.logs())
 
@@ -271,3 +318,125 @@ def test_between_transitions_that_are_fired_one_by_one_nothing_is_left_to_copy(
         trainer.advance(until=State.EPOCH_END)
     assert observed == []
     assert any(moment.any() for moment in saved(trainer)[1])
+
+
+class Meddling(nn.Linear):
+    """A layer whose forward pass writes to its weights in ways that torch does not count, in training."""
+
+    def __init__(self, *batches: int) -> None:
+        super().__init__(64, 8)
+        self.batches = batches
+        self.batch = -1
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.batch += 1
+        if self.batch in self.batches:
+            before = self.weight._version
+            self.weight.data.mul_(0.9)
+            assert self.weight._version == before
+        return super().forward(inputs)
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_weights_that_every_forward_pass_writes_to_are_copied_at_once(
+    observed: list[Deferred], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    records = Records()
+    with made(tmp_path, records, model=Meddling(*range(BATCHES))) as trainer:
+        trainer.fit()
+    assert_same(saved(trainer), records.found)
+    assert observed[0].unsteady == ["model/parameters/weight"]
+    waited_for = [path for one in observed if one.waits for path in one.paths]
+    assert {path.partition("/")[0] for path in waited_for} == {"optimizers"}
+    assert not any("was not made" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_a_save_whose_weights_were_written_to_unseen_is_made_at_the_next_boundary(
+    observed: list[Deferred], tmp_path: Path
+) -> None:
+    records = Records()
+    with (
+        made(tmp_path, records, every=2, model=Meddling(4)) as trainer,
+        pytest.warns(UserWarning, match="was not made: found that model/parameters/weight changed"),
+    ):
+        trainer.fit()
+    found = saved(trainer)
+    assert sorted(found) == [2, 5, 6]
+    assert_same(found, records.found)
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+@pytest.mark.parametrize(
+    "state", [State.BATCH_START, State.FORWARD, State.BACKWARD, State.STEP, State.BATCH_END]
+)
+def test_weights_are_those_of_any_state_that_is_saved(
+    state: State, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Also where a hook at the end of batch or epoch writes to them."""
+    expected: dict[int, Tensor] = {}
+    trainer = made(tmp_path, every=99, epochs=2)
+
+    @(trainer.before(Trigger.FORWARD) if state is State.FORWARD else trainer.on(state))
+    def asks() -> None:
+        trainer.save(at=state)
+        expected[trainer.batches] = trainer.model.weight.detach().clone()
+
+    @trainer.after(Trigger.END_BATCH)
+    def clips() -> None:
+        trainer.model.weight.data.clamp_(-0.05, 0.05)
+        if state is State.BATCH_END:
+            expected[trainer.batches] = trainer.model.weight.detach().clone()
+
+    @trainer.before(Trigger.BEGIN_EPOCH)
+    @trainer.before(Trigger.END_EPOCH)
+    def shrinks() -> None:
+        trainer.model.weight.data.mul_(0.5)
+
+    with trainer:
+        trainer.fit()
+    found = {
+        info.batches: read_checkpoint(info.path)[1]["model"]["parameters"]["weight"]
+        for info in readable(trainer.run.checkpoints)
+        if info.state is state
+    }
+    assert len(found) == 2 * BATCHES
+    assert all(torch.equal(found[batches], expected[batches]) for batches in found)
+    assert not any("was not made" in str(warning.message) for warning in recwarn)
+
+
+class Swapping(nn.Linear):
+    """A layer that has other weights in a validation."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(inputs)
+        kept = self.weight.detach().clone()
+        with torch.no_grad():
+            self.weight.zero_()
+            outputs = super().forward(inputs)
+            self.weight.copy_(kept)
+        return outputs
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_a_validation_with_other_weights_does_not_meet_a_copy_under_way(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    records, batch = Records(), (torch.randn(4, 64), torch.randn(4, 8))
+    options = {"accumulate": 3, "validate_every": 2, "val_loader": [batch]}
+    with made(tmp_path, records, model=Swapping(64, 8), **options) as trainer:
+        trainer.fit()
+    found = saved(trainer)
+    assert sorted(found) == list(range(1, BATCHES + 1))
+    assert_same(found, records.found)
+    assert not any("was not made" in str(warning.message) for warning in recwarn)
+
+
+def test_weights_are_copied_at_once_where_torch_uses_every_processor(
+    observed: list[Deferred], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "processors", torch.get_num_threads)
+    with made(tmp_path) as trainer:
+        trainer.fit()
+    assert {path.partition("/")[0] for one in observed for path in one.paths} == {"optimizers"}

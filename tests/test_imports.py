@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # psutil tells processes apart, six is what transitions imports, of numpy it is numpy.random.
-OURS = {"orchestrator", "tracking", "states", "transitions", "six", "psutil", "numpy"}
+OURS = {"orchestrator", "tracking", "states", "transitions", "six", "psutil", "numpy", "xxhash"}
 
 _NEW = """
 import json, sys

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import xxhash
 
-__all__ = ["CHUNK", "DIGESTS", "TOGETHER", "InParallel", "after", "chunked"]
+__all__ = ["CHUNK", "DIGESTS", "TOGETHER", "InParallel", "after", "chunked", "processors"]
 
 CHUNK = 16 << 20
 """Bytes of a file under one digest; its last chunk may be shorter.
@@ -132,7 +132,11 @@ class InParallel(Generic[T, R]):
         self._join()
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _helpers() -> int:
     """How many threads help: one for each further processor, but always one, and no more than eight."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(processors - 1, 8))
+    return max(1, min(processors() - 1, 8))

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
+from orchestrator.snapshot.chunks import InParallel
 from orchestrator.snapshot.from_devices import UnderWay
 from orchestrator.snapshot.tensor_file import memory
 
@@ -20,8 +22,6 @@ _LEAST = 1 << 18  # bytes: a smaller one is copied sooner than it is handed to s
 _PIECE = 1 << 24
 _PATIENCE_S = 5.0
 
-_Piece = tuple[Tensor, Tensor]  # to, from
-
 
 class Due(NamedTuple):
     """A tensor of the state, by its path, and the memory that it is to be copied to, of the same layout."""
@@ -29,13 +29,36 @@ class Due(NamedTuple):
     path: str
     place: Tensor
     tensor: Tensor
+    compared: bool = False
+    """Whether any code may write to it, also where torch does not count it: then what was copied is compared, by a
+    digest, with what there was. Not for tensors on devices."""
+    made: bool = False
+    """Whether it was copied at once, and all that is asked is whether it could have been copied later."""
+
+    def pieces(self) -> list[_Piece]:
+        """The two, in pieces of a bounded size."""
+        if self.tensor.nbytes <= _PIECE:
+            return [_Piece(self.path, self.place, self.tensor)]
+        return [_Piece(self.path, *piece) for piece in zip(_cut(self.place), _cut(self.tensor), strict=True)]
 
 
-def can_wait(tensor: Tensor) -> bool:
-    """Whether `tensor` can be copied later, and it is worth it, and torch counts what is written to it."""
+class _Piece(NamedTuple):
+    path: str
+    place: Tensor
+    tensor: Tensor
+    digest: bytes | None = None
+    """Of what is to be copied, if the copy is to be compared."""
+
+    def arrived(self) -> bool:
+        """Whether what lies in its place now is what was to be copied."""
+        return self.digest is None or _digest(self.place) == self.digest
+
+
+def can_wait(tensor: Tensor, *, compared: bool = False) -> bool:
+    """Whether `tensor` can be copied later, and it is worth it, and it can be found out what is written to it."""
     if tensor.nbytes < _LEAST or tensor.is_inference():
         return False
-    return tensor.is_cuda or (tensor.is_cpu and tensor.is_contiguous())
+    return (tensor.is_cuda and not compared) or (tensor.is_cpu and tensor.is_contiguous())
 
 
 class Deferred:
@@ -46,19 +69,28 @@ class Deferred:
     are written to, and helps. Each of both may be broken off by an exception: what it had begun is done again.
 
     `changed`: the paths of tensors that were written to in place before their copies were complete, by what torch
-    counts (what is written by way of `.data` is not seen). The copies are worth nothing then. With `made`, the copies
-    are there already, and `finish` only sees whether that would have happened.
+    counts (what is written by way of `.data` is not), and by their contents where they are `compared`. The copies are
+    worth nothing then. Of those that are `made`, `finish` finds out whether that would have happened: `unsteady`.
     """
 
-    def __init__(self, due: Sequence[Due], under_way: Sequence[UnderWay] = (), *, made: bool = False) -> None:
-        self.made = made
+    def __init__(self, due: Sequence[Due], under_way: Sequence[UnderWay] = ()) -> None:
+        self.paths = [one.path for one in due]
         self._under_way = under_way
-        self._versions = [(one.path, one.tensor, one.tensor._version) for one in due]
-        self._open = {} if made else dict(enumerate(_pieces(one for one in due if one.tensor.is_cpu)))
+        self._made = [(one, one.tensor._version) for one in due if one.made]
+        waiting = [one for one in due if not one.made]
+        self.waits = bool(waiting)
+        """Whether anything is left to be copied."""
+        self._versions = [(one.path, one.tensor, one.tensor._version) for one in waiting]
+        at_once = [one for one in waiting if one.tensor.is_cpu and not one.compared]
+        self._open = dict(
+            enumerate([*_digested(waiting), *(piece for one in at_once for piece in one.pieces())])
+        )
         self._left = deque(self._open)
         self._lock = threading.Lock()
         self._complete = threading.Event()
+        self._spoilt: set[str] = set()
         self.changed: list[str] = []
+        self.unsteady: list[str] = []
 
     def work_through(self) -> None:
         """Copy whatever nobody else does, and wait for the rest."""
@@ -67,10 +99,10 @@ class Deferred:
                 copies.wait()
             while True:
                 while (taken := self._take()) is not None:
-                    number, (place, tensor) = taken
+                    number, piece = taken
                     # Not by torch, which would want several threads for it, beside those of the training.
-                    np.copyto(np.asarray(memory(place)), np.asarray(memory(tensor)))
-                    self._done(number)
+                    np.copyto(np.asarray(memory(piece.place)), np.asarray(memory(piece.tensor)))
+                    self._done(number, piece)
                 self._done()
                 if self._complete.wait(_PATIENCE_S):
                     return
@@ -88,11 +120,16 @@ class Deferred:
         for copies in self._under_way:
             copies.hold_up()
         while (taken := self._take()) is not None:
-            number, (place, tensor) = taken
-            place.copy_(tensor)
-            self._done(number)
+            number, piece = taken
+            with torch.no_grad():
+                piece.place.copy_(piece.tensor)
+            self._done(number, piece)
         self._done()
         self._complete.wait()
+        made, self._made = self._made, []
+        self.unsteady = [
+            one.path for one, version in made if one.tensor._version != version or not _equal(one)
+        ]
 
     def _take(self) -> tuple[int, _Piece] | None:
         while self._left:
@@ -104,21 +141,38 @@ class Deferred:
                 return number, piece
         return None
 
-    def _done(self, number: int | None = None) -> None:
+    def _done(self, number: int | None = None, piece: _Piece | None = None) -> None:
         """A piece is copied; see whether that was all."""
+        spoilt = piece is not None and not piece.arrived()
         with self._lock:
+            if piece is not None and spoilt:
+                self._spoilt.add(piece.path)
             if number is not None:
                 self._open.pop(number, None)
             if not self._open and not self._complete.is_set():
                 self.changed = [
-                    path for path, tensor, version in self._versions if tensor._version != version
+                    path
+                    for path, tensor, version in self._versions
+                    if tensor._version != version or path in self._spoilt
                 ]
                 self._versions = []
                 self._complete.set()
 
 
-def _pieces(due: Iterable[Due]) -> list[_Piece]:
-    return [piece for one in due for piece in zip(_cut(one.place), _cut(one.tensor), strict=True)]
+def _digested(due: Iterable[Due]) -> list[_Piece]:
+    """The pieces of those that are to be compared, with digests of what is to be copied."""
+    pieces = [piece for one in due if one.compared for piece in one.pieces()]
+    with InParallel(lambda piece: piece._replace(digest=_digest(piece.tensor)), pieces) as digesting:
+        return digesting.results()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return xxhash.xxh3_128_digest(memory(tensor))
+
+
+def _equal(one: Due) -> bool:
+    """Whether a tensor that was copied at once is, if that is asked, still what was copied."""
+    return not one.compared or _digest(one.place) == _digest(one.tensor)
 
 
 def _cut(tensor: Tensor) -> tuple[Tensor, ...]:

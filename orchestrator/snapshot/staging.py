@@ -64,14 +64,16 @@ class Staging:
         weights: Sequence[str] = WEIGHTS,
         *,
         later: Callable[[str], bool] | None = None,
-        trusted: bool = True,
+        compared: Callable[[str], bool] = lambda path: False,
+        trusted: Callable[[str], bool] = lambda path: True,
     ) -> Staged:
         """A copy of the tensors in CPU memory, as they are now, whatever is written to them when this has returned.
 
         What comes from a CUDA device is complete after `Staged.wait`; until then the device does nothing else by this
         thread's stream. Where `later` says so of their paths, and they can be, tensors are copied later (on a device:
-        beside what it does next), and complete when `Staged.deferred` is. If they are not `trusted` to stay as they
-        are, it only finds out whether they do.
+        beside what it does next), and complete when `Staged.deferred` is. Those that are not `trusted` to stay as they
+        are until then are copied now, and it finds out whether they do; those that are to be `compared` are, whatever
+        torch counts of what is written to them.
         """
         files = divided(encoded.tensors, weights)
         tensors = [tensor for within in files.values() for tensor in within.values()]
@@ -83,16 +85,16 @@ class Staging:
         if arrangement != self._layout:
             self._arrange(files, pinned=pinned)
             self._layout = arrangement
+        paths = {id(tensor): path for path, tensor in encoded.tensors.items()}
         due: list[Due] = []
         on_devices: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            names = (name for within in files.values() for name in within)
-            for name, place, tensor in zip(names, self._places, tensors, strict=True):
-                waits = later is not None and later(name) and can_wait(tensor)
-                if waits:
-                    due.append(Due(name, place, tensor))
-                if waits and trusted:
-                    continue
+            for place, tensor in zip(self._places, tensors, strict=True):
+                path = paths[id(tensor)]
+                if later is not None and later(path) and can_wait(tensor, compared=compared(path)):
+                    due.append(Due(path, place, tensor, compared(path), made=not trusted(path)))
+                    if not due[-1].made:
+                        continue
                 if tensor.is_cuda:
                     on_devices.append((place, tensor))
                 else:
@@ -100,8 +102,8 @@ class Staging:
             under_way = self._from_devices.begin(on_devices)
             for copies in under_way:
                 copies.hold_up()
-            beside = [(one.place, one.tensor) for one in due if trusted and one.tensor.is_cuda]
-            deferred = Deferred(due, self._from_devices.begin(beside), made=not trusted) if due else None
+            beside = [(one.place, one.tensor) for one in due if one.tensor.is_cuda and not one.made]
+            deferred = Deferred(due, self._from_devices.begin(beside)) if due else None
         return Staged(encoded.document, weights, dict(self._files), under_way, deferred)
 
     def release(self) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from orchestrator.snapshot.chunks import processors
 from orchestrator.snapshot.deferred import Deferred
 from orchestrator.snapshot.encoding import decode, encode
 from orchestrator.snapshot.filesystem import DISK, FileSystem
@@ -20,7 +23,18 @@ from orchestrator.snapshot.storage import write_checkpoint
 from states.errors import InterlockError
 from tracking.forks import forget_in_children
 
-__all__ = ["ChangedMeanwhileError", "CheckpointWriter", "SaveHandle", "WriterClosedError"]
+__all__ = [
+    "OPTIMIZER_STATE",
+    "PARAMETERS",
+    "ChangedMeanwhileError",
+    "CheckpointWriter",
+    "SaveHandle",
+    "WriterClosedError",
+]
+
+
+PARAMETERS, OPTIMIZER_STATE = "parameters", "optimizer state"
+"""Kinds of tensors: those of the model, and those of the optimizers, which only updates are to write to."""
 
 
 class WriterClosedError(InterlockError):
@@ -28,7 +42,7 @@ class WriterClosedError(InterlockError):
 
 
 class ChangedMeanwhileError(InterlockError):
-    """An optimizer's state was written to between the boundary of a save and the next update.
+    """What only updates write to was written to between the boundary of a save and the next update.
 
     Raised by the save's `wait`. It was not made; another is taken at the next boundary.
     """
@@ -107,8 +121,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failed: list[SaveHandle] = []
         self._deferred: Deferred | None = None
-        self._trusted: bool | None = None
-        """Whether nothing but updates writes to the optimizers' state, by what was seen of it; None: nothing yet."""
+        self._steady: dict[str, bool] = {}
+        """Whether nothing but updates writes to tensors of a kind, by what was seen of them."""
         self._closed = False
         forget_in_children(self)
 
@@ -119,7 +133,7 @@ class CheckpointWriter:
         manifest: Mapping[str, Any],
         on_durable: Callable[[Path], None] | None = None,
         *,
-        until_update: bool = False,
+        left_alone: Collection[str] = (),
     ) -> SaveHandle:
         """Take a copy of `tree` and begin to write it; everything in `tree` may change as soon as this returns.
 
@@ -128,9 +142,11 @@ class CheckpointWriter:
         so nothing is skipped; its failure does not stop this one. `on_durable(path)` is called once the checkpoint
         cannot be lost any more.
 
-        `until_update`: the optimizers' state is not written to before `finish_copy` is called. It may be copied until
-        then, by the thread that writes or by the device, which saves the caller that part of the copy. The first such
-        save copies it at once, and `finish_copy` sees whether that is so.
+        `left_alone`: the kinds of tensors, PARAMETERS and OPTIMIZER_STATE, that are not written to before `finish_copy`
+        is called. They may be copied until then, by the thread that writes or by the device, which saves the caller
+        that part of the copy. The first such save copies them at once, and `finish_copy` sees whether that is so. Any
+        code may write to parameters, so what is copied of them later is compared, by a digest, with what they were.
+        They are copied at once where torch uses every processor, as the digest would only come on top, and on a device.
 
         Raises EncodingError for what cannot be stored and WriterClosedError. What goes wrong
         later is raised by the handle's `wait`, and kept in `failure` until then.
@@ -139,8 +155,15 @@ class CheckpointWriter:
         encoded = encode(tree)
         kept = decode(check_manifest(manifest), {})
         self._wait()
-        later = _is_state_of_optimizer if until_update and self._trusted is not False else None
-        staged = self._staging.copy(encoded, later=later, trusted=self._trusted is True)
+        kinds = [kind for kind in left_alone if self._steady.get(kind, True)]
+        if PARAMETERS in kinds and not _has_spare_processor():
+            kinds.remove(PARAMETERS)
+        staged = self._staging.copy(
+            encoded,
+            later=lambda path: _kind(path) in kinds,
+            compared=lambda path: _kind(path) == PARAMETERS,
+            trusted=lambda path: self._steady.get(_kind(path), False),
+        )
         self._deferred = staged.deferred
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
@@ -156,17 +179,18 @@ class CheckpointWriter:
         return handle
 
     def finish_copy(self) -> ChangedMeanwhileError | None:
-        """Wait until the copy of the newest save is complete; called before anything writes to an optimizer's state.
+        """Wait until the copy of the newest save is complete; called before anything writes to what was left alone.
 
-        What its handle's `wait` raises where that was written to earlier: the save was not made, and everything is
-        copied at once from now on.
+        What its handle's `wait` raises where that was written to earlier: the save was not made, and tensors of that
+        kind are copied at once from now on.
         """
         deferred, self._deferred = self._deferred, None
         if deferred is None or self._handle is None:
             return None
         deferred.finish()
-        self._trusted = not deferred.changed
-        return None if deferred.made or self._trusted else _changed(self._handle.name, deferred.changed)
+        self._steady |= dict.fromkeys(map(_kind, deferred.paths), True)
+        self._steady |= dict.fromkeys(map(_kind, (*deferred.changed, *deferred.unsteady)), False)
+        return _changed(self._handle.name, deferred.changed) if deferred.changed else None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -197,7 +221,7 @@ class CheckpointWriter:
         deferred = staged.deferred
         try:
             staged.wait()
-            if deferred is not None and not deferred.made:
+            if deferred is not None and deferred.waits:
                 deferred.work_through()
                 if deferred.changed:
                     handle._fail(_changed(handle.name, deferred.changed))
@@ -269,15 +293,27 @@ class CheckpointWriter:
             return
 
 
-def _is_state_of_optimizer(path: str) -> bool:
-    """Not so the parameters that an optimizer has beside the model's: any code may write to those."""
+def _has_spare_processor() -> bool:
+    """Whether the writing thread gets turns while torch computes."""
+    return torch.get_num_threads() < processors()
+
+
+def _kind(path: str) -> str:
+    """PARAMETERS, OPTIMIZER_STATE, or "" where a path is of neither.
+
+    Parameters that an optimizer has beside the model's are neither.
+    """
     first, _, rest = path.partition("/")
-    return first == "optimizers" and rest.partition("/")[2].startswith(("state/", "shared/"))
+    if first == "model" and rest.startswith("parameters/"):
+        return PARAMETERS
+    if first == "optimizers" and rest.partition("/")[2].startswith(("state/", "shared/")):
+        return OPTIMIZER_STATE
+    return ""
 
 
 def _changed(name: str, paths: list[str]) -> ChangedMeanwhileError:
     more = f" and {len(paths) - 1} more" * (len(paths) > 1)
     return ChangedMeanwhileError(
         f"checkpoint {name} was not made: found that {paths[0]}{more} changed while it was copied, expected only the "
-        "optimizer's step to change it; another is taken at the next boundary, and all are copied at once from now on"
+        "optimizer's step to change it; another is taken at the next boundary, and such are copied at once from now on"
     )
