@@ -45,18 +45,43 @@ class _Position:
 
 
 class _Link(NamedTuple):
-    """A transition of a batch that has nothing but callbacks, as `run` takes it."""
+    """A transition of a batch that has nothing but callbacks."""
 
-    before: tuple[Hook, ...] | None
-    """None: no hooks, which `run` finds out sooner than that there are none in a tuple."""
-    work: Hook
+    inside: list[Hook]
     dest: State
-    after: tuple[Hook, ...] | None
-    write: Hook
+    arrived: list[Hook]
 
 
-_Road = tuple[_Link, ...]
+_Road = Callable[[], bool]
+"""Makes transitions of a batch, one after the other; True where it ended early, as something was asked for."""
 _OF_A_BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
+
+
+def _no_road() -> bool:
+    return False
+
+
+def _paved(links: list[_Link], situation: Situation, asked: Asked) -> _Road:
+    """The calls of `links` written out one after the other: a loop over them costs a batch as much as a hook or two."""
+    names: dict[str, object] = {"__name__": __name__, "situation": situation, "asked": asked}
+    lines = ["def road():"]
+
+    def call(hooks: list[Hook]) -> None:
+        for hook in hooks:
+            name = f"call_{len(names)}"
+            names[name] = hook
+            lines.append(f"    {name}()")
+
+    for link in links:
+        call(link.inside)
+        names[link.dest.name] = link.dest
+        lines.append(f"    situation.state = {link.dest.name}")
+        call(link.arrived)
+        lines.append("    if asked.open: return True")
+    lines.append("    return False")
+    title = f"<transitions to {', '.join(link.dest.value for link in links)}>"
+    exec(compile("\n".join(lines), title, "exec"), names)
+    return cast(_Road, names.pop("road"))  # no cycle, which would keep a model until it is found
 
 
 class Loop:
@@ -66,8 +91,8 @@ class Loop:
     Illegal moves raise `transitions.MachineError` and change nothing.
 
     `fire` leaves a transition to the machine. `run`, which goes through millions, takes those of batches that have
-    nothing but callbacks itself, as many as the policy says are ahead: what they call is looked up once, and again
-    after a hook was added.
+    nothing but callbacks itself, as many as the policy says are ahead: what they call is looked up once, made into one
+    function, and looked up again after a hook was added.
     """
 
     def __init__(
@@ -167,28 +192,17 @@ class Loop:
                 way = ahead(situation) if situation.halt else AHEAD[situation.state](situation)
                 road = roads[situation.state].get(way)
                 if road is None:
-                    road = roads[situation.state][way] = self._road(way, writer)
-                for before, work, dest, after, write in road:
-                    if before is not None:
-                        for call in before:
-                            call()
-                    work()
-                    situation.state = dest
-                    if after is not None:
-                        for call in after:
-                            call()
-                    write()
-                    if asked.open:
-                        break
-                else:
-                    if road:
+                    road = roads[situation.state][way] = self._road(way, asked, writer)
+                if road is not _no_road:
+                    if not road():
                         continue
-                    if not way:
-                        return
+                elif way:
                     self._inside = False
                     self.fire(way[0])
                     if way[0] in _OF_A_BATCH:
                         self._forget_roads()  # by now the machine may have nothing but callbacks
+                else:
+                    return
                 self._inside = False
                 look_up()
                 self._inside = True
@@ -196,27 +210,26 @@ class Loop:
             self._inside = False
             self._roads, self._asked = {}, None
 
-    def _road(self, way: Way, writer: Callable[[int], Hook] | None) -> _Road:
-        """The transitions of `way` as they are now; empty where `fire` has to make them."""
-        road: list[_Link] = []
+    def _road(self, way: Way, asked: Asked, writer: Callable[[int], Hook] | None) -> _Road:
+        """What makes the transitions of `way` as they are now; `_no_road` where `fire` has to, or there are none."""
+        links: list[_Link] = []
         source = self.situation.state
         for trigger in way:
             row = next((row for row in self._table if row.trigger is trigger and source in row.sources), None)
             if row is None or trigger not in _OF_A_BATCH:
-                return ()
+                return _no_road
             event = event_name(trigger, row.dest)
             transition = self.machine.plain(event, source.name)
             if transition is None:
-                return ()
+                return _no_road
             arc = ARCS.index(Arc(trigger, source, row.dest))
-            *before, work = cast(list[Hook], transition.before)
             after = [*self.machine.states[row.dest.name].on_enter, *transition.after]
             write = partial(self._journal, arc) if writer is None else writer(arc)
-            road.append(
-                _Link(tuple(before) or None, work, row.dest, tuple(cast(list[Hook], after)) or None, write)
+            links.append(
+                _Link(cast(list[Hook], transition.before), row.dest, [*cast(list[Hook], after), write])
             )
             source = row.dest
-        return tuple(road)
+        return _paved(links, self.situation, asked) if links else _no_road
 
     def _forget_roads(self) -> None:
         for of_state in self._roads.values():

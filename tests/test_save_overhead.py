@@ -21,7 +21,7 @@ from orchestrator.callbacks.logs import Logging
 from orchestrator.callbacks.logs.record import LogRecord
 from orchestrator.callbacks.rhythm import Costs, Measured, Rhythm, save_interval
 from orchestrator.snapshot.storage import list_checkpoints, read_checkpoint
-from states import State
+from states import State, Trigger
 from tracking.journal import Journal
 
 seconds = st.floats(0.0, 1e4)
@@ -332,6 +332,11 @@ def test_it_can_be_turned_on_and_off_between_attempts(tmp_path: Path) -> None:
 def test_with_epochs_or_states_named_as_well(tmp_path: Path) -> None:
     saved = Checkpointing(overhead=0.2, at=State.BACKWARD, every_epochs=7, keep_last=999)
     trainer = trainings.make(tmp_path, epochs=30, checkpoint=saved)
+
+    @trainer.before(Trigger.FETCH)
+    def disk_is_fast() -> None:
+        trainer._training.attempt.wait_for_save()
+
     trainer.fit()
     states = {read_checkpoint(path)[0]["state"] for path in list_checkpoints(trainer.run.checkpoints)}
     assert states >= {"IDLE", "BACKWARD", "EPOCH_END", "DONE"}
