@@ -1,6 +1,7 @@
 """Weights and optimizers' state are copied while training goes on, and are nevertheless those of the boundary."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,11 @@ def test_what_is_compared_is_found_where_torch_does_not_count(who: str) -> None:
     all_due[0].tensor.data.zero_()
     after.finish()
     assert after.changed == []
+
+    same = Deferred(all_due)
+    all_due[1].tensor.mul_(1)  # is counted, and changes nothing
+    same.finish()
+    assert same.changed == []
 
     for each in all_due:
         each.place.copy_(each.tensor)
@@ -408,21 +414,31 @@ def test_weights_are_those_of_any_state_that_is_saved(
 class Swapping(nn.Linear):
     """A layer that has other weights in a validation."""
 
+    swapped = threading.Event()
+
     def forward(self, inputs: Tensor) -> Tensor:
         if self.training:
             return super().forward(inputs)
         kept = self.weight.detach().clone()
-        with torch.no_grad():
-            self.weight.zero_()
-            outputs = super().forward(inputs)
-            self.weight.copy_(kept)
+        self.weight.data.zero_()
+        self.swapped.set()
+        time.sleep(0.2)  # for whoever would copy them now
+        outputs = super().forward(inputs)
+        self.weight.data.copy_(kept)
+        self.swapped.clear()
         return outputs
 
 
-@pytest.mark.usefixtures("thread_gets_no_turn")
 def test_a_validation_with_other_weights_does_not_meet_a_copy_under_way(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
+    work_through = Deferred.work_through
+
+    def when_swapped(self: Deferred) -> None:
+        Swapping.swapped.wait(0.5)
+        work_through(self)
+
+    monkeypatch.setattr(Deferred, "work_through", when_swapped)
     records, batch = Records(), (torch.randn(4, 64), torch.randn(4, 8))
     options = {"accumulate": 3, "validate_every": 2, "val_loader": [batch]}
     with made(tmp_path, records, model=Swapping(64, 8), **options) as trainer:

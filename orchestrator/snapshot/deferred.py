@@ -31,7 +31,7 @@ class Due(NamedTuple):
     tensor: Tensor
     compared: bool = False
     """Whether any code may write to it, also where torch does not count it: then what was copied is compared, by a
-    digest, with what there was. Not for tensors on devices."""
+    digest, with what there was, whatever torch counts. Not for tensors on devices."""
     made: bool = False
     """Whether it was copied at once, and all that is asked is whether it could have been copied later."""
 
@@ -68,9 +68,10 @@ class Deferred:
     `work_through` is for the thread: it returns when all are complete. `finish` is for the loop, before the tensors
     are written to, and helps. Each of both may be broken off by an exception: what it had begun is done again.
 
-    `changed`: the paths of tensors that were written to in place before their copies were complete, by what torch
-    counts (what is written by way of `.data` is not), and by their contents where they are `compared`. The copies are
-    worth nothing then. Of those that are `made`, `finish` finds out whether that would have happened: `unsteady`.
+    `changed`: the paths of tensors that were written to before their copies were complete: in place, as torch counts it
+    (what is written by way of `.data` is not), or, where they are `compared`, so that another copy came of it. The
+    copies are worth nothing then. Of those that are `made`, `finish` finds out whether that would have happened:
+    `unsteady`.
     """
 
     def __init__(self, due: Sequence[Due], under_way: Sequence[UnderWay] = ()) -> None:
@@ -80,11 +81,10 @@ class Deferred:
         waiting = [one for one in due if not one.made]
         self.waits = bool(waiting)
         """Whether anything is left to be copied."""
-        self._versions = [(one.path, one.tensor, one.tensor._version) for one in waiting]
-        at_once = [one for one in waiting if one.tensor.is_cpu and not one.compared]
-        self._open = dict(
-            enumerate([*_digested(waiting), *(piece for one in at_once for piece in one.pieces())])
-        )
+        counted = [one for one in waiting if not one.compared]
+        self._versions = [(one.path, one.tensor, one.tensor._version) for one in counted]
+        pieces = [piece for one in counted if one.tensor.is_cpu for piece in one.pieces()]
+        self._open = dict(enumerate([*_digested(waiting), *pieces]))
         self._left = deque(self._open)
         self._lock = threading.Lock()
         self._complete = threading.Event()
@@ -127,9 +127,7 @@ class Deferred:
         self._done()
         self._complete.wait()
         made, self._made = self._made, []
-        self.unsteady = [
-            one.path for one, version in made if one.tensor._version != version or not _equal(one)
-        ]
+        self.unsteady = [one.path for one, version in made if not _as_it_was(one, version)]
 
     def _take(self) -> tuple[int, _Piece] | None:
         while self._left:
@@ -150,11 +148,8 @@ class Deferred:
             if number is not None:
                 self._open.pop(number, None)
             if not self._open and not self._complete.is_set():
-                self.changed = [
-                    path
-                    for path, tensor, version in self._versions
-                    if tensor._version != version or path in self._spoilt
-                ]
+                counted = [path for path, tensor, version in self._versions if tensor._version != version]
+                self.changed = counted + sorted(self._spoilt)
                 self._versions = []
                 self._complete.set()
 
@@ -170,9 +165,9 @@ def _digest(tensor: Tensor) -> bytes:
     return xxhash.xxh3_128_digest(memory(tensor))
 
 
-def _equal(one: Due) -> bool:
-    """Whether a tensor that was copied at once is, if that is asked, still what was copied."""
-    return not one.compared or _digest(one.place) == _digest(one.tensor)
+def _as_it_was(one: Due, version: int) -> bool:
+    """Whether a tensor is still what was copied at once."""
+    return _digest(one.place) == _digest(one.tensor) if one.compared else one.tensor._version == version
 
 
 def _cut(tensor: Tensor) -> tuple[Tensor, ...]:
