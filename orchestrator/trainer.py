@@ -933,6 +933,7 @@ class Trainer:
 
     def evaluate(self, loader: Any) -> dict[str, float]:
         """The metrics of `validation_model` over `loader`; changes nothing of the training."""
+        self._training.work.end_copying()  # an evaluation may be made with other weights
         evaluation = Evaluation(
             loader,
             name="",

@@ -258,13 +258,15 @@ class Training:
         self.work.settle()
         if self.requests.halt is not None and not self.requests.halt.save:
             self.requests.abandon_saves(self.requests.halt.reason)
+        if self.requests.saves:
+            self.work.end_copying()  # of an earlier one: that may be why there has to be another
         saves, self.requests.saves = self.requests.saves, []
         if not saves or self.attempt is None:
             return
         work, state, began = self.work, self.state, time.perf_counter()
         stands = self.halted_in if state is State.HALTED and self.halted_in is not None else state
         metrics = work.history[-1] if stands is State.EPOCH_END and work.history else {}
-        left_alone = self._left_alone(state) if self._runs else ()
+        left_alone = self._left_alone(state) if self._runs and self.requests.halt is None else ()
         try:
             data = (
                 self.snapshots.fingerprints()
@@ -292,7 +294,8 @@ class Training:
         """What nothing but the next update writes to, from a boundary in `state` on."""
         if state in TERMINAL:
             return ()
-        # Callbacks may well write to parameters where a batch or an epoch ends, or an epoch begins.
+        # Callbacks may well write to parameters where a batch or an epoch ends, or an epoch begins. (In an open window
+        # the update is not yet that of the next batch; where one does so there, it costs a save, and is told.)
         to_the_update = state in _BEFORE_UPDATES or (
             state is State.BATCH_END and AHEAD[state](self.work.situation) == (Trigger.FETCH,)
         )
@@ -331,6 +334,8 @@ class Training:
         self.tainted = True
         with contextlib.suppress(Exception):  # the device may have failed
             self.work.settle()
+        with contextlib.suppress(Exception):
+            self.work.end_copying()
         attempt, halt = self.attempt, self.requests.halt
         self.requests.abandon_all_saves(f"{type(error).__name__}: {error}")
         if attempt is None or attempt.closed:

@@ -521,9 +521,9 @@ class TrainingWork(BatchWork):
 
     def end_copying(self) -> None:
         """Wait until a checkpoint that is being made has its copy of weights and optimizers' state."""
-        copying, self.copying = self.copying, None
-        if copying is not None:
-            copying()
+        if self.copying is not None:
+            self.copying()
+            self.copying = None
 
     def was_skipped(self) -> bool:
         """Whether the last step is known to have applied nothing."""

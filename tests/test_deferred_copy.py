@@ -86,6 +86,8 @@ def test_what_was_written_to_is_named() -> None:
     all_due[0].tensor.zero_()
     assert after.changed == []
 
+    for each in all_due:
+        each.place.copy_(each.tensor)
     made = Deferred([one._replace(made=True) for one in all_due])
     assert not made.waits
     all_due[2].tensor.zero_()
@@ -176,7 +178,7 @@ def made(
     data = [(torch.randn(4, 64), torch.randn(4, 8)) for _ in range(BATCHES)]
     return Trainer(
         model,
-        torch.optim.Adam(model.parameters()),
+        options.pop("optimizer", None) or torch.optim.Adam(model.parameters()),
         nn.MSELoss(),
         data,
         epochs=options.pop("epochs", 1),
@@ -456,3 +458,107 @@ def test_weights_are_copied_at_once_where_torch_uses_every_processor(
     with made(tmp_path) as trainer:
         trainer.fit()
     assert {path.partition("/")[0] for one in observed for path in one.paths} == {"optimizers"}
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_a_save_that_comes_before_the_next_update_ends_the_copy_of_the_one_before(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """In an open window, at whose batches' ends something writes to the weights: told once, and none is lost after."""
+    records = Records()
+    trainer = made(tmp_path, records, accumulate=2)
+
+    @trainer.before(Trigger.END_BATCH)
+    def shrinks() -> None:
+        if trainer.batches in (2, 4):
+            trainer.model.weight.data.mul_(0.9)
+
+    with trainer:
+        trainer.fit()
+    assert sum("was not made" in str(warning.message) for warning in recwarn) == 1
+    found = saved(trainer)
+    assert sorted(found) == [1, 3, 4, 5, 6]
+    assert_same(found, records.found)
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_what_fused_kernels_write_is_found_though_torch_does_not_count_it(
+    observed: list[Deferred], tmp_path: Path
+) -> None:
+    records, model = Records(), nn.Linear(64, 8)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    trainer = made(tmp_path, records, model=model, optimizer=optimizer)
+    trainer.after(Trigger.BACKWARD)(optimizer.step)
+    with trainer:
+        trainer.fit()
+    assert any("exp_avg" in path for path in observed[0].unsteady)
+    assert_same(saved(trainer), records.found)
+
+
+class Raises(nn.Linear):
+    """Writes to its weights unseen in its fifth forward pass, and raises."""
+
+    calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 5:
+            self.weight.data.mul_(0.9)
+            raise ArithmeticError("and that is all")
+        return super().forward(inputs)
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_a_save_that_is_lost_as_training_fails_is_told(tmp_path: Path) -> None:
+    records = Records()
+    with (
+        made(tmp_path, records, model=Raises(64, 8)) as trainer,
+        pytest.warns(UserWarning, match="-e0-b3-BATCH_END was not made: found that model/parameters/weight"),
+        pytest.raises(ArithmeticError),
+    ):
+        trainer.fit()
+    assert sorted(saved(trainer)) == [1, 2, 3]
+    with Journal.open(trainer.run) as journal:
+        assert "b2-BATCH_END" in journal.last_transition().note
+
+
+@pytest.mark.usefixtures("thread_gets_no_turn")
+def test_an_evaluation_with_other_weights_does_not_spoil_a_save(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    records, batch = Records(), (torch.randn(4, 64), torch.randn(4, 8))
+    trainer = made(tmp_path, records)
+
+    @trainer.after(Trigger.FETCH)
+    def evaluates() -> None:
+        kept = trainer.model.weight.detach().clone()
+        trainer.evaluate([batch])
+        assert torch.equal(trainer.model.weight, kept)
+        assert trainer._training.work.copying is None
+
+    with trainer:
+        trainer.fit()
+    assert_same(saved(trainer), records.found)
+    assert not any("was not made" in str(warning.message) for warning in recwarn)
+
+
+def test_at_a_halt_everything_is_copied_at_once(observed: list[Deferred], tmp_path: Path) -> None:
+    trainer = made(tmp_path, every=99)
+
+    @trainer.on(State.BACKWARD)
+    def halts() -> None:
+        if trainer.batches == 3:
+            trainer.halt("enough")
+
+    with trainer:
+        assert trainer.fit().state is State.HALTED
+    assert observed == []
+    assert readable(trainer.run.checkpoints)[0].state is State.BACKWARD
+
+
+def test_storages_can_be_resized_after_a_save(tmp_path: Path) -> None:
+    trainer = made(tmp_path)
+    with trainer:
+        trainer.fit()
+    for tensor in [trainer.model.weight.data, trainer.optimizers[0].state[trainer.model.weight]["exp_avg"]]:
+        tensor.resize_(4 * tensor.numel())

@@ -16,24 +16,34 @@ from orchestrator.snapshot.chunks import InParallel
 from orchestrator.snapshot.from_devices import UnderWay
 from orchestrator.snapshot.tensor_file import memory
 
-__all__ = ["Deferred", "Due", "can_wait"]
+__all__ = ["Deferred", "Due", "Later", "can_wait"]
 
 _LEAST = 1 << 18  # bytes: a smaller one is copied sooner than it is handed to somebody
 _PIECE = 1 << 24
 _PATIENCE_S = 5.0
 
 
+class Later(NamedTuple):
+    """How a tensor is to be copied later."""
+
+    compared: bool = False
+    """Whether any code may write to it, also where torch does not count it: then what was copied is compared, by a
+    digest, with what there was, whatever torch counts. Not for tensors on devices."""
+    made: bool = False
+    """Whether it is copied at once, and all that is asked is whether it could have been copied later."""
+
+
 class Due(NamedTuple):
-    """A tensor of the state, by its path, and the memory that it is to be copied to, of the same layout."""
+    """A tensor of the state, by its path, and the memory that it is to be copied to, of the same layout.
+
+    `compared`, `made`: see `Later`.
+    """
 
     path: str
     place: Tensor
     tensor: Tensor
     compared: bool = False
-    """Whether any code may write to it, also where torch does not count it: then what was copied is compared, by a
-    digest, with what there was, whatever torch counts. Not for tensors on devices."""
     made: bool = False
-    """Whether it was copied at once, and all that is asked is whether it could have been copied later."""
 
     def pieces(self) -> list[_Piece]:
         """The two, in pieces of a bounded size."""
@@ -162,12 +172,19 @@ def _digested(due: Iterable[Due]) -> list[_Piece]:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(memory(tensor))
+    digest = xxhash.xxh3_128()
+    digest.update(
+        memory(tensor)
+    )  # lets other threads run, which the function for all at once does not do before 4.0
+    return digest.digest()
 
 
 def _as_it_was(one: Due, version: int) -> bool:
     """Whether a tensor is still what was copied at once."""
-    return _digest(one.place) == _digest(one.tensor) if one.compared else one.tensor._version == version
+    if not one.compared and one.tensor._version != version:
+        return False
+    # What fused kernels of optimizers write is not counted. It takes a while, once in a training.
+    return not one.tensor.is_cpu or _digest(one.place) == _digest(one.tensor)
 
 
 def _cut(tensor: Tensor) -> tuple[Tensor, ...]:

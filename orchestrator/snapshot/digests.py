@@ -17,6 +17,7 @@ from torch import Tensor
 
 from orchestrator.snapshot.differences import UnsupportedStateError
 from orchestrator.snapshot.tensor_entries import storable
+from orchestrator.snapshot.tensor_file import memory
 
 __all__ = ["digests", "first_difference"]
 
@@ -67,9 +68,7 @@ def _bits(stored: Tensor, *, in_memory_order: bool) -> memoryview:
     if in_memory_order and stored.dim() == host.dim():  # most of these need no copy then
         strides = host.stride()
         host = host.permute(sorted(range(host.dim()), key=lambda dim: (-strides[dim], dim)))
-    # Not view(-1), which may leave a stride of 0 to a single element.
-    flat = host.contiguous().as_strided((host.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
+    return memory(host.contiguous())
 
 
 def _canonical(value: Any, path: str, tensors: dict[str, Tensor], ignored: Collection[str]) -> bytes:

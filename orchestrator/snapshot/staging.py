@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.snapshot.contents import WEIGHTS, divided
-from orchestrator.snapshot.deferred import Deferred, Due, can_wait
+from orchestrator.snapshot.deferred import Deferred, Due, Later, can_wait
 from orchestrator.snapshot.encoding import Encoded
 from orchestrator.snapshot.from_devices import FromDevices, UnderWay
 from orchestrator.snapshot.tensor_file import Entry, layout, memory
@@ -63,17 +63,13 @@ class Staging:
         encoded: Encoded,
         weights: Sequence[str] = WEIGHTS,
         *,
-        later: Callable[[str], bool] | None = None,
-        compared: Callable[[str], bool] = lambda path: False,
-        trusted: Callable[[str], bool] = lambda path: True,
+        later: Callable[[str], Later | None] = lambda path: None,
     ) -> Staged:
         """A copy of the tensors in CPU memory, as they are now, whatever is written to them when this has returned.
 
         What comes from a CUDA device is complete after `Staged.wait`; until then the device does nothing else by this
         thread's stream. Where `later` says so of their paths, and they can be, tensors are copied later (on a device:
-        beside what it does next), and complete when `Staged.deferred` is. Those that are not `trusted` to stay as they
-        are until then are copied now, and it finds out whether they do; those that are to be `compared` are, whatever
-        torch counts of what is written to them.
+        beside what it does next), and complete when `Staged.deferred` is.
         """
         files = divided(encoded.tensors, weights)
         tensors = [tensor for within in files.values() for tensor in within.values()]
@@ -91,9 +87,10 @@ class Staging:
         with torch.no_grad():
             for place, tensor in zip(self._places, tensors, strict=True):
                 path = paths[id(tensor)]
-                if later is not None and later(path) and can_wait(tensor, compared=compared(path)):
-                    due.append(Due(path, place, tensor, compared(path), made=not trusted(path)))
-                    if not due[-1].made:
+                how = later(path)
+                if how is not None and can_wait(tensor, compared=how.compared):
+                    due.append(Due(path, place, tensor, *how))
+                    if not how.made:
                         continue
                 if tensor.is_cuda:
                     on_devices.append((place, tensor))

@@ -6,6 +6,7 @@ tensors without gaps.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -74,9 +75,10 @@ class Entry:
 
 def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, in place."""
-    # Not reshape(-1): a dimension of one element may have any stride, and would keep it.
-    view: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-    return memoryview(view)
+    # Not by numpy(), after which a storage can be resized no more.
+    view: Any = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    view.tensor = tensor.detach()  # for as long as anybody looks at its memory
+    return memoryview(view).cast("B")
 
 
 def layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Entry]]:

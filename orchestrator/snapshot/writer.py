@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from orchestrator.snapshot.chunks import processors
-from orchestrator.snapshot.deferred import Deferred
+from orchestrator.snapshot.deferred import Deferred, Later
 from orchestrator.snapshot.encoding import decode, encode
 from orchestrator.snapshot.filesystem import DISK, FileSystem
 from orchestrator.snapshot.manifest import check_manifest
@@ -158,12 +158,8 @@ class CheckpointWriter:
         kinds = [kind for kind in left_alone if self._steady.get(kind, True)]
         if PARAMETERS in kinds and not _has_spare_processor():
             kinds.remove(PARAMETERS)
-        staged = self._staging.copy(
-            encoded,
-            later=lambda path: _kind(path) in kinds,
-            compared=lambda path: _kind(path) == PARAMETERS,
-            trusted=lambda path: self._steady.get(_kind(path), False),
-        )
+        later = {kind: Later(compared=kind == PARAMETERS, made=kind not in self._steady) for kind in kinds}
+        staged = self._staging.copy(encoded, later=lambda path: later.get(_kind(path)))
         self._deferred = staged.deferred
         handle = self._handle = SaveHandle(name)
         arguments = handle, staged, kept, on_durable
@@ -184,10 +180,11 @@ class CheckpointWriter:
         What its handle's `wait` raises where that was written to earlier: the save was not made, and tensors of that
         kind are copied at once from now on.
         """
-        deferred, self._deferred = self._deferred, None
+        deferred = self._deferred
         if deferred is None or self._handle is None:
             return None
         deferred.finish()
+        self._deferred = None
         self._steady |= dict.fromkeys(map(_kind, deferred.paths), True)
         self._steady |= dict.fromkeys(map(_kind, (*deferred.changed, *deferred.unsteady)), False)
         return _changed(self._handle.name, deferred.changed) if deferred.changed else None
@@ -260,7 +257,7 @@ class CheckpointWriter:
         """
         self._closed = True
         self._wait()
-        self._thread = None
+        self._thread = self._deferred = None
         self._staging.release()
         untold = [handle for handle in self._failed if not handle._told]
         self._failed.clear()
@@ -315,5 +312,6 @@ def _changed(name: str, paths: list[str]) -> ChangedMeanwhileError:
     more = f" and {len(paths) - 1} more" * (len(paths) > 1)
     return ChangedMeanwhileError(
         f"checkpoint {name} was not made: found that {paths[0]}{more} changed while it was copied, expected only the "
-        "optimizer's step to change it; another is taken at the next boundary, and such are copied at once from now on"
+        "optimizer's step to change it; another is taken at the next boundary, unless the training halts there, and "
+        "such are copied at once from now on"
     )
