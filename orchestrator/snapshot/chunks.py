@@ -72,8 +72,8 @@ DIGESTS: Mapping[str, Callable[[Sequence[memoryview]], str]] = {
 }
 """What gives the hexadecimal digest of a chunk, by the digest's name. Other threads run meanwhile.
 
-XXH3 is as fast as memory is, a dozen times as fast as SHA-256, and finds what a disk or a cut does to a file as surely:
-of 128 bits none is likelier than another. It does not resist somebody who looks for two contents with one digest.
+XXH3 is as fast as memory, a dozen times as fast as SHA-256. Damage that leaves its 128 bits as they were is as unlikely
+as with any other digest; it does not resist somebody who looks for two contents with one.
 """
 
 

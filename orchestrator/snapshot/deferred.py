@@ -173,9 +173,8 @@ def _digested(due: Iterable[Due]) -> list[_Piece]:
 
 def _digest(tensor: Tensor) -> bytes:
     digest = xxhash.xxh3_128()
-    digest.update(
-        memory(tensor)
-    )  # lets other threads run, which the function for all at once does not do before 4.0
+    # Lets other threads run, which xxhash's functions for all at once do not before 4.0.
+    digest.update(memory(tensor))
     return digest.digest()
 
 
