@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.commands.layout import count, duration, size
 from orchestrator.commands.signs import Sign, bad, fine, note
+from orchestrator.snapshot.chunks import processors
 from tracking.delivery import TrackerError
 from tracking.masking import mask_text
 from tracking.mlflow_delivery import MLflow
@@ -174,7 +175,7 @@ def _torch() -> Iterator[Sign]:
 
 def threads(found: int) -> Sign:
     """Are there more threads of torch than cores that this process may use?"""
-    cores: float = len(os.sched_getaffinity(0))
+    cores: float = processors()
     limit = _cpu_limit()
     text = f"{count(found, 'thread')} of torch on {count(int(cores), 'core')}"
     if limit is not None and limit < cores:

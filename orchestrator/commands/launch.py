@@ -134,10 +134,8 @@ def _keep_going(script: Script, tries: int, errors: bool, *, fork: bool) -> int:
         if asked_to_stop or not (_was_killed(status) or (errors and status > 0 and status not in _LEFT)):
             break
         begun = _begun(file)
-        known = [
-            *begun,
-            *(run for run in known if run not in begun),
-        ]  # it may have died before it came to them
+        # It may have died before it came to all that is known.
+        known = [*begun, *(run for run in known if run not in begun)]
         reached = _reached(begun)
         in_vain, best = (0, reached) if reached > best else (in_vain + 1, best)
         said = f"process {process} {_ended(status)} after {time.monotonic() - began:.1f} s, {reached}"

@@ -61,6 +61,7 @@ def after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
 def _digest(kind: Callable[[], Any], chunk: Sequence[memoryview]) -> str:
     digest = kind()
     for part in chunk:
+        # Lets other threads run, which xxhash's functions for all at once do not before its version 4.
         digest.update(part)
     text: str = digest.hexdigest()
     return text

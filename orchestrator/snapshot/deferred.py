@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
-from orchestrator.snapshot.chunks import InParallel
+from orchestrator.snapshot.chunks import DIGESTS, InParallel
 from orchestrator.snapshot.from_devices import UnderWay
 from orchestrator.snapshot.tensor_file import memory
 
@@ -56,7 +55,7 @@ class _Piece(NamedTuple):
     path: str
     place: Tensor
     tensor: Tensor
-    digest: bytes | None = None
+    digest: str | None = None
     """Of what is to be copied, if the copy is to be compared."""
 
     def arrived(self) -> bool:
@@ -171,11 +170,8 @@ def _digested(due: Iterable[Due]) -> list[_Piece]:
         return digesting.results()
 
 
-def _digest(tensor: Tensor) -> bytes:
-    digest = xxhash.xxh3_128()
-    # Lets other threads run, which xxhash's functions for all at once do not before 4.0.
-    digest.update(memory(tensor))
-    return digest.digest()
+def _digest(tensor: Tensor) -> str:
+    return DIGESTS["xxh3_128"]([memory(tensor)])
 
 
 def _as_it_was(one: Due, version: int) -> bool:

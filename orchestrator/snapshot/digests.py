@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping
@@ -15,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from orchestrator.snapshot.chunks import processors
 from orchestrator.snapshot.differences import UnsupportedStateError
 from orchestrator.snapshot.tensor_entries import storable
 from orchestrator.snapshot.tensor_file import memory
@@ -42,7 +42,7 @@ def digests(tree: Mapping[str, Any], *, ignore: Collection[str] = ()) -> dict[st
         if rest:
             found[f"{key}/{_VALUES}"] = xxhash.xxh3_128_hexdigest(rest)
     # xxhash releases the interpreter's lock for anything long.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, processors())) as pool:
         found.update(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
     return found
 
