@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -26,7 +27,6 @@ from orchestrator.metrics import RESERVED, AccumulatingMetric
 from orchestrator.numerics import PRECISIONS
 from orchestrator.phase import Forward, Phase
 from orchestrator.signatures import check_call, check_callback, is_ours
-from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.work import supervised
 from tracking.delivery import Tracker
 from tracking.mlflow_delivery import MLflow
@@ -455,7 +455,7 @@ def _params(given: Mapping[str, Any], phases: tuple[Phase, ...], device: torch.d
     model, loader = given["model"], given["train_loader"]
     params: dict[str, Any] = {
         "model": type(model).__name__,
-        "model.parameters": sum(p.numel() for p in model.parameters() if not is_uninitialized(p)),
+        "model.parameters": sum(p.numel() for p in model.parameters() if not is_lazy(p)),
         "epochs": given["epochs"],
         "max_batches": given["max_batches"],
         "accumulate": given["accumulate"],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
@@ -22,7 +23,6 @@ from torch.optim.optimizer import (
 from torch.overrides import has_torch_function_unary
 
 from orchestrator.errors import ConfigurationError
-from orchestrator.snapshot.tensors import is_uninitialized
 
 __all__ = [
     "PRECISIONS",
@@ -375,11 +375,7 @@ class BufferGuard:
                     buffer.copy_(torch.where(spoilt.to(buffer.device).bool(), self._kept[name], buffer))
 
     def _floating(self) -> Iterator[tuple[str, Tensor]]:
-        return (
-            (n, b)
-            for n, b in self._model.named_buffers()
-            if b.is_floating_point() and not is_uninitialized(b)
-        )
+        return ((n, b) for n, b in self._model.named_buffers() if b.is_floating_point() and not is_lazy(b))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The kept buffers, for a checkpoint within a window."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch.nn.parameter import is_lazy
 
 from orchestrator import recovery
 from orchestrator.aside import Aside, RehearsalError, undone
@@ -28,7 +29,6 @@ from orchestrator.errors import ConfigurationError, TaintedError
 from orchestrator.policy import next_trigger
 from orchestrator.snapshot.names import parameter_slots
 from orchestrator.snapshot.storage import LEFTOVER, checkpoint_name
-from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.snapshot.writer import CheckpointWriter
 from states.errors import InterlockError
 from states.table import TERMINAL, State, Trigger
@@ -139,7 +139,7 @@ def _check(trainer: Trainer) -> None:
 
 
 def _is_lazy(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and is_uninitialized(tensor)
+    return tensor is not None and is_lazy(tensor)
 
 
 # -- what is done ----------------------------------------------------------------------------------------

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orchestrator.errors import ConfigurationError, kind_of
 from orchestrator.snapshot.differences import describe
 from orchestrator.snapshot.info import not_superseded, readable
 from orchestrator.snapshot.manifest import MANIFEST
-from orchestrator.snapshot.names import Slot, aliases, buffer_slots, parameter_slots
+from orchestrator.snapshot.names import Slot, aliases, slots_of
 from orchestrator.snapshot.storage import CheckpointDamaged, read_checkpoint
 from orchestrator.snapshot.tensor_file import HeaderError, read_tensors
-from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.warning import warn
 from tracking.journal import Journal, Parent
 from tracking.runs import RunFolder, RunNotFound, find_run
@@ -118,7 +119,7 @@ def apply(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 
 def _why_not(found: Tensor, live: Tensor | None) -> str:
     """Why a tensor of the model's name does not go into it; empty if it does."""
-    if live is None or is_uninitialized(live):
+    if live is None or is_lazy(live):
         return "the model has no shape for it yet"
     if found.shape != live.shape or not torch.can_cast(found.dtype, live.dtype):
         return f"{describe(found)}, the model's is {describe(live)}"
@@ -127,15 +128,16 @@ def _why_not(found: Tensor, live: Tensor | None) -> str:
 
 def _slots(model: nn.Module) -> dict[str, Slot]:
     """Where the model's parameters and persistent buffers are, those of tied ones once."""
-    buffers = [s for s in buffer_slots(model) if s.key not in s.owner._non_persistent_buffers_set]
-    slots = [slot for slot in (*parameter_slots(model), *buffers) if slot.tensor is not None]
+    parameters, buffers = slots_of(model)
+    persistent = [s for s in buffers if s.key not in s.owner._non_persistent_buffers_set]
+    slots = [slot for slot in (*parameters, *persistent) if slot.tensor is not None]
     tied = aliases(slots)
     return {slot.name: slot for slot in slots if slot.name not in tied}
 
 
 def _ties(model: nn.Module, slots: Mapping[str, Slot]) -> dict[str, list[str]]:
     """For each of the `slots` by its name: the other names that the same tensor has."""
-    tied = aliases([*parameter_slots(model), *buffer_slots(model)])
+    tied = aliases(list(chain(*slots_of(model))))
     return {name: [other for other, of in tied.items() if of == name] for name in slots}
 
 

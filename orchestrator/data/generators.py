@@ -49,6 +49,7 @@ _LEAVES = (
 _PLAIN = frozenset({*_LEAVES, torch.nn.Parameter})
 """Types whose objects are leaves, as is found out without asking after each of those."""
 _NOT_FOLLOWED = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch", "numpy"}
+_BUILT_IN = (dict, list, tuple)
 _BIG = 256
 _SAMPLE = 16
 _BUDGET = 20_000
@@ -78,7 +79,7 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
     classes: dict[type, _OfClass] = {}
     while stack:
         path, item = stack.pop()
-        if id(item) in seen or isinstance(item, _LEAVES) or _is_global(item):
+        if id(item) in seen or isinstance(item, _LEAVES):
             continue
         seen.add(id(item))
         keep.append(item)
@@ -86,6 +87,8 @@ def find_generators(roots: Mapping[str, object], *, outside: Collection[object] 
             found.complete = False
             break
         if isinstance(item, _GENERATORS):
+            if _is_global(item):
+                continue
             (found.seedable if _can_be_seeded(item) else found.unseedable)[path] = item
         else:
             stack.extend(reversed(list(_parts(path, item, classes))))
@@ -204,8 +207,10 @@ def _of_class(kind: type) -> _OfClass:
 
 
 def _parts(path: str, item: object, classes: dict[type, _OfClass]) -> Iterator[tuple[str, object]]:
-    if isinstance(item, dict | list | tuple):
+    if isinstance(item, (dict, list, tuple)):
         yield from _elements(path, item)
+        if type(item) in _BUILT_IN:  # which have no attributes
+            return
     elif isinstance(item, types.FunctionType):
         yield from _function_parts(path, item)
     elif isinstance(item, types.MethodType):

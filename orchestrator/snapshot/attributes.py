@@ -7,17 +7,19 @@ import itertools
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.metric_states import has_states
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.tensor_entries import array_as_tensor, identity, refusal
-from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replica
+from orchestrator.snapshot.tensors import overwrite, replica
 
 __all__ = [
     "Built",
@@ -138,18 +140,22 @@ class _Search:
 
     def __init__(self, module: nn.Module, built: Built | None) -> None:
         self.parts = parts = unique_submodules(module)
-        self._registered = {
-            _memory(tensor)
-            for part in parts.values()
-            for tensor in (*part._parameters.values(), *part._buffers.values())
-            if tensor is not None
-        } - {None}
         self.values = {
             (path, name): value
             for path, part in parts.items()
             for name, value in attributes(part)
             if self._is_data(value, 0) and not _stands(built, path, name, value)
         }
+
+    @cached_property
+    def _registered(self) -> set[object]:
+        """The memory of parameters and buffers; asked for where an attribute is a tensor."""
+        return {
+            _memory(tensor)
+            for part in self.parts.values()
+            for tensor in (*part._parameters.values(), *part._buffers.values())
+            if tensor is not None
+        } - {None}
 
     def _is_data(self, value: Any, depth: int) -> bool:
         kind = type(value)
@@ -192,7 +198,7 @@ class _Search:
 
 def _memory(tensor: Tensor) -> object:
     """Equal for tensors that share memory; None for one that has none."""
-    if tensor.layout is not torch.strided or is_uninitialized(tensor):
+    if tensor.layout is not torch.strided or is_lazy(tensor):
         return id(tensor)
     start = tensor.untyped_storage().data_ptr()
     return None if start == 0 else (tensor.device, start)

@@ -194,7 +194,8 @@ class _Encoder:
             if type(key) is not str or key == _TAG or not _is_text(key):
                 return {_TAG: "dict", "v": self.pairs(value, path)}
         self.inside(value, path)
-        encoded = {key: self.encode(item, _joined(path, key)) for key, item in value.items()}
+        above = path and f"{path}/"
+        encoded = {key: self.encode(item, above + key) for key, item in value.items()}
         self.leave()
         return encoded
 
@@ -256,17 +257,19 @@ class _Encoder:
 
     def stored(self, value: Tensor, path: str) -> dict[str, Any]:
         same = identity(value)
-        if same not in self._entries:
+        found = self._entries.get(same)
+        if found is None:
             tensor, entry = storable(value)
             name = self.free_name(path)
             self._alive.append(value)
             self.tensors[name] = tensor
-            self._entries[same] = {"name": name, **entry}
-        return self._entries[same]
+            found = self._entries[same] = {"name": name, **entry}
+        return found
 
     def free_name(self, path: str) -> str:
         # Names go into file headers as UTF-8.
-        base = name = path.encode("utf-8", "backslashreplace").decode() or "tensor"
+        plain = path if path.isascii() else path.encode("utf-8", "backslashreplace").decode()
+        base = name = plain or "tensor"
         number = 2
         while name in self.tensors or name == METADATA:
             name, number = f"{base}#{number}", number + 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,7 +22,6 @@ from orchestrator.snapshot.attributes import attributes
 from orchestrator.snapshot.metric_states import capture_states, has_states
 from orchestrator.snapshot.names import unique_submodules
 from orchestrator.snapshot.tensor_file import memory
-from orchestrator.snapshot.tensors import is_uninitialized
 from orchestrator.snapshot.users_code import SCALARS, has_users_variables, variables
 
 __all__ = ["NOTHING", "Fingerprints", "is_of_code", "memory_of"]
@@ -57,6 +57,9 @@ _QUIET = frozenset(
     }
 )
 """Libraries whose objects are not looked into: they print, draw and log, or are looked at in other ways."""
+_CONTAINERS = frozenset({list, tuple, dict})
+_REPRESENTED = (float, complex)
+_ARRAYS = (np.ndarray, np.generic)
 _READ = 1024
 _MANY = 256
 _PARTS = 16
@@ -83,16 +86,17 @@ class Fingerprints:
 
     def of(self, value: Any, depth: int = 0) -> Hashable:
         """The fingerprint of `value`: equal while it has not changed."""
-        if isinstance(value, SCALARS):
-            return type(value).__name__, repr(value) if isinstance(value, float | complex) else value
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, np.ndarray | np.generic):
-            return _array(np.asarray(value))
+        if type(value) not in _CONTAINERS:  # most of what has anything in it, and then nothing else
+            if isinstance(value, SCALARS):
+                return type(value).__name__, repr(value) if isinstance(value, _REPRESENTED) else value
+            if isinstance(value, Tensor):
+                return self._tensor(value)
+            if isinstance(value, _ARRAYS):
+                return _array(np.asarray(value))
+            if isinstance(value, _CODE) and depth <= _DEPTH:
+                return self._code(value, depth)
         if depth > _DEPTH:
             return NOTHING
-        if isinstance(value, _CODE):
-            return self._code(value, depth)
         if id(value) in self._known or id(value) in self._open:
             return NOTHING
         self._open.add(id(value))
@@ -103,19 +107,21 @@ class Fingerprints:
 
     def _tensor(self, value: Tensor) -> Hashable:
         # One that is met again was read already. It is kept, so that its id stays its own.
-        if id(value) not in self._tensors:
+        found = self._tensors.get(id(value))
+        if found is None:
             known = memory_of(value) in self._captured
-            self._tensors[id(value)] = value, NOTHING if known else _tensor(value, self._versions)
-        return self._tensors[id(value)][1]
+            found = value, NOTHING if known else _tensor(value, self._versions)
+            self._tensors[id(value)] = found
+        return found[1]
 
     def _inside(self, value: Any, depth: int) -> Hashable:
-        if isinstance(value, set | frozenset):
-            return "set", len(value), frozenset(self.of(item, depth + 1) for item in _some(value))
-        if isinstance(value, list | tuple | deque):
+        if isinstance(value, (list, tuple, deque)):
             return self._all("sequence", len(value), _some(value), depth)
         if isinstance(value, dict):
             keys, values = tuple(map(repr, _some(value))), (value[key] for key in _some(value))
             return self._all("dict", (len(value), keys), values, depth)
+        if isinstance(value, set | frozenset):
+            return "set", len(value), frozenset(self.of(item, depth + 1) for item in _some(value))
         if isinstance(value, nn.Module):
             return self._all("module", None, _inside_module(value), depth)
         if isinstance(value, Optimizer):
@@ -138,8 +144,8 @@ class Fingerprints:
         return "code", getattr(value, "__module__", None), name, line
 
     def _all(self, kind: str, size: Hashable, items: Any, depth: int) -> Hashable:
-        parts = tuple(self.of(item, depth + 1) for item in items)
-        if parts and all(part is NOTHING for part in parts):
+        parts = tuple([self.of(item, depth + 1) for item in items])
+        if parts and parts[0] is NOTHING and all(part is NOTHING for part in parts):
             return NOTHING
         return kind, size, parts
 
@@ -187,7 +193,7 @@ def _inside_module(module: nn.Module) -> Iterator[Any]:
 
 def memory_of(tensor: Tensor) -> Hashable:
     """Equal for tensors that share memory."""
-    if tensor.layout is not torch.strided or is_uninitialized(tensor):
+    if tensor.layout is not torch.strided or is_lazy(tensor):
         return id(tensor)
     return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
 
@@ -198,7 +204,7 @@ def _tensor(tensor: Tensor, versions: bool) -> Hashable:
 
 
 def _sample(tensor: Tensor) -> bytes:
-    if tensor.device.type == "meta" or is_uninitialized(tensor):
+    if tensor.device.type == "meta" or is_lazy(tensor):
         return b""
     if tensor.layout is torch.sparse_coo:
         tensor = tensor._values()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.attributes import Built, capture_attributes, restore_attributes
 from orchestrator.snapshot.names import buffer_slots
-from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replica, replicas
+from orchestrator.snapshot.tensors import overwrite, replica, replicas
 
 __all__ = ["Kept"]
 
@@ -21,14 +22,14 @@ class Kept:
         self._buffers = {
             slot.name: None if slot.tensor is None else replica(slot.tensor.detach())
             for slot in buffer_slots(module)
-            if slot.tensor is None or not is_uninitialized(slot.tensor)
+            if slot.tensor is None or not is_lazy(slot.tensor)
         }
 
     def put_back(self) -> None:
         """Make them what they were; what came since is removed."""
         for slot in list(buffer_slots(self._module)):
             live = slot.tensor
-            if live is not None and is_uninitialized(live):
+            if live is not None and is_lazy(live):
                 continue
             if slot.name not in self._buffers:
                 del slot.owner._buffers[slot.key]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.attributes import (
     Built,
@@ -21,11 +23,12 @@ from orchestrator.snapshot.names import (
     aliases,
     buffer_slots,
     parameter_slots,
+    slots_of,
     submodules,
     unique_submodules,
     unwrapped,
 )
-from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replica, replicas
+from orchestrator.snapshot.tensors import overwrite, replica, replicas
 
 __all__ = ["capture_module", "compare_module", "restore_module", "restore_weights"]
 
@@ -44,7 +47,7 @@ def capture_module(module: nn.Module, built: Built | None = None, attributes: Tr
     `get_extra_state` gives), `metrics` (states of torchmetrics objects inside the model); and `attributes`,
     see `capture_attributes`.
     """
-    parameters, buffers = list(parameter_slots(module)), list(buffer_slots(module))
+    parameters, buffers = slots_of(module)
     tied = aliases([*parameters, *buffers])
     modules = unique_submodules(module)
     return {
@@ -63,7 +66,7 @@ def capture_module(module: nn.Module, built: Built | None = None, attributes: Tr
 
 def _reference(slot: Slot) -> Tensor | None:
     tensor = slot.tensor
-    return None if tensor is None or is_uninitialized(tensor) else tensor.detach()
+    return None if tensor is None or is_lazy(tensor) else tensor.detach()
 
 
 def _live(slot: Slot) -> Tensor:
@@ -94,7 +97,7 @@ def restore_module(module: nn.Module, tree: Mapping[str, Any], built: Built | No
     refuse("the model", compare_module(module, tree))
     _restore_tensors(module, tree)
     for slot in parameter_slots(module):
-        if not is_uninitialized(_live(slot)):
+        if not is_lazy(_live(slot)):
             _live(slot).requires_grad_(tree["requires_grad"][slot.name])
     modules = unique_submodules(module)
     for path, part in modules.items():
@@ -159,11 +162,11 @@ def _described(tensors: Mapping[str, Tensor | None], name: str, tied: Mapping[st
 
 
 def _seen(tensor: Tensor | None) -> str:
-    return "one without a shape yet" if tensor is None or is_uninitialized(tensor) else describe(tensor)
+    return "one without a shape yet" if tensor is None or is_lazy(tensor) else describe(tensor)
 
 
 def _tensor_differences(kind: str, name: str, saved: Tensor | None, live: Tensor) -> Iterator[str]:
-    if is_uninitialized(live):
+    if is_lazy(live):
         return
     if saved is None or (saved.shape, saved.dtype) != (live.shape, live.dtype):
         yield f"{kind} {name!r}: checkpoint has {_seen(saved)}, the model has {_seen(live)}"
@@ -190,8 +193,8 @@ def _buffer_differences(module: nn.Module, tree: Mapping[str, Any]) -> Iterator[
 def _registered_difference(slot: Slot, saved: Tensor | None) -> Iterator[str]:
     live = slot.tensor
     if saved is not None and live is not None and _makes_buffers(slot.owner):
-        differs = saved.dtype != live.dtype and not is_uninitialized(live)
-    elif _makes_buffers(slot.owner) or (live is not None and is_uninitialized(live)):
+        differs = saved.dtype != live.dtype and not is_lazy(live)
+    elif _makes_buffers(slot.owner) or (live is not None and is_lazy(live)):
         differs = False
     elif saved is None or live is None:
         differs = saved is not live
@@ -229,7 +232,7 @@ def _module_differences(module: nn.Module, tree: Mapping[str, Any]) -> Iterator[
 
 
 def _restore_tensors(module: nn.Module, tree: Mapping[str, Any]) -> None:
-    slots = {slot.name: slot for slot in (*parameter_slots(module), *buffer_slots(module))}
+    slots = {slot.name: slot for slot in chain(*slots_of(module))}
     tied = aliases(list(slots.values()))
     for name, saved in tree["parameters"].items():
         if saved is not None:
@@ -237,7 +240,7 @@ def _restore_tensors(module: nn.Module, tree: Mapping[str, Any]) -> None:
     for name, saved in tree["buffers"].items():
         # Memory that is shared now and was not then must not be written through two names.
         _write_buffer(module, slots.get(name), name, saved, tree, in_place=name not in tied)
-    slots = {slot.name: slot for slot in (*parameter_slots(module), *buffer_slots(module))}
+    slots = {slot.name: slot for slot in chain(*slots_of(module))}
     for name, canonical in tree["aliases"].items():
         _tie(module, name, slots.get(name), _live(slots[canonical]), tree)
     for name, slot in slots.items():
@@ -262,7 +265,7 @@ def _write_buffer(
     in_place: bool,
 ) -> None:
     live = None if slot is None else slot.tensor
-    if saved is None and live is not None and is_uninitialized(live):
+    if saved is None and live is not None and is_lazy(live):
         return
     if live is not None and saved is not None and in_place:
         if isinstance(live, nn.UninitializedBuffer):

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-from orchestrator.snapshot.tensors import is_uninitialized
+from orchestrator.snapshot.tensor_entries import identity
 
 __all__ = [
     "Slot",
@@ -17,6 +18,7 @@ __all__ = [
     "buffer_slots",
     "parameter_names",
     "parameter_slots",
+    "slots_of",
     "submodules",
     "unique_submodules",
     "unwrapped",
@@ -93,19 +95,31 @@ class Slot(NamedTuple):
         return registered[self.key]
 
 
-def parameter_slots(root: nn.Module) -> Iterator[Slot]:
-    """Where parameters are registered, by every path; those registered as None are left out."""
+def slots_of(root: nn.Module) -> tuple[list[Slot], list[Slot]]:
+    """Where parameters and where buffers are registered, by every path.
+
+    Parameters that are registered as None are left out; such buffers are not, nor are non-persistent ones.
+    """
+    parameters: list[Slot] = []
+    buffers: list[Slot] = []
     for path, module in submodules(root):
+        above = path and f"{path}."
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield Slot(f"{path}.{key}" if path else key, module, key, "parameter")
-
-
-def buffer_slots(root: nn.Module) -> Iterator[Slot]:
-    """Where buffers are registered, by every path, those that are None and non-persistent ones too."""
-    for path, module in submodules(root):
+                parameters.append(Slot(above + key, module, key, "parameter"))
         for key in module._buffers:
-            yield Slot(f"{path}.{key}" if path else key, module, key, "buffer")
+            buffers.append(Slot(above + key, module, key, "buffer"))
+    return parameters, buffers
+
+
+def parameter_slots(root: nn.Module) -> list[Slot]:
+    """The first of `slots_of`."""
+    return slots_of(root)[0]
+
+
+def buffer_slots(root: nn.Module) -> list[Slot]:
+    """The second of `slots_of`."""
+    return slots_of(root)[1]
 
 
 def aliases(slots: list[Slot]) -> dict[str, str]:
@@ -113,26 +127,23 @@ def aliases(slots: list[Slot]) -> dict[str, str]:
     first: dict[object, str] = {}
     found: dict[str, str] = {}
     for slot in slots:
-        if slot.tensor is not None:
-            name = first.setdefault(_memory(slot.tensor), slot.name)
+        tensor = slot.tensor
+        if tensor is not None:
+            name = first.setdefault(_memory(tensor), slot.name)
             if name != slot.name:
                 found[slot.name] = name
     return found
 
 
 def _memory(tensor: Tensor) -> object:
-    if is_uninitialized(tensor) or tensor.layout is not torch.strided or not tensor.numel():
-        return id(tensor)
-    start = tensor.untyped_storage().data_ptr()
-    if start == 0:  # no memory of its own: a meta tensor
-        return id(tensor)
-    return start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return id(tensor) if is_lazy(tensor) or tensor.layout is not torch.strided else identity(tensor)
 
 
 def parameter_names(module: nn.Module) -> dict[Tensor, str]:
     """The plain name of each parameter of `module`; a tied one has the first of its names."""
     names: dict[Tensor, str] = {}
     for slot in parameter_slots(module):
-        if slot.tensor is not None:
-            names.setdefault(slot.tensor, slot.name)
+        tensor = slot.tensor
+        if tensor is not None:
+            names.setdefault(tensor, slot.name)
     return names

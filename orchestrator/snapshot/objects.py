@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.differences import UnsupportedStateError
 from orchestrator.snapshot.digests import digests
-from orchestrator.snapshot.tensors import is_uninitialized, overwrite, replicas
+from orchestrator.snapshot.tensors import overwrite, replicas
 
 __all__ = ["MOST_ELEMENTS", "AttributesKept", "ContentsKept"]
 
@@ -92,7 +93,7 @@ def _digest(value: Any) -> dict[str, str]:
 
 def _is_plain(value: object, elements: int) -> bool:
     if isinstance(value, nn.Parameter):
-        return not is_uninitialized(value) and value.numel() <= elements
+        return not is_lazy(value) and value.numel() <= elements
     ahead, left = [value], _MOST
     while ahead and left >= 0 and elements >= 0:
         left -= 1

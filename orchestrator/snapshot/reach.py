@@ -45,6 +45,7 @@ _TENSORS_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _OPTIMIZERS_OWN = frozenset({"step", "_opt_called", "_step_count"})
 """Set on an optimizer by torch's schedulers."""
 
+_ELEMENTS = (Tensor, np.ndarray, np.generic)
 _FIRST = 64
 _OWNERS = 2_000
 _ITEMS = 100
@@ -349,14 +350,14 @@ def _users_hooks(part: nn.Module) -> list[Any]:
 
 def _values(item: Any, depth: int) -> Any:
     """A copy of the containers of `item`, with nothing in place of objects."""
-    if isinstance(item, Tensor | np.ndarray | np.generic) or is_plain(item):
+    if isinstance(item, _ELEMENTS) or is_plain(item):
         return item
     if depth > _DEPTH:
         return None
+    if isinstance(item, (list, tuple)):
+        return [len(item), *[_values(part, depth + 1) for part in item[:: max(1, len(item) // _ITEMS)]]]
     if isinstance(item, dict):
         return {key: _values(item[key], depth + 1) for key in islice(item, _ITEMS)}
-    if isinstance(item, list | tuple):
-        return [len(item), *(_values(part, depth + 1) for part in item[:: max(1, len(item) // _ITEMS)])]
     return None
 
 

@@ -49,7 +49,7 @@ class Staging:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._layout: object = None
-        self._places: list[Tensor] = []
+        self._places: list[tuple[str, Tensor]] = []
         self._files: dict[str, memoryview] = {}
         self._from_devices = FromDevices()
 
@@ -71,28 +71,23 @@ class Staging:
         thread's stream. Where `later` says so of their paths, and they can be, tensors are copied later (on a device:
         beside what it does next), and complete when `Staged.deferred` is.
         """
-        files = divided(encoded.tensors, weights)
-        tensors = [tensor for within in files.values() for tensor in within.values()]
-        pinned = any(tensor.is_cuda for tensor in tensors)
-        arrangement = (
-            pinned,
-            [(file, name, t.dtype, t.shape) for file, within in files.items() for name, t in within.items()],
-        )
+        tensors = encoded.tensors
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        arrangement = pinned, weights, [(path, t.dtype, t.shape) for path, t in tensors.items()]
         if arrangement != self._layout:
-            self._arrange(files, pinned=pinned)
+            self._arrange(tensors, weights, pinned=pinned)
             self._layout = arrangement
-        paths = {id(tensor): path for path, tensor in encoded.tensors.items()}
         due: list[Due] = []
         on_devices: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            for place, tensor in zip(self._places, tensors, strict=True):
-                path = paths[id(tensor)]
+            for path, place in self._places:
+                tensor = tensors[path]
                 how = later(path)
                 if how is not None and can_wait(tensor, compared=how.compared):
                     due.append(Due(path, place, tensor, *how))
                     if not how.made:
                         continue
-                if tensor.is_cuda:
+                if pinned and tensor.is_cuda:
                     on_devices.append((place, tensor))
                 else:
                     place.copy_(tensor)
@@ -108,9 +103,10 @@ class Staging:
         self._layout, self._places, self._files = None, [], {}
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _arrange(self, files: Mapping[str, Mapping[str, Tensor]], *, pinned: bool) -> None:
+    def _arrange(self, tensors: Mapping[str, Tensor], weights: Sequence[str], *, pinned: bool) -> None:
         """Give each file its place, write its header there, and give each tensor its place in it."""
-        layouts = {name: layout(tensors) for name, tensors in files.items()}
+        files = divided(tensors, weights)
+        layouts = {name: layout(within) for name, within in files.items()}
         starts, end = {}, 0
         for name, (header, entries) in layouts.items():
             starts[name] = end
@@ -120,13 +116,16 @@ class Staging:
             self.release()  # before the larger one is there: never two
             self._memory = _allocate(end, pinned)
         whole = memory(self._memory)
+        paths = {id(tensor): path for path, tensor in tensors.items()}
         self._places, self._files, self._layout = [], {}, None
         for name, (header, entries) in layouts.items():
             first = starts[name] + len(header)
             whole[starts[name] : first] = header
             self._files[name] = whole[starts[name] : first + _end(entries)]
             places = {e.name: self._memory[first + e.begin : first + e.end] for e in entries}
-            self._places += [places[key].view(t.dtype).view(t.shape) for key, t in files[name].items()]
+            self._places += [
+                (paths[id(t)], places[key].view(t.dtype).view(t.shape)) for key, t in files[name].items()
+            ]
 
 
 def _end(entries: Sequence[Entry]) -> int:

@@ -24,7 +24,7 @@ def refusal(tensor: Tensor) -> str | None:
         return f"a tensor of the subclass {type(tensor).__module__}.{type(tensor).__qualname__}"
     if tensor.layout not in (torch.strided, torch.sparse_coo):
         return f"a tensor of layout {tensor.layout}"
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "a meta tensor, which has no values"
     if tensor.is_quantized:
         return f"a quantized tensor ({tensor.dtype})"
@@ -33,11 +33,11 @@ def refusal(tensor: Tensor) -> str | None:
 
 def identity(tensor: Tensor) -> object:
     """Equal for strided tensors that are the same memory read in the same way, as tied weights are."""
-    start = tensor.untyped_storage().data_ptr()
-    if start == 0 or tensor.numel() == 0:
+    start = tensor.data_ptr()
+    if start == 0:  # no elements
         return id(tensor)
     bits = tensor.is_conj(), tensor.is_neg()
-    return tensor.device, start, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, bits
+    return tensor.device, start, tensor.shape, tensor.stride(), tensor.dtype, bits
 
 
 def storable(tensor: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -47,21 +47,23 @@ def storable(tensor: Tensor) -> tuple[Tensor, dict[str, Any]]:
     once, and `stride` where the strides are not those of a contiguous tensor. Nothing is copied, save
     where a conjugation or negation is pending.
     """
-    stored = tensor.detach()
+    # Asking a tensor for anything takes a while, and a state has hundreds.
+    stored = tensor.detach() if tensor.requires_grad else tensor
+    dtype, shape = stored.dtype, stored.shape
     entry: dict[str, Any] = {}
-    if stored.stride() != _contiguous_strides(stored.shape):
-        repeated = [dim for dim, size in enumerate(stored.shape) if size > 1 and stored.stride(dim) == 0]
+    if stored.stride() != _contiguous_strides(shape):
+        repeated = [dim for dim, size in enumerate(shape) if size > 1 and stored.stride(dim) == 0]
         if repeated and stored.numel():
-            entry["expand"] = list(stored.shape)
+            entry["expand"] = list(shape)
             for dim in repeated:
                 stored = stored.narrow(dim, 0, 1)
         if _worth_keeping(stored):
             entry["stride"] = list(stored.stride())
-    if stored.is_conj() or stored.is_neg():
+    if stored.is_neg() or (dtype.is_complex and stored.is_conj()):
         stored = stored.resolve_conj().resolve_neg()
-    if stored.dtype not in DTYPES:
-        entry["dtype"] = str(stored.dtype).removeprefix("torch.")
-        stored = torch.view_as_real(stored) if stored.dtype in _PAIRS else stored.view(torch.uint8)
+    if dtype not in DTYPES:
+        entry["dtype"] = str(dtype).removeprefix("torch.")
+        stored = torch.view_as_real(stored) if dtype in _PAIRS else stored.view(torch.uint8)
     return stored, entry
 
 

@@ -8,18 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.tensor_entries import storable
 
-__all__ = ["copied", "is_uninitialized", "overwrite", "replica", "replicas"]
+__all__ = ["copied", "overwrite", "replica", "replicas"]
 
 _MUTABLE = (dict, set, deque, bytearray, np.ndarray)
-
-
-def is_uninitialized(tensor: Tensor) -> bool:
-    """Whether it is a parameter or buffer of a lazy module that has not seen a batch yet."""
-    return isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer)
 
 
 def overwrite(live: Tensor, saved: Tensor) -> bool:
@@ -28,7 +24,7 @@ def overwrite(live: Tensor, saved: Tensor) -> bool:
     It is where shape, dtype and strides agree. Strides count: a kernel, and with it the last bits of a result,
     is chosen by them. (Those that a checkpoint does not keep do not: see `encode`.)
     """
-    if is_uninitialized(live) or live.layout is not torch.strided or saved.layout is not torch.strided:
+    if is_lazy(live) or live.layout is not torch.strided or saved.layout is not torch.strided:
         return False
     if live.is_inference() or (live.shape, live.dtype) != (saved.shape, saved.dtype):
         return False
