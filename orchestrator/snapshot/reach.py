@@ -68,6 +68,8 @@ class Owner:
     """Whether the values are attributes of a callback."""
     cls: type | None = None
     """The class of the object whose attributes they are, which may have values for those that it lacks."""
+    plain: bool = False
+    """Whether there are but plain values, tensors and arrays among the values, and in them."""
     saved: Callable[[], object] | None = None
     """What the user's own code gives to checkpoints, some of the values perhaps among it."""
 
@@ -218,7 +220,11 @@ class Reach:
 
     def add_values(self, item: object) -> None:
         """A list, dict, tensor or array that was given as data: the plain values, tensors and arrays in it."""
-        self.owners.append(Owner("", "given as data", lambda: {type(item).__name__: _values(item, 0)}, True))
+
+        def read() -> dict[str, Any]:
+            return {type(item).__name__: _values(item, 0)}
+
+        self.owners.append(Owner("", "given as data", read, True, plain=True))
 
     @cached_property
     def _set(self) -> set[str]:

@@ -87,7 +87,7 @@ class Watch:
         found: dict[str, object] = {}
         read, self._read = self._read or self._read_all(), []
         for owner, values in zip(self.owners, read, strict=True):
-            for name, value in values.items():
+            for name, value in () if owner.plain else values.items():
                 found.setdefault(owner.label + name, value)
         for key, callback in self._callbacks.items():
             if is_users(type(callback)):
