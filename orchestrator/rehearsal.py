@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-import torch
 from torch.nn.parameter import is_lazy
 
 from orchestrator import recovery
@@ -129,17 +128,13 @@ def _check(trainer: Trainer) -> None:
         raise ConfigurationError(
             "rehearse() in FORWARD, whose graph cannot be kept; expected another state: advance() first"
         )
-    lazy = [slot.name for slot in parameter_slots(trainer.model) if _is_lazy(slot.tensor)]
+    lazy = [s.name for s in parameter_slots(trainer.model) if s.tensor is not None and is_lazy(s.tensor)]
     if lazy:
         raise ConfigurationError(
             f"rehearse(): {', '.join(lazy[:3])} of the model {'has' if len(lazy) == 1 else 'have'} no shape before the "
             "first batch, which cannot be undone; expected a model with shapes: call it on a batch once before the "
             "Trainer is built"
         )
-
-
-def _is_lazy(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and is_lazy(tensor)
 
 
 # -- what is done ----------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def _of_class(kind: type) -> _OfClass:
 
 
 def _parts(path: str, item: object, classes: dict[type, _OfClass]) -> Iterator[tuple[str, object]]:
-    if isinstance(item, (dict, list, tuple)):
+    if isinstance(item, _BUILT_IN):
         yield from _elements(path, item)
         if type(item) in _BUILT_IN:  # which have no attributes
             return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orchestrator.snapshot.metric_states import has_states
-from orchestrator.snapshot.names import unique_submodules
+from orchestrator.snapshot.names import registered, unique_submodules
 from orchestrator.snapshot.tensor_entries import array_as_tensor, identity, refusal
 from orchestrator.snapshot.tensors import overwrite, replica
 
@@ -139,6 +139,7 @@ class _Search:
     """The attributes of all parts of a module that can be captured, each looked at by itself."""
 
     def __init__(self, module: nn.Module, built: Built | None) -> None:
+        self._module = module
         self.parts = parts = unique_submodules(module)
         self.values = {
             (path, name): value
@@ -150,12 +151,7 @@ class _Search:
     @cached_property
     def _registered(self) -> set[object]:
         """The memory of parameters and buffers; asked for where an attribute is a tensor."""
-        return {
-            _memory(tensor)
-            for part in self.parts.values()
-            for tensor in (*part._parameters.values(), *part._buffers.values())
-            if tensor is not None
-        } - {None}
+        return set(map(_memory, registered(self._module))) - {None}
 
     def _is_data(self, value: Any, depth: int) -> bool:
         kind = type(value)

@@ -62,8 +62,8 @@ class DecodingError(InterlockError, ValueError):
 class Encoded:
     """A tree taken apart.
 
-    `document` holds what `json` can write and shares nothing with the tree. `tensors` are detached
-    references to the tree's own, by names that are their paths in it (`model/parameters/0.weight`).
+    `document` holds what `json` can write and shares nothing with the tree. `tensors` are the tree's own or views of
+    them, detached, by names that are their paths in it (`model/parameters/0.weight`).
     """
 
     document: Any

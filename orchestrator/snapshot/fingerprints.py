@@ -86,17 +86,17 @@ class Fingerprints:
 
     def of(self, value: Any, depth: int = 0) -> Hashable:
         """The fingerprint of `value`: equal while it has not changed."""
-        if type(value) not in _CONTAINERS:  # most of what has anything in it, and then nothing else
+        if type(value) not in _CONTAINERS:  # not asked of containers, which are many
             if isinstance(value, SCALARS):
                 return type(value).__name__, repr(value) if isinstance(value, _REPRESENTED) else value
             if isinstance(value, Tensor):
                 return self._tensor(value)
             if isinstance(value, _ARRAYS):
                 return _array(np.asarray(value))
-            if isinstance(value, _CODE) and depth <= _DEPTH:
-                return self._code(value, depth)
         if depth > _DEPTH:
             return NOTHING
+        if isinstance(value, _CODE):
+            return self._code(value, depth)
         if id(value) in self._known or id(value) in self._open:
             return NOTHING
         self._open.add(id(value))
@@ -145,7 +145,7 @@ class Fingerprints:
 
     def _all(self, kind: str, size: Hashable, items: Any, depth: int) -> Hashable:
         parts = tuple([self.of(item, depth + 1) for item in items])
-        if parts and parts[0] is NOTHING and all(part is NOTHING for part in parts):
+        if parts and all(part is NOTHING for part in parts):
             return NOTHING
         return kind, size, parts
 

@@ -27,7 +27,7 @@ class Kept:
 
     def put_back(self) -> None:
         """Make them what they were; what came since is removed."""
-        for slot in list(buffer_slots(self._module)):
+        for slot in buffer_slots(self._module):
             live = slot.tensor
             if live is not None and is_lazy(live):
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "buffer_slots",
     "parameter_names",
     "parameter_slots",
+    "registered",
     "slots_of",
     "submodules",
     "unique_submodules",
@@ -78,6 +80,14 @@ def unique_submodules(root: nn.Module) -> dict[str, nn.Module]:
         if first.setdefault(id(module), path) == path:
             found[path] = module
     return found
+
+
+def registered(root: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of each module; a tied one as often as it is registered."""
+    for module in unique_submodules(root).values():
+        for tensor in chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None:
+                yield tensor
 
 
 class Slot(NamedTuple):

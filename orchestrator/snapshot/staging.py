@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.snapshot.contents import WEIGHTS, divided
+from orchestrator.snapshot.contents import MODEL, STATE, WEIGHTS, by_path, divided
 from orchestrator.snapshot.deferred import Deferred, Due, Later, can_wait
 from orchestrator.snapshot.encoding import Encoded
 from orchestrator.snapshot.from_devices import FromDevices, UnderWay
@@ -49,7 +49,7 @@ class Staging:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._layout: object = None
-        self._places: list[tuple[str, Tensor]] = []
+        self._places: dict[str, Tensor] = {}
         self._files: dict[str, memoryview] = {}
         self._from_devices = FromDevices()
 
@@ -80,8 +80,8 @@ class Staging:
         due: list[Due] = []
         on_devices: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
-            for path, place in self._places:
-                tensor = tensors[path]
+            for path, tensor in tensors.items():
+                place = self._places[path]
                 how = later(path)
                 if how is not None and can_wait(tensor, compared=how.compared):
                     due.append(Due(path, place, tensor, *how))
@@ -100,7 +100,7 @@ class Staging:
 
     def release(self) -> None:
         """Give the memory back."""
-        self._layout, self._places, self._files = None, [], {}
+        self._layout, self._places, self._files = None, {}, {}
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _arrange(self, tensors: Mapping[str, Tensor], weights: Sequence[str], *, pinned: bool) -> None:
@@ -116,16 +116,17 @@ class Staging:
             self.release()  # before the larger one is there: never two
             self._memory = _allocate(end, pinned)
         whole = memory(self._memory)
-        paths = {id(tensor): path for path, tensor in tensors.items()}
-        self._places, self._files, self._layout = [], {}, None
+        places: dict[str, dict[str, Tensor]] = {}
+        self._places, self._files, self._layout = {}, {}, None
         for name, (header, entries) in layouts.items():
             first = starts[name] + len(header)
             whole[starts[name] : first] = header
             self._files[name] = whole[starts[name] : first + _end(entries)]
-            places = {e.name: self._memory[first + e.begin : first + e.end] for e in entries}
-            self._places += [
-                (paths[id(t)], places[key].view(t.dtype).view(t.shape)) for key, t in files[name].items()
-            ]
+            places[name] = {
+                e.name: self._memory[first + e.begin : first + e.end].view(e.dtype).view(e.shape)
+                for e in entries
+            }
+        self._places = by_path(places[MODEL], places[STATE], weights)
 
 
 def _end(entries: Sequence[Entry]) -> int:

@@ -41,7 +41,7 @@ def identity(tensor: Tensor) -> object:
 
 
 def storable(tensor: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """A view of a strided `tensor` whose dtype a file can hold, and what to add to its entry.
+    """A strided `tensor`, or a view of it, of a dtype that a file can hold, detached; and what to add to its entry.
 
     The entry has `dtype` where the file's differs, `expand` (a shape) where an expanded tensor is stored
     once, and `stride` where the strides are not those of a contiguous tensor. Nothing is copied, save

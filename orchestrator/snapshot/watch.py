@@ -6,7 +6,6 @@ import io
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from orchestrator.snapshot.attributes import Built, capture_attributes, without_standing
 from orchestrator.snapshot.fingerprints import NOTHING, Fingerprints, is_of_code, memory_of
-from orchestrator.snapshot.names import unique_submodules
+from orchestrator.snapshot.names import registered
 from orchestrator.snapshot.reach import Owner, Reach
 from orchestrator.snapshot.readers import Readers
 from orchestrator.snapshot.users_code import SCALARS, has_users_variables, is_users, only_written, variables
@@ -192,10 +191,7 @@ class Watch:
 
     def _memories(self) -> Iterator[Hashable]:
         for module in self._modules.values():
-            for part in unique_submodules(module).values():
-                for tensor in chain(part._parameters.values(), part._buffers.values()):
-                    if tensor is not None:
-                        yield memory_of(tensor)
+            yield from map(memory_of, registered(module))
         for optimizer in self._hooked:
             for group in getattr(optimizer, "param_groups", ()):
                 yield from map(memory_of, group["params"])
