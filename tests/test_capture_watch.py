@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 import random
 import time
 import types
@@ -37,6 +38,7 @@ from torch.utils.data.dataloader import default_collate
 
 import trainings
 from orchestrator import EMA, Callback, EarlyStopping, Trainer
+from orchestrator.snapshot.fingerprints import Fingerprints
 from orchestrator.snapshot.reach import Reach
 from orchestrator.snapshot.users_code import is_users, only_written
 from orchestrator.snapshot.watch import Watch
@@ -1196,6 +1198,24 @@ def test_a_large_value_is_looked_at_in_part_and_in_little_time() -> None:
 
 
 # --- generators -----------------------------------------------------------------------------------------------
+
+
+def test_fingerprints_tell_numbers_by_type_and_bits() -> None:
+    of = Fingerprints((), ()).of
+    lists: list[list[object]] = [
+        [0.0, 1.0],
+        [-0.0, 1.0],
+        [0, 1],
+        [False, True],
+        [math.nan, 1.0],
+        [0.0, 1.0, 2.0],
+        [],
+    ]
+    assert len({of(values) for values in lists}) == len(lists)
+    assert of([math.nan, -0.0]) == of([math.nan, -0.0])
+    long = [float(number) for number in range(1_000)]
+    assert of(long) == of(long.copy()) != of([*long, 0.0])
+    assert of(torch.zeros(0)) != of(torch.zeros(0, 3)) != of(torch.zeros(1))
 
 
 def test_generators_wherever_user_code_has_them_are_restored(tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ class Saves:
         self._trainer, self._root = trainer, root
         self.began: list[float] = []
         self._still: list[Callable[[], float]] = []
-        # In a generator, where it is not state of the training: interlock looks whether what hooks keep has changed.
         self._copies = self._copying()
         self._ends: deque[Callable[[], object]] = deque()
         self.contenders: dict[str, Callable[[], Save | None]] = {
@@ -54,8 +53,10 @@ class Saves:
             "torch.save": self._torch_save,
             "dcp.async_save": self._dcp,
         }
-        trainer.before(Trigger.FETCH)(self._before_batch)
-        trainer.after(Trigger.END_BATCH)(self._after_batch)
+        # By generators, in which this is not state of the training: interlock looks at what hooks keep for changes.
+        begins, ends = _calling(self._before_batch), _calling(self._after_batch)
+        trainer.before(Trigger.FETCH)(lambda: next(begins))
+        trainer.after(Trigger.END_BATCH)(lambda: next(ends))
 
     def _before_batch(self) -> None:
         self._synchronize()
@@ -128,6 +129,11 @@ class Saves:
             found["still"].setdefault(name, []).append(self._still[number]() * 1000)
             found["later"].setdefault(name, []).append((took[at] + took[at + 1] - 2 * alone) * 1000)
         return found
+
+
+def _calling(function: Callable[[], None]) -> Iterator[None]:
+    while True:
+        yield function()
 
 
 def rows(layers: int, samples: int, rounds: int, threads: int, device: str) -> list[Row]:

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -103,8 +103,8 @@ def decode(document: Any, tensors: Mapping[str, Tensor]) -> Any:
 class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._entries: dict[object, dict[str, Any]] = {}
-        self._alive: list[Tensor] = []  # what stands in `_entries` by its id must not be freed
+        self._stored: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}
+        """The tensors whose memory begins at one place, and the entry of each; nearly always it is one."""
         self._open: list[int] = []
 
     def encode(self, value: Any, path: str) -> Any:
@@ -128,9 +128,11 @@ class _Encoder:
     def leave(self) -> None:
         self._open.pop()
 
-    def items(self, values: Iterable[Any], container: Any, path: str) -> list[Any]:
+    def items(self, container: Collection[Any], path: str) -> list[Any]:
+        if _are_numbers(container):
+            return list(container)
         self.inside(container, path)
-        encoded = [self.encode(value, _joined(path, index)) for index, value in enumerate(values)]
+        encoded = [self.encode(value, _joined(path, index)) for index, value in enumerate(container)]
         self.leave()
         return encoded
 
@@ -223,13 +225,13 @@ class _Encoder:
         return {_TAG: "defaultdict", "factory": name, "v": self.pairs(value, path)}
 
     def sequence(self, value: list[Any], path: str) -> Any:
-        return self.items(value, value, path)
+        return self.items(value, path)
 
     def fixed(self, value: tuple[Any, ...], path: str) -> Any:
-        return {_TAG: "tuple", "v": self.items(value, value, path)}
+        return {_TAG: "tuple", "v": self.items(value, path)}
 
     def queue(self, value: deque[Any], path: str) -> Any:
-        return {_TAG: "deque", "maxlen": value.maxlen, "v": self.items(value, value, path)}
+        return {_TAG: "deque", "maxlen": value.maxlen, "v": self.items(value, path)}
 
     def set_of(self, value: set[Any] | frozenset[Any], path: str) -> Any:
         self.inside(value, path)
@@ -256,15 +258,17 @@ class _Encoder:
         }
 
     def stored(self, value: Tensor, path: str) -> dict[str, Any]:
-        same = identity(value)
-        found = self._entries.get(same)
-        if found is None:
-            tensor, entry = storable(value)
-            name = self.free_name(path)
-            self._alive.append(value)
-            self.tensors[name] = tensor
-            found = self._entries[same] = {"name": name, **entry}
-        return found
+        start = value.data_ptr() or id(value)  # 0 where there are no elements
+        there = self._stored.setdefault(start, [])
+        for other, entry in there:
+            if identity(other) == identity(value):
+                return entry
+        tensor, entry = storable(value)
+        name = self.free_name(path)
+        self.tensors[name] = tensor
+        entry = {"name": name, **entry}
+        there.append((value, entry))
+        return entry
 
     def free_name(self, path: str) -> str:
         # Names go into file headers as UTF-8.
@@ -308,6 +312,14 @@ def _kind(value: Any) -> str:
     if kind.__module__ == "builtins":
         return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
     return f"an object of {kind.__module__}.{kind.__qualname__}"
+
+
+def _are_numbers(values: Collection[Any]) -> bool:
+    """Whether they are numbers of one type that JSON keeps as they are; asked of all at once, for long logs."""
+    kinds = set(map(type, values))
+    if kinds == {float}:
+        return all(map(math.isfinite, values))
+    return kinds == {int} and min(values) in _JSON_INTEGERS and max(values) in _JSON_INTEGERS
 
 
 def _joined(path: str, key: object) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import types
+from array import array
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
 from itertools import chain, islice
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -116,7 +117,10 @@ class Fingerprints:
 
     def _inside(self, value: Any, depth: int) -> Hashable:
         if isinstance(value, (list, tuple, deque)):
-            return self._all("sequence", len(value), _some(value), depth)
+            some = _some(value)
+            if set(map(type, some)) == {float}:  # a log of losses, say
+                return "floats", len(value), array("d", some).tobytes()
+            return self._all("sequence", len(value), some, depth)
         if isinstance(value, dict):
             keys, values = tuple(map(repr, _some(value))), (value[key] for key in _some(value))
             return self._all("dict", (len(value), keys), values, depth)
@@ -213,8 +217,8 @@ def _sample(tensor: Tensor) -> bytes:
     tensor, step = tensor.detach(), max(tensor.numel() // _READ, 1)
     if not tensor.is_contiguous() or tensor.device.type != "cpu" or tensor.is_conj() or tensor.is_neg():
         tensor, step = _chosen(tensor, step), 1
-    elements = np.asarray(memory(tensor)).reshape(-1, tensor.element_size())
-    return hashlib.blake2b(elements[::step].tobytes(), digest_size=16).digest()
+    elements = np.frombuffer(memory(tensor), f"V{tensor.element_size()}")
+    return xxhash.xxh3_128_digest(elements[::step].tobytes())
 
 
 @torch.no_grad()
@@ -227,8 +231,8 @@ def _chosen(tensor: Tensor, step: int) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def _array(array: np.ndarray[Any, Any]) -> Hashable:
-    if array.dtype.hasobject:
+def _array(values: np.ndarray[Any, Any]) -> Hashable:
+    if values.dtype.hasobject:
         return NOTHING
-    chosen = array.flat[:: max(array.size // _READ, 1)] if array.size else array
-    return "array", str(array.dtype), array.shape, hashlib.blake2b(chosen.tobytes(), digest_size=16).digest()
+    chosen = values.flat[:: max(values.size // _READ, 1)] if values.size else values
+    return "array", str(values.dtype), values.shape, xxhash.xxh3_128_digest(chosen.tobytes())

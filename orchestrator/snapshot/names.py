@@ -68,7 +68,11 @@ def _add_submodules(
     above.add(id(module))
     for key, child in module._modules.items():
         if child is not None:
-            _add_submodules(f"{path}.{key}" if path else key, child, above, found)
+            below = f"{path}.{key}" if path else key
+            if child._modules:
+                _add_submodules(below, child, above, found)
+            else:  # it wraps nothing either
+                found.append((below, child))
     above.remove(id(module))
 
 

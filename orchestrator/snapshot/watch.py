@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from collections import deque
@@ -64,6 +65,7 @@ class Watch:
         self._read: list[Mapping[str, Any]] = []
         """The values of each owner, as they were looked at last; until `roots` has used them."""
         self._readers: Readers | None = None
+        self._only_written: Callable[[str], bool] = lambda name: False
 
     @property
     def owners(self) -> list[Owner]:
@@ -114,6 +116,7 @@ class Watch:
         for item in _outermost(self._data):
             reach.add_values(item)
         self._readers = None
+        self._only_written = functools.cache(functools.partial(only_written, codes=reach.codes))
         self._before = [now for _, now in self._fingerprints()]
         self._began = [clock() for clock in _CLOCKS]
 
@@ -159,7 +162,7 @@ class Watch:
     def _is_read(self, owner: Owner, name: str, value: Any) -> bool:
         return (
             owner.read_elsewhere
-            or not only_written(name, self._reach.codes)
+            or not self._only_written(name)
             or self._readers_now().read(name, value, is_attribute=bool(owner.label))
         )
 
