@@ -18,6 +18,7 @@ from torch import nn
 
 from orchestrator import Trainer
 from states.table import ARCS, Arc, State, Trigger
+from tracking import blocks
 from tracking.frames import PENDING
 from tracking.journal import Journal
 from tracking.packing import MetricValues
@@ -103,6 +104,53 @@ def test_values_of_any_number_at_any_distance(what: list[tuple[int, int]]) -> No
         assert found.fetchall() == [*expected, *again]
         ids = [one for (one,) in connection.execute("SELECT id FROM all_metrics")]
         assert ids == sorted(set(ids))
+
+
+@given(
+    st.lists(st.sampled_from(["", "", "", "a note", "n" * 400]), min_size=16, max_size=150),
+    st.integers(5, 60),
+)
+def test_what_is_worked_on_in_parts_is_whole(notes: list[str], at_once: int) -> None:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as name,
+        begun(Path(name) / "a") as (connection, packer),
+    ):
+        patch.setattr(blocks, "_AT_ONCE", at_once)
+        recorder = Recorder.create(
+            Path(name) / "recorder.bin", attempt=1, next_seq=1, scopes=["train"], phases=[""], capacity=4096
+        )
+        for batch, note in enumerate(notes):
+            for at, arc in enumerate(BATCH):
+                recorder.record(
+                    arc,
+                    0,
+                    0,
+                    0,
+                    batch,
+                    10**18 + 50 * batch + 10 * at,
+                    10,
+                    batch / 8,
+                    note * (at == batch % 5),
+                )
+        chunk, _ = recorder.take()
+        recorder.close()
+        packer.transitions(chunk)
+        columns = "seq, epoch, batch, time_ns, duration_ns, loss, note"
+        found = connection.execute(f"SELECT {columns} FROM transitions ORDER BY seq").fetchall()
+        assert found == [
+            (
+                r.seq,
+                r.epoch,
+                r.batch,
+                r.time_ns,
+                r.duration_ns,
+                r.loss if r.arc == FORWARD else None,
+                r.note or None,
+            )
+            for r in chunk.records
+        ]
+        assert len(found) == 5 * len(notes)
 
 
 @pytest.mark.parametrize("took_ns", [1, 10**9])

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from operator import attrgetter, itemgetter, sub
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from states.table import Trigger
 from tracking import packed
@@ -36,9 +36,6 @@ from tracking.packed import (
     WORD_DIGITS,
 )
 from tracking.recorder import Chunk
-
-if TYPE_CHECKING:
-    from tracking.blocks import Block
 
 __all__ = ["MetricValues", "Packer", "from_number", "to_number"]
 
@@ -161,12 +158,12 @@ class Packer:
         """Write the transitions of a chunk."""
         data, done = chunk.data, 0
         if len(data) >= packed.LEAST_ROWS * SIZE:
-            from tracking.blocks import blocks  # numpy is not for those who only look on
+            from tracking.blocks import Block, blocks  # numpy is not for those who only look on
 
-            for first, beyond, found in blocks(data, chunk.skip, self._pattern):
+            insert = _insert("transition_blocks", {}, ("attempt", *Block._fields))
+            for first, beyond, found in blocks(data, chunk.skip, self._pattern, self._scopes):
                 self._frames(data[done * SIZE : first * SIZE], chunk.skip if not done else 0)
-                for block in found:
-                    self._block(block)
+                self._connection.executemany(insert, ((self._attempt, *block) for block in found))
                 done = beyond
         self._frames(data[done * SIZE :], chunk.skip if not done else 0)
 
@@ -222,13 +219,6 @@ class Packer:
                 _insert("packed_transitions", {}, columns), [value for _, value in row if value is not None]
             )
 
-    def _block(self, block: Block) -> None:
-        self._store("transition_blocks", dict(vars(block), scope=self._scopes[block.scope]))
-
-    def _store(self, table: str, row: dict[str, object]) -> None:
-        row["attempt"] = self._attempt
-        self._connection.execute(_insert(table, {}, list(row)), list(row.values()))
-
     def _write(
         self, table: str, shared: Mapping[str, int], columns: Sequence[str], left: list[SqlNumber]
     ) -> None:
@@ -249,16 +239,17 @@ class Packer:
         if len(measured) < packed.LEAST_ROWS:
             self._one_by_one(measured)
             return
-        from tracking.blocks import metric_blocks
+        from tracking.blocks import MetricBlock, metric_blocks
 
+        insert = _insert("metric_blocks", {}, ("attempt", "id", *MetricBlock._fields))
         seq, scopes, epoch, batch, step, keys, values, time_ns = zip(*measured, strict=True)
         scope = _each(self.scope, scopes)
         keyset = _each(lambda keys: self._keyset(keys) if len(keys) <= ROW_LENGTH else -1, keys)
         done = 0
         for first, beyond, found in metric_blocks((seq, scope, epoch, batch, step, time_ns, keyset), values):
             self._one_by_one(measured[done:first])  # in their order, which is that of the ids
-            for block in found:
-                self._store("metric_blocks", dict(vars(block), id=self._next_id(block.rows)))
+            rows = ((self._attempt, self._next_id(block.rows), *block) for block in found)
+            self._connection.executemany(insert, rows)
             done = beyond
         self._one_by_one(measured[done:])
 

@@ -185,19 +185,23 @@ class Watch:
 
     def _fingerprints(self) -> list[tuple[Mapping[str, Any], dict[str, Hashable]]]:
         """The values of each owner, and their fingerprints."""
-        fingerprints = Fingerprints(set(self._memories()), self._reach.known)
+        captured = {
+            memory_of(tensor) for tensor in {id(tensor): tensor for tensor in self._tensors()}.values()
+        }
+        fingerprints = Fingerprints(captured, self._reach.known)
         self._read = self._read_all()
         return [(values, {name: fingerprints.of(v) for name, v in values.items()}) for values in self._read]
 
     def _read_all(self) -> list[Mapping[str, Any]]:
         return [owner.read() for owner in self.owners]
 
-    def _memories(self) -> Iterator[Hashable]:
+    def _tensors(self) -> Iterator[Tensor]:
+        """Those that are captured wherever user's code has them; most of them twice."""
         for module in self._modules.values():
-            yield from map(memory_of, registered(module))
+            yield from registered(module)
         for optimizer in self._hooked:
             for group in getattr(optimizer, "param_groups", ()):
-                yield from map(memory_of, group["params"])
+                yield from group["params"]
 
 
 def _counts(item: object) -> bool:

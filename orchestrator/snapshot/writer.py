@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -295,6 +296,7 @@ def _has_spare_processor() -> bool:
     return torch.get_num_threads() < processors()
 
 
+@lru_cache(16_384)  # asked of the same ones at each save
 def _kind(path: str) -> str:
     """PARAMETERS, OPTIMIZER_STATE, or "" where a path is of neither.
 
