@@ -92,6 +92,7 @@ class Attempt:
             run, lease, _start(settings, plan, work.stream.length), list(scopes), phases
         )
         self._line = self._recorder.line(0)
+        self._work.noted = self._line.end_frame
         now = self._recorder.now()
         self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
         self._look_at = now
@@ -213,7 +214,7 @@ class Attempt:
     ) -> Callable[[], None]:
         """What does `record` where the frame at hand can be gone on with, and `close` at the end of a batch."""
         if ARCS[arc].trigger is Trigger.FETCH:
-            return line.beginner(arc, phase, work, record)
+            return line.beginner(arc, phase, work.place, record)
 
         recorder, read = self._recorder, time.perf_counter_ns
         words, losses, offset = recorder.words, recorder.losses, recorder.offset
@@ -221,7 +222,7 @@ class Attempt:
 
         def write() -> None:
             at = line.at
-            if at == line.end or work.note:
+            if at >= line.end:
                 record()
                 return
             words[at + TO_TIME] = read() + offset
@@ -230,7 +231,7 @@ class Attempt:
 
         def write_loss() -> None:
             at = line.at
-            if at == line.end or work.note or not line.free:
+            if at >= line.end or not line.free:
                 record()
                 return
             losses[line.first + TO_LOSS] = work.loss
@@ -241,7 +242,7 @@ class Attempt:
 
         def write_last() -> None:
             at = line.at
-            if at == line.end or work.note:
+            if at >= line.end:
                 record()
                 return
             now = words[at + TO_TIME] = read() + offset

@@ -175,7 +175,9 @@ class BatchWork:
         self.samples = 0
         self.loss = math.nan
         self.metrics: MutableMapping[str, float] = {}
-        self.note = ""
+        self._note = ""
+        self.noted: Callable[[], object] = lambda: None
+        """Called when something is noted of the transition at hand, which then takes more to write down."""
         self.started = 0.0
         self._reserved = RESERVED | metrics.names
         self._tells_of_data = 3
@@ -183,6 +185,17 @@ class BatchWork:
         self.wants_example = False
         """Whether two samples of the next batch are to be kept in `example`, once."""
         self.example: Any = None
+
+    @property
+    def note(self) -> str:
+        """What the transition that is written down next is to be noted with."""
+        return self._note
+
+    @note.setter
+    def note(self, text: str) -> None:
+        self._note = text
+        if text:
+            self.noted()
 
     def _begin_pass(self, epoch: int) -> None:
         self.stream.begin_epoch(epoch)

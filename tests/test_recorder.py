@@ -478,15 +478,30 @@ def same(found: Record) -> tuple[Any, ...]:
 
 
 def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_path: Path) -> None:
-    recorder = make(tmp_path)
+    recorder = make(tmp_path, 512)
     line = recorder.line(0)
     line.lap(CYCLE[0], 0, 0, 0)
     place = SimpleNamespace(epoch=0, batch=0)
-    work = SimpleNamespace(place=place, note="")
-    begin = line.beginner(CYCLE[0], 0, work, lambda: line.lap(CYCLE[0], 0, 0, place.batch))
+    laps = []
+    begin = line.beginner(
+        CYCLE[0],
+        0,
+        place,
+        lambda: laps.append(line.lap(CYCLE[0], 0, 0, place.batch, note="n" * (batch % 7 == 0))),
+    )
     for batch in range(1, 1000):
         place.batch = batch
+        if noted := batch % 7 == 0 or batch % 11 == 0:  # something was noted, or no longer is
+            line.end_frame()
         begin()
+        assert laps or not noted
+        laps.clear()
+        if batch % 7 == 0:
+            assert line.at >= line.end  # a transition with a note ends its frame
+            line.lap(CYCLE[1], 0, 0, batch, batch / 7)
+            for arc in CYCLE[2:5]:
+                line.lap(arc, 0, 0, batch)
+            continue
         for at, arc in enumerate(CYCLE[1:5]):
             if arc in FORWARDS:
                 assert line.free
@@ -495,7 +510,7 @@ def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_pat
             recorder.words[line.at + TO_TIME] = recorder.now()
             recorder.words[line.at] = PRESENT | arc
             line.at += 1
-        if batch % 100 == 0:
+        if batch % 50 == 0:
             recorder.release(recorder.take()[1])
     assert (line.seq, line.arc) == (recorder.next_seq - 1, CYCLE[4]) == (1 + 999 * 5, CYCLE[4])
     view = read_recorder(recorder.path)

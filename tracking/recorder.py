@@ -101,15 +101,6 @@ class Place(Protocol):
     def batch(self) -> int: ...
 
 
-class Noted(Protocol):
-    """Work whose transitions are written down: where it stands, and what is to be noted of the one at hand."""
-
-    @property
-    def place(self) -> Place: ...
-    @property
-    def note(self) -> str: ...
-
-
 class Line:
     """The transitions of one scope, as they are made: what cannot continue the newest frame begins one.
 
@@ -154,15 +145,17 @@ class Line:
         self.record(arc, phase, epoch, batch, time_ns, time_ns - self.time_ns, loss, note)
         return time_ns
 
-    def beginner(self, arc: int, phase: int, work: Noted, record: Callable[[], object]) -> Callable[[], None]:
-        """What does as `lap` where `arc`, without loss or note, begins a batch of `work`; else it calls `record`."""
+    def beginner(
+        self, arc: int, phase: int, place: Place, record: Callable[[], object]
+    ) -> Callable[[], None]:
+        """What does as `lap` where `arc`, without loss or note, begins the batch at `place`; else it calls `record`."""
         recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self.scope
         buffer, ring, mask, offset = recorder.map, recorder.ring, recorder.mask, recorder.offset
-        words, heads, place = recorder.words, recorder.heads, work.place
+        words, heads = recorder.words, recorder.heads
 
         def begin() -> None:
             at, first, position = self.at, self.first, recorder.head
-            if at == first or position >= recorder.limit or work.note:
+            if at == first or not self.end or position >= recorder.limit:
                 record()
                 return
             now = _read() + offset
@@ -228,6 +221,10 @@ class Line:
             self.at, self.free = self.first + 1, not carries
             self.end = self.at if note else self.first + STEPS_IN_A_FRAME
         return self.seq
+
+    def end_frame(self) -> None:
+        """The next transition begins a frame, as one with a note must; may be called by any thread."""
+        self.end = 0
 
     def leave(self) -> None:
         """Put nothing more into the frame."""
