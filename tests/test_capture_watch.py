@@ -1197,9 +1197,6 @@ def test_a_large_value_is_looked_at_in_part_and_in_little_time() -> None:
     assert watch.look() == []
 
 
-# --- generators -----------------------------------------------------------------------------------------------
-
-
 def test_fingerprints_tell_numbers_by_type_and_bits() -> None:
     of = Fingerprints((), ()).of
     lists: list[list[object]] = [
@@ -1216,6 +1213,9 @@ def test_fingerprints_tell_numbers_by_type_and_bits() -> None:
     long = [float(number) for number in range(1_000)]
     assert of(long) == of(long.copy()) != of([*long, 0.0])
     assert of(torch.zeros(0)) != of(torch.zeros(0, 3)) != of(torch.zeros(1))
+
+
+# --- generators -----------------------------------------------------------------------------------------------
 
 
 def test_generators_wherever_user_code_has_them_are_restored(tmp_path: Path) -> None:

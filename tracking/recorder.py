@@ -223,7 +223,10 @@ class Line:
         return self.seq
 
     def end_frame(self) -> None:
-        """The next transition begins a frame, as one with a note must; may be called by any thread."""
+        """The next transition begins a frame, as one with a note must.
+
+        For the loop's thread. From another one it harms no frame, and may miss the transitions up to the next `record`.
+        """
         self.end = 0
 
     def leave(self) -> None:

@@ -185,10 +185,7 @@ class Watch:
 
     def _fingerprints(self) -> list[tuple[Mapping[str, Any], dict[str, Hashable]]]:
         """The values of each owner, and their fingerprints."""
-        captured = {
-            memory_of(tensor) for tensor in {id(tensor): tensor for tensor in self._tensors()}.values()
-        }
-        fingerprints = Fingerprints(captured, self._reach.known)
+        fingerprints = Fingerprints(set(map(memory_of, self._tensors())), self._reach.known)
         self._read = self._read_all()
         return [(values, {name: fingerprints.of(v) for name, v in values.items()}) for values in self._read]
 
@@ -196,7 +193,7 @@ class Watch:
         return [owner.read() for owner in self.owners]
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Those that are captured wherever user's code has them; most of them twice."""
+        """Those that are captured, wherever the user's code has them."""
         for module in self._modules.values():
             yield from registered(module)
         for optimizer in self._hooked:
