@@ -35,7 +35,7 @@ from orchestrator.warning import warn
 from orchestrator.work import BatchWork, Place, TrainingWork
 from states.errors import InterlockError
 from states.table import ARCS, State, Trigger
-from tracking.frames import PRESENT, TO_LOSS, TO_TIME
+from tracking.frames import TO_LOSS
 from tracking.journal import Journal, JournalError, open_attempt
 from tracking.masking import mask_text
 from tracking.outbox import read_outbox
@@ -95,7 +95,8 @@ class Attempt:
         self._work.noted = self._line.end_frame
         now = self._recorder.now()
         self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
-        self._look_at = now
+        self._offset = self._recorder.offset
+        self._look_at = now - self._offset
         self.number: int = self._journal.attempt
         try:
             with Journal.open(run) as journal:
@@ -191,7 +192,7 @@ class Attempt:
         if note:
             work.note = ""
         if _CLOSES_BATCH[arc]:
-            self._close_batch(now)
+            self._close_batch(now - self._offset)
         elif _CLOSES_EPOCH[arc]:
             by_epoch = self._settings.binding["validate_every"] is None
             self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
@@ -217,16 +218,14 @@ class Attempt:
             return line.beginner(arc, phase, work.place, record)
 
         recorder, read = self._recorder, time.perf_counter_ns
-        words, losses, offset = recorder.words, recorder.losses, recorder.offset
-        step = PRESENT | phase << 16 | arc
+        words, losses, of_arc = recorder.words, recorder.losses, recorder.stamp(arc)
 
         def write() -> None:
             at = line.at
             if at >= line.end:
                 record()
                 return
-            words[at + TO_TIME] = read() + offset
-            words[at] = step
+            words[at] = read() + of_arc
             line.at = at + 1
 
         def write_loss() -> None:
@@ -236,8 +235,7 @@ class Attempt:
                 return
             losses[line.first + TO_LOSS] = work.loss
             line.free = False
-            words[at + TO_TIME] = read() + offset
-            words[at] = step
+            words[at] = read() + of_arc
             line.at = at + 1
 
         def write_last() -> None:
@@ -245,30 +243,32 @@ class Attempt:
             if at >= line.end:
                 record()
                 return
-            now = words[at + TO_TIME] = read() + offset
-            words[at] = step
+            clock = read()
+            words[at] = clock + of_arc
             line.at = at + 1
-            close(now)
+            close(clock)
 
         if arc in FORWARDS:
             return write_loss
         return write_last if _CLOSES_BATCH[arc] else write
 
-    def _close_batch(self, now: int) -> None:
+    def _close_batch(self, clock: int) -> None:
+        """A batch is written down: fold its values into the epoch's. `clock` is what `time.perf_counter_ns` read."""
         work = self._work
         work.close_batch()
         values, place = work.metrics, work.place
         if work.validated:
+            now = clock + self._offset
             self._metrics(place.epoch, place.batch, place.batches, values, work.validated, now)
         elif values:
-            seq = self._line.seq
+            seq, now = self._line.seq, clock + self._offset
             self._journal.metrics("train", place.epoch, place.batch, place.batches, values, now, seq=seq)
-        if now >= self._look_at:
-            self._look(now)
+        if clock >= self._look_at:
+            self._look(clock)
 
-    def _look(self, now: int) -> None:
-        if now >= self._look_at:
-            self._look_at = now + _LOOKS_NS
+    def _look(self, clock: int) -> None:
+        if clock >= self._look_at:
+            self._look_at = clock + _LOOKS_NS
             self._asked.open = True
 
     def restart_clock(self) -> None:
@@ -315,7 +315,8 @@ class Attempt:
     def record_validation(self, arc: int, name: str, work: BatchWork) -> None:
         """Write down a transition of a validation pass."""
         place = work.place
-        self._look(self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss))
+        now = self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss)
+        self._look(now - self._offset)
 
     def _validation_line(self, name: str) -> Line:
         return self._recorder.line(self._validation_scopes[f"validation/{name}"])

@@ -25,6 +25,7 @@ from tracking.packing import MetricValues
 from tracking.recorder import Chunk, Recorder
 from tracking.runs import Lease, RunFolder
 from tracking.settling import settle
+from walk import put
 
 BATCH = [
     ARCS.index(arc)
@@ -52,12 +53,12 @@ def recorded(folder: Path, losses: list[float], took_ns: int = 1000) -> Chunk:
     recorder = Recorder.create(
         folder / "recorder.bin", attempt=1, next_seq=1, scopes=["train"], phases=[""], capacity=4096
     )
-    now = 10**18
+    now = 0
     for batch, loss in enumerate(losses):
         for at, arc in enumerate(BATCH):
             now += took_ns * (at + 1)
             value = loss if arc == FORWARD else math.nan
-            recorder.record(arc, 0, 0, 0, batch, now, took_ns * (at + 1), value)
+            put(recorder, arc, 0, 0, 0, batch, now, took_ns * (at + 1), value)
     chunk, _ = recorder.take()
     recorder.close()
     return chunk
@@ -122,13 +123,14 @@ def test_what_is_worked_on_in_parts_is_whole(notes: list[str], at_once: int) -> 
         )
         for batch, note in enumerate(notes):
             for at, arc in enumerate(BATCH):
-                recorder.record(
+                put(
+                    recorder,
                     arc,
                     0,
                     0,
                     0,
                     batch,
-                    10**18 + 50 * batch + 10 * at,
+                    50 * batch + 10 * at,
                     10,
                     batch / 8,
                     note * (at == batch % 5),

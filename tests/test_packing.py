@@ -17,6 +17,7 @@ from tracking.packed import transitions_between
 from tracking.packing import MetricValues, Packer
 from tracking.recorder import Chunk, Recorder
 from tracking.schema import create_journal
+from walk import put
 
 ARC_NAMES = [(arc.trigger.value, arc.source.value, arc.dest.value) for arc in ARCS]
 FORWARD = next(code for code, arc in enumerate(ARCS) if arc.trigger is Trigger.FORWARD)
@@ -48,9 +49,9 @@ def recorded(folder: Path, what: list[Batch]) -> Chunk:
         for _ in range(times):
             number += 1
             for at, arc in enumerate(arcs):
-                time_ns, value = number * 1000 + at * at, loss if arc == FORWARD else other
+                ns, value = number * 1000 + at * at, loss if arc == FORWARD else other
                 took = 2 * at - 1 if at_once and at else number + at
-                recorder.record(arc, scope, phase, number // 9, number, time_ns, took, value)
+                put(recorder, arc, scope, phase, number // 9, number, ns, took, value)
     chunk, _ = recorder.take()
     recorder.close()
     return chunk
@@ -84,8 +85,8 @@ def packed(journal: Path, chunk: Chunk, *, one_by_one: bool) -> list[Any]:
 def test_many_are_packed_as_each_would_be(what: list[Batch], skip: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         chunk = recorded(Path(name), what)
-        first_frame = len(next(decode(chunk.data, {FORWARD}))[0])
-        chunk = Chunk(chunk.data, min(skip, first_frame))  # so many were taken before
+        first_frame = len(next(decode(chunk.data, {FORWARD}, chunk.since_ns))[0])
+        chunk = Chunk(chunk.data, min(skip, first_frame), chunk.since_ns)  # so many were taken before
         whole = packed(Path(name) / "a", chunk, one_by_one=False)
         each = packed(Path(name) / "b", chunk, one_by_one=True)
         assert whole[0] == each[0]

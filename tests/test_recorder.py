@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 import tracking
 import walk
 from states.table import ARCS, Trigger
-from tracking.frames import MAX_NOTE_BYTES, PENDING, PRESENT, SIZE, TO_LOSS, TO_TIME, Record, is_pending
+from tracking.frames import MAX_NOTE_BYTES, NS, PENDING, SIZE, TO_LOSS, Record, is_pending, stamp
 from tracking.recorder import FORWARDS, Recorder, RecorderError
-from tracking.recorder_view import RecorderDamagedError, read_recorder
+from tracking.recorder_view import RecorderDamagedError, RecorderView, read_recorder
+from walk import put
 
 ROOT = Path(tracking.__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -49,11 +50,12 @@ def make(path: Path, capacity: int = 256, next_seq: int = 1) -> Recorder:
 
 def record(recorder: Recorder, number: int, note: str = "") -> int:
     """A transition all of whose numbers follow from `number`."""
-    return recorder.record(FORWARD, 0, 1, number, number * 2, number * 3, number * 5, number / 7, note)
+    return put(recorder, FORWARD, 0, 1, number, number * 2, number * 3, number * 5, number / 7, note)
 
 
-def expected(seq: int, number: int, note: str = "") -> Record:
-    return Record(seq, FORWARD, 0, 1, number, number * 2, number * 3, number * 5, number / 7, note)
+def expected(of: Recorder | RecorderView, seq: int, number: int, note: str = "") -> Record:
+    time_ns = of.since_ns + number * 3
+    return Record(seq, FORWARD, 0, 1, number, number * 2, time_ns, number * 5, number / 7, note)
 
 
 def repeat(times: int, act: Callable[[int], object]) -> None:
@@ -71,19 +73,21 @@ def test_what_is_recorded_is_read(tmp_path: Path) -> None:
     assert view.arcs[FORWARD][0] == "forward"
     assert FORWARD in view.forwards
     assert FETCH not in view.forwards
-    assert list(view.records) == [expected(41 + number, number) for number in range(5)]
+    assert list(view.records) == [expected(view, 41 + number, number) for number in range(5)]
     assert view.damaged == 0
 
 
-def test_extreme_numbers_survive(tmp_path: Path) -> None:
+@pytest.mark.parametrize("least", [True, False])
+def test_extreme_numbers_survive(least: bool, tmp_path: Path) -> None:
     recorder = make(tmp_path)
-    numbers = (-1, -1, -(2**63), 2**63 - 1)
-    recorder.record(FORWARD, 1, 0, *numbers, -0.0)
-    recorder.record(FORWARD, 1, 0, *numbers, math.inf)
-    recorder.record(FETCH, 1, 0, *numbers, NAN)
-    recorder.record(FORWARD, 1, 0, *numbers, PENDING)
+    place = (-1, -1) if least else (2**63 - 1, 2**63 - 1)
+    numbers = (*place, 0 if least else NS, -(2**55) if least else 2**55 - 1)
+    put(recorder, FORWARD, 1, 0, *numbers, -0.0)
+    put(recorder, FORWARD, 1, 0, *numbers, math.inf)
+    put(recorder, FETCH, 1, 0, *numbers, NAN)
+    put(recorder, FORWARD, 1, 0, *numbers, PENDING)
     found = read_recorder(recorder.path).records
-    assert [record[4:8] for record in found] == [numbers] * 4
+    assert [(*one[4:6], one.time_ns - recorder.since_ns, one.duration_ns) for one in found] == [numbers] * 4
     assert math.copysign(1, found[0].loss) == -1
     assert found[1].loss == math.inf
     assert [is_pending(record.loss) for record in found] == [False, False, False, True]
@@ -92,9 +96,14 @@ def test_extreme_numbers_survive(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_and_commits_nothing(tmp_path: Path) -> None:
     recorder = make(tmp_path)
     with pytest.raises(struct.error):
-        recorder.record(FETCH, 0, 0, 0, "two", 0, 0, NAN)  # type: ignore[arg-type]
+        put(recorder, FETCH, 0, 0, 0, "two", 0, 0, NAN)  # type: ignore[arg-type]
+    for ns in (-1, NS + 1):
+        with pytest.raises(
+            ValueError, match=f"found {recorder.since_ns + ns} ns, expected {recorder.since_ns} and"
+        ):
+            put(recorder, FETCH, 0, 0, 0, 0, ns, 0, NAN)
     record(recorder, 1)
-    assert read_recorder(recorder.path).records == (expected(1, 1),)
+    assert read_recorder(recorder.path).records == (expected(recorder, 1, 1),)
 
 
 @pytest.mark.parametrize("note", ["stop", "x" * 48, "x" * 49, "äöü€" * 40, "long " * 2000])
@@ -105,7 +114,7 @@ def test_notes(tmp_path: Path, note: str) -> None:
     record(recorder, 3)
     found = read_recorder(recorder.path).records
     cut = note.encode()[:MAX_NOTE_BYTES].decode(errors="ignore")
-    assert list(found) == [expected(1, 1), expected(2, 2, cut), expected(3, 3)]
+    assert list(found) == [expected(recorder, 1, 1), expected(recorder, 2, 2, cut), expected(recorder, 3, 3)]
     assert len(found[1].note.encode()) > MAX_NOTE_BYTES - 4 or found[1].note == note
 
 
@@ -158,8 +167,8 @@ def test_late_losses(tmp_path: Path) -> None:
     recorder = make(tmp_path, capacity=256)
     seqs = []
     for number in range(40):
-        recorder.record(FETCH, 0, 0, 0, number, 0, 0, NAN, "noted" if number % 3 == 0 else "")
-        seqs.append(recorder.record(FORWARD, 0, 0, 0, number, 0, 0, PENDING))
+        put(recorder, FETCH, 0, 0, 0, number, 0, 0, NAN, "noted" if number % 3 == 0 else "")
+        seqs.append(put(recorder, FORWARD, 0, 0, 0, number, 0, 0, PENDING))
     for seq in seqs[::2]:
         recorder.set_loss(seq, seq / 3)
     view = read_recorder(recorder.path)
@@ -202,7 +211,8 @@ print("ready", flush=True)
 number = 0
 while True:
     note = "note " * (number % 50) if number % 11 == 0 else ""
-    marks[0] = recorder.record(arc, 0, 1, number, number * 2, number * 3, number * 5, number / 7, note)
+    time_ns = recorder.since_ns + number * 3
+    marks[0] = recorder.line(0).record(arc, 1, number, number * 2, time_ns, number * 5, number / 7, note)
     number += 1
 """
 
@@ -230,7 +240,9 @@ def test_a_killed_process_loses_no_transition(kills: int, tmp_path: Path) -> Non
         marked = struct.unpack("<q", (folder / "marks").read_bytes())[0]
         view = read_recorder(folder / "recorder.bin")
         notes = [("note " * (number % 50) if number % 11 == 0 else "") for number in range(len(view.records))]
-        assert [*view.records] == [expected(number + 1, number, note) for number, note in enumerate(notes)]
+        assert [*view.records] == [
+            expected(view, number + 1, number, note) for number, note in enumerate(notes)
+        ]
         assert marked <= len(view.records) <= marked + 1
         assert view.damaged == 0
         counts.add(marked)
@@ -261,7 +273,7 @@ def test_a_reader_beside_a_fast_writer_sees_whole_records_only(tmp_path: Path) -
         "    assert not seqs or seqs == list(range(seqs[0], seqs[-1] + 1)), seqs\n"
         "    for seq, arc, scope, phase, epoch, batch, t, d, loss, note in view.records:\n"
         "        n = seq - 1\n"
-        "        assert (epoch, batch, t, d, loss, note) == "
+        "        assert (epoch, batch, t - view.since_ns, d, loss, note) == "
         "(n, 2 * n, 3 * n, 5 * n, n / 7, 'a note' if n % 13 == 0 else ''), seq\n"
         "    newest.add(view.next_seq)\n"
         "print(len(newest))\n"
@@ -334,7 +346,7 @@ def test_a_later_layout_is_refused(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[8] = 9
     path.write_bytes(raw)
-    with pytest.raises(RecorderError, match="found recorder layout 9, expected 2"):
+    with pytest.raises(RecorderError, match="found recorder layout 9, expected 3"):
         read_recorder(path)
 
 
@@ -352,7 +364,7 @@ def test_a_full_disk_is_an_error_when_the_ring_is_made(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(RecorderError, match="cannot allocate a flight recorder of 12 MiB"):
+        with pytest.raises(RecorderError, match="cannot allocate a flight recorder of 8 MiB"):
             make(tmp_path, capacity=65536)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -390,7 +402,7 @@ def test_the_ring_is_aligned(tmp_path: Path) -> None:
     many = [f"validation/{number}" for number in range(300)]
     recorder = Recorder.create(tmp_path / "r", attempt=1, next_seq=1, scopes=many, phases=[""], capacity=256)
     assert recorder.ring % mmap.PAGESIZE == 0
-    recorder.record(FETCH, 299, 0, 0, 0, 0, 0, NAN)
+    put(recorder, FETCH, 299, 0, 0, 0, 0, 0, NAN)
     view = read_recorder(recorder.path)
     assert view.scopes[view.records[0].scope] == "validation/299"
 
@@ -407,6 +419,7 @@ acts = st.lists(
             st.just("record"),
             st.sampled_from(BATCH),
             st.sampled_from([0, 0, 0, 1]),  # the scope
+            st.sampled_from([1, 1, 1, 0]),  # the phase
             st.sampled_from([False, False, True]),  # another batch than the one before
             st.sampled_from([True, True, True, False]),  # begun when the one before was complete
             st.sampled_from(["", "", "", "", "why " * 50]),
@@ -425,7 +438,7 @@ def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]
         expected: list[Record] = []
         taken: list[Record] = []
         late: set[int] = set()
-        batch, time_ns = 0, 1000
+        batch, time_ns = 0, recorder.since_ns
 
         def take(whole: int = 0) -> None:
             chunk, upto = recorder.take(whole=whole)
@@ -433,7 +446,7 @@ def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]
                 assert bool(chunk) == (len(taken) < len(expected))
             elif left := expected[len(taken) + len(chunk.records) :]:
                 # Of the newest frame, which is of one batch, and in which nothing has a note.
-                assert len({(one.scope, one.batch, one.note) for one in left}) == 1
+                assert len({(one.scope, one.phase, one.batch, one.note) for one in left}) == 1
                 assert not left[0].note
                 assert len(chunk.data) >= whole * SIZE
             if chunk:
@@ -456,13 +469,13 @@ def test_whatever_is_recorded_is_read_and_taken_whole(acts: list[tuple[Any, ...]
                     if len(taken) >= seq:
                         taken[seq - 1] = taken[seq - 1]._replace(loss=2.5)
             else:
-                arc, scope, another, at_once, note = what
+                arc, scope, phase, another, at_once, note = what
                 batch += another
                 took = 7 if at_once else 3
                 time_ns += 7
                 loss = PENDING if arc in FORWARDS else NAN
-                seq = recorder.line(scope).record(arc, 1, 5, batch, time_ns, took, loss, note)
-                expected.append(Record(seq, arc, scope, 1, 5, batch, time_ns, took, loss, note))
+                seq = recorder.line(scope).record(arc, phase, 5, batch, time_ns, took, loss, note)
+                expected.append(Record(seq, arc, scope, phase, 5, batch, time_ns, took, loss, note))
         view = read_recorder(recorder.path)
         assert [*map(same, view.records)] == [*map(same, expected)]
         assert view.late == late
@@ -507,8 +520,7 @@ def test_a_batch_is_one_frame_and_what_is_written_in_a_hurry_is_the_same(tmp_pat
                 assert line.free
                 recorder.losses[line.first + TO_LOSS], line.free = batch / 7, False
             assert line.at == line.first + 1 + at < line.end
-            recorder.words[line.at + TO_TIME] = recorder.now()
-            recorder.words[line.at] = PRESENT | arc
+            recorder.words[line.at] = time.perf_counter_ns() + recorder.stamp(arc)
             line.at += 1
         if batch % 50 == 0:
             recorder.release(recorder.take()[1])
@@ -531,14 +543,13 @@ def test_what_an_exception_kept_from_being_counted_is_counted_by_catch_up(
     recorder = make(tmp_path)
     line = recorder.line(0)
     line.lap(CYCLE[0], 0, 0, 0)
-    recorder.words[line.at + TO_TIME] = recorder.now()
     if committed:
-        recorder.words[line.at] = PRESENT | CYCLE[1]
+        recorder.words[line.at] = time.perf_counter_ns() + recorder.stamp(CYCLE[1])
     recorder.catch_up()
     assert (line.seq, line.arc) == ((2, CYCLE[1]) if committed else (1, CYCLE[0]))
     assert line.lap(CYCLE[2], 0, 0, 0) > 0
     assert (
-        recorder.begin(1, 0, 0, PRESENT | CYCLE[0], 5, NAN, 1, b"noted" if committed else b"")[1]
+        recorder.begin(1, 0, 0, stamp(CYCLE[0]) + 5, NAN, 4, b"noted" if committed else b"")[1]
         == line.seq + 1
     )
     recorder.catch_up()

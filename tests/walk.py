@@ -16,6 +16,23 @@ CODES = {(arc.trigger, arc.source, arc.dest): code for code, arc in enumerate(AR
 BATCH = (Trigger.FETCH, Trigger.FORWARD, Trigger.BACKWARD, Trigger.STEP, Trigger.END_BATCH)
 
 
+def put(
+    recorder: Recorder,
+    arc: int,
+    scope: int,
+    phase: int,
+    epoch: int,
+    batch: int,
+    ns: int,
+    duration_ns: int,
+    loss: float,
+    note: str = "",
+) -> int:
+    """Write a transition down, complete `ns` after the recorder's beginning; its seq."""
+    time_ns = recorder.since_ns + ns
+    return recorder.line(scope).record(arc, phase, epoch, batch, time_ns, duration_ns, loss, note)
+
+
 class Walk:
     """One scope's machine. Times follow from the seq, so that what was recorded can be foretold."""
 
@@ -43,15 +60,13 @@ class Walk:
         elif trigger is Trigger.FETCH:
             self.batch += 1
         source, self.state = self.state, dest
-        time_ns = 1_700_000_000_000_000_000 + self.recorder.next_seq * 1_000_003
+        ns = self.recorder.next_seq * 1_000_003
         code = CODES[trigger, source, dest]
-        seq = self.recorder.record(
-            code, self.scope, phase, self.epoch, self.batch, time_ns, 1_000_003, loss, note
-        )
+        seq = put(self.recorder, code, self.scope, phase, self.epoch, self.batch, ns, 1_000_003, loss, note)
         # fmt: off
         self.recorded.append(
             Transition(seq, self.recorder.attempt, SCOPES[self.scope], self.epoch, self.batch, PHASES[phase],
-                       trigger, source, dest, time_ns, 1_000_003,
+                       trigger, source, dest, self.recorder.since_ns + ns, 1_000_003,
                        None if math.isnan(loss) and trigger is not Trigger.FORWARD else loss, note)
         )
         # fmt: on

@@ -9,12 +9,15 @@ import numpy as np
 
 from tracking import packed
 from tracking.frames import (
+    ARC_AT,
+    BEGAN,
     LOSS,
+    NS,
     PENDING,
+    PHASE_AT,
     STEPS,
     STEPS_IN_A_FRAME,
     TAGS,
-    TIMES,
     WORDS,
 )
 from tracking.packed import (
@@ -36,8 +39,8 @@ _MOST_DIGITS = 4000
 _AT_ONCE = 4_096
 """Frames that are worked on together: so few that all that is worked out of them stays in a processor's cache."""
 
-PatternOf = Callable[[Sequence[int]], tuple[int, int, bool]]
-"""Of the steps of a frame: their word, how many they are, and whether there is a loss among them."""
+PatternOf = Callable[[bytes, int], tuple[int, int, bool]]
+"""Of the arcs of a frame and its phase: their word, how many they are, and whether there is a loss among them."""
 
 
 class Block(NamedTuple):
@@ -75,12 +78,12 @@ class MetricBlock(NamedTuple):
 
 
 def blocks(
-    data: bytes, skip: int, pattern: PatternOf, scopes: Sequence[int]
+    data: bytes, skip: int, since_ns: int, pattern: PatternOf, scopes: Sequence[int]
 ) -> Iterator[tuple[int, int, Iterator[Block]]]:
     """What of the frames in `data` is in blocks, in their order: from which frame to before which, and the blocks.
 
-    `scopes` are the journal's numbers of the recorder's. Not in blocks: a first frame of which `skip` transitions were
-    taken before, those with notes, and text.
+    `scopes` are the journal's numbers of the recorder's, which began at `since_ns`. Not in blocks: a first frame of
+    which `skip` transitions were taken before, those with notes, and text.
     """
     rows = np.frombuffer(data, "<i8").reshape(-1, WORDS)
     number = -(-len(rows) // _AT_ONCE)
@@ -90,7 +93,7 @@ def blocks(
         scope, texts = columns[TAGS] & 0xFFFF, columns[TAGS] >> 16 & 0xFFFF
         whole = (scope != 0xFFFF) & (texts == 0)
         whole[0] &= start > 0 or skip == 0
-        frames = _Frames(columns, scope, whole, pattern)
+        frames = _Frames(columns, scope, whole, since_ns, pattern)
         for first, beyond in _runs(whole & frames.storable, frames.follows()):
             yield start + first, start + beyond, frames.blocks(first, beyond, scopes[scope[first]])
 
@@ -103,24 +106,31 @@ class _Frames:
         columns: np.ndarray,
         scope: np.ndarray,
         whole: np.ndarray,
+        since_ns: int,
         pattern: PatternOf,
     ) -> None:
         self._seq, self._epoch, self._batch = columns[:TAGS]
-        self._scope, self._time, self._loss = scope, columns[TIMES], columns[LOSS]
+        self._scope, self._loss = scope, columns[LOSS]
         frames = len(scope)
         self._word, self._length = np.zeros(frames, np.int64), np.zeros(frames, np.int64)
         self._carries = np.zeros(frames, np.bool_)
         steps = columns[STEPS : STEPS + STEPS_IN_A_FRAME]
+        arcs = np.ascontiguousarray((steps >> ARC_AT).astype(np.int8).T)
+        kind, phase = arcs.view(np.int64)[:, 0], columns[TAGS] >> PHASE_AT & 0xFFFF
         left = whole.copy()
         while left.any():
             one = int(np.argmax(left))
-            same = left.copy()
-            for step in steps:
-                same &= step == step[one]
+            same = left & (kind == kind[one]) & (phase == phase[one])
             left &= ~same
-            self._word[same], self._length[same], self._carries[same] = pattern(steps[:, one].tolist())
-        self._durations = np.diff(columns[TIMES : TIMES + STEPS_IN_A_FRAME], axis=0, prepend=0)
-        self._durations[0] = columns[LOSS + 1]
+            self._word[same], self._length[same], self._carries[same] = pattern(
+                arcs[one].tobytes(), int(phase[one])
+            )
+        times = steps & NS
+        self._time = times[0] + since_ns
+        self._durations = np.diff(times, axis=0, prepend=0)
+        self._durations[0] = (
+            steps[0] - columns[BEGAN] << 64 - ARC_AT >> 64 - ARC_AT
+        )  # of their times, with its sign
         self._durations[np.arange(STEPS_IN_A_FRAME)[:, None] >= self._length] = 0
         self.storable = (self._word < 10**WORD_DIGITS) & (self._durations >= 0).all(axis=0)
         """What a block's digits can say."""

@@ -1,21 +1,21 @@
-"""How transitions lie in the flight recorder: frames of up to 8 consecutive ones that share a batch.
+"""How transitions lie in the flight recorder: frames of up to 8 consecutive ones that share a batch and a phase.
 
-A frame is 192 bytes, 24 words of 8::
+A frame is 128 bytes, 16 words of 8::
 
     0      q    seq of the first transition
     1, 2   q    epoch, batch
-    3      q    bits 0 to 15: scope; 16 to 31: how many frames of text follow; 32: the loss came late
-    4-11   q    a transition each, 0 where there is none yet: bits 0 to 15: arc; 16 to 31: phase; 32: 1
-    12-19  q    when it was complete, in ns since 1970
-    20     d    loss of its one `forward`
-    21     q    how long the first transition took, in ns; each other began when the one before was complete
+    3      q    bits 0 to 15: scope; 16 to 31: how many frames of text follow; 32: the loss came late; 40 to 55: phase
+    4-11   q    a transition each, 0 where there is none yet: its arc and 1 in the highest byte; below, when it was
+                complete, in ns since the recorder's beginning
+    12     d    loss of its one `forward`
+    13     q    when the first transition began: bits 0 to 55 of a time; each other began when the one before was
+                complete
 
-A transition that continues a frame is two stores, its time and then itself. A reader who copies forwards, as
-`read(2)` does, therefore finds the time of each that it finds. A note is in frames of text after a frame of its own::
+A transition that continues a frame is one store. A note is in frames of text after a frame of its own::
 
     0      q    seq of the transition
     3      q    bits 0 to 15: all ones; 16 to 31: number of bytes
-    4-23        UTF-8
+    4-15        UTF-8
 """
 
 import math
@@ -24,48 +24,55 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 __all__ = [
+    "ARC_AT",
+    "BEGAN",
     "BEGIN",
     "FRAME",
     "LATE",
     "LOSS",
     "MAX_NOTE_BYTES",
     "MOST_FRAMES",
+    "NS",
     "PENDING",
-    "PRESENT",
+    "PHASE_AT",
     "SIZE",
     "STEPS",
     "STEPS_IN_A_FRAME",
     "TAGS",
-    "TIMES",
     "TO_LOSS",
-    "TO_TIME",
     "WORDS",
     "Record",
+    "arcs_of",
     "decode",
+    "duration",
     "is_pending",
     "is_text",
+    "phase_of",
+    "stamp",
     "texts",
 ]
 
-SIZE = 192
+SIZE = 128
 WORDS = SIZE // 8
-TAGS, STEPS, TIMES, LOSS = 3, 4, 12, 20
+TAGS, STEPS, LOSS, BEGAN = 3, 4, 12, 13
 """Words of a frame."""
-STEPS_IN_A_FRAME = TO_TIME = TIMES - STEPS
-"""The second: from a transition to its time."""
-TO_LOSS = LOSS - STEPS
-"""From a frame's first transition to its loss."""
-PRESENT = 1 << 32
+STEPS_IN_A_FRAME = TO_LOSS = LOSS - STEPS
+"""The second: from a frame's first transition to its loss."""
 LATE = 1 << 32
+PHASE_AT = 40
+ARC_AT = 56
+"""Bits of tags, and of a transition."""
+NS = (1 << ARC_AT) - 1
+"""The bits of a transition's time: enough for two years and a quarter."""
 _LOW = 0xFFFF
 
-BEGIN = struct.Struct("<qqqqq56xq56xdq16x")
-"""A frame with its first transition: seq, epoch, batch, tags, step, time, loss, duration."""
-FRAME = struct.Struct("<4q8q8qdq16x")
+BEGIN = struct.Struct("<qqqqq56xdq16x")
+"""A frame with its first transition: seq, epoch, batch, tags, transition, loss, began."""
+FRAME = struct.Struct("<4q8qdq16x")
 """Its words but for the last two, which are nothing."""
 
-_TEXT = struct.Struct("<q16xq160s")
-_TEXT_BYTES = 160
+_TEXT = struct.Struct("<q16xq96s")
+_TEXT_BYTES = 96
 MAX_NOTE_BYTES = 4080
 """A longer note is cut (UTF-8 bytes)."""
 MOST_FRAMES = 1 - (-MAX_NOTE_BYTES // _TEXT_BYTES)
@@ -111,22 +118,45 @@ def texts(seq: int, note: bytes) -> list[bytes]:
     return [_TEXT.pack(seq, _LOW | len(piece) << 16, piece) for piece in pieces]
 
 
-def decode(data: bytes, forwards: Collection[int]) -> Iterator[tuple[list[Record], bool]]:
-    """For each frame in `data` its transitions, and whether its loss came late. `forwards` are the arcs with a loss."""
+def stamp(arc: int) -> int:
+    """What makes a transition of a number of ns, added to it."""
+    return arc + 1 << ARC_AT
+
+
+def duration(first: int, began: int) -> int:
+    """How long the first transition of a frame took, in ns, from the words of itself and of when it began."""
+    ns = first - began & NS
+    return ns - ((ns & 1 << ARC_AT - 1) << 1)
+
+
+def arcs_of(frame: bytes) -> bytes:
+    """Of the transitions of a frame the arcs and 1, then zeros: one byte each."""
+    return frame[STEPS * 8 + 7 : LOSS * 8 : 8]
+
+
+def phase_of(tags: int) -> int:
+    """The phase of a frame with these tags."""
+    return tags >> PHASE_AT & _LOW
+
+
+def decode(data: bytes, forwards: Collection[int], since_ns: int) -> Iterator[tuple[list[Record], bool]]:
+    """For each frame in `data` its transitions, and whether its loss came late.
+
+    `forwards` are the arcs with a loss; the recorder began at `since_ns`, ns since 1970.
+    """
     for offset in range(0, len(data), SIZE):
         words = FRAME.unpack_from(data, offset)
         seq, epoch, batch, tags = words[:STEPS]
         if is_text(tags):
             continue
-        scope, length, loss = tags & _LOW, tags >> 16 & _LOW, words[LOSS]
+        scope, length, phase, loss = tags & _LOW, tags >> 16 & _LOW, phase_of(tags), words[LOSS]
         note = _note(data, offset + SIZE, seq, length) if length else ""
         found: list[Record] = []
-        began = words[TIMES] - words[LOSS + 1]
-        for at in range(STEPS_IN_A_FRAME):
-            step, time_ns = words[STEPS + at], words[TIMES + at]
-            if not step & PRESENT:
+        began = since_ns + (words[STEPS] & NS) - duration(words[STEPS], words[BEGAN])
+        for at, step in enumerate(words[STEPS:LOSS]):
+            if not step:
                 break
-            arc, phase = step & _LOW, step >> 16 & _LOW
+            arc, time_ns = (step >> ARC_AT & 0xFF) - 1, since_ns + (step & NS)
             its_loss = loss if arc in forwards else math.nan
             found.append(
                 Record(seq + at, arc, scope, phase, epoch, batch, time_ns, time_ns - began, its_loss, note)

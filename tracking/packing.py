@@ -8,23 +8,26 @@ import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
-from operator import attrgetter, itemgetter, sub
+from operator import attrgetter, sub
 from typing import Any, NamedTuple
 
 from states.table import Trigger
 from tracking import packed
 from tracking.frames import (
+    BEGAN,
     FRAME,
     LOSS,
-    PRESENT,
+    NS,
     SIZE,
     STEPS,
     TAGS,
-    TIMES,
     Record,
+    arcs_of,
     decode,
+    duration,
     is_pending,
     is_text,
+    phase_of,
 )
 from tracking.packed import (
     BATCH_DIGITS,
@@ -63,13 +66,14 @@ _TOGETHER = 8
 """One statement writes a multiple of so many rows, or fewer: so there are few to be prepared, and kept."""
 
 
-_KIND = itemgetter(TAGS, *range(STEPS, TIMES))
-"""What frames that share a pattern have in common."""
-
-
 def _noted(tags: int) -> int:
     """How many frames of text follow a frame with these tags."""
     return tags >> 16 & 0xFFFF
+
+
+def _kind(frame: bytes) -> tuple[int, bytes]:
+    """What frames that share a pattern have in common."""
+    return int.from_bytes(frame[TAGS * 8 : TAGS * 8 + 8], "little"), arcs_of(frame)
 
 
 def _durations(length: int) -> list[str]:
@@ -161,55 +165,60 @@ class Packer:
             from tracking.blocks import Block, blocks  # numpy is not for those who only look on
 
             insert = _insert("transition_blocks", {}, ("attempt", *Block._fields))
-            for first, beyond, found in blocks(data, chunk.skip, self._pattern, self._scopes):
-                self._frames(data[done * SIZE : first * SIZE], chunk.skip if not done else 0)
+            for first, beyond, found in blocks(data, chunk.skip, chunk.since_ns, self._pattern, self._scopes):
+                self._frames(data[done * SIZE : first * SIZE], chunk.skip if not done else 0, chunk.since_ns)
                 self._connection.executemany(insert, ((self._attempt, *block) for block in found))
                 done = beyond
-        self._frames(data[done * SIZE :], chunk.skip if not done else 0)
+        self._frames(data[done * SIZE :], chunk.skip if not done else 0, chunk.since_ns)
 
-    def _frames(self, data: bytes, skip: int) -> None:
+    def _frames(self, data: bytes, skip: int, since_ns: int) -> None:
         """Write what frames hold, those alike together; the first `skip` transitions of the first were taken before."""
         others: list[Record] = []
         if skip and data:
             beyond = (1 + _noted(FRAME.unpack_from(data)[TAGS])) * SIZE
-            others += next(decode(data[:beyond], self._forwards))[0][skip:]
+            others += next(decode(data[:beyond], self._forwards, since_ns))[0][skip:]
             data = data[beyond:]
-        alike: dict[tuple[int, ...], list[SqlNumber]] = {}
-        patterns: dict[tuple[int, ...], tuple[int, int, bool]] = {}
+        alike: dict[tuple[int, int, bytes], list[SqlNumber]] = {}
+        patterns: dict[tuple[int, int, bytes], tuple[int, int, bool]] = {}
         at = 0
-        for (tags, *steps), run in groupby(FRAME.iter_unpack(data), _KIND):
-            frames = list(run)
-            at += len(frames)
+        frames = (data[begin : begin + SIZE] for begin in range(0, len(data), SIZE))
+        for (tags, arcs), run in groupby(frames, _kind):
+            rows = [FRAME.unpack(frame) for frame in run]
+            at += len(rows)
             if is_text(tags):
                 continue
             if noted := _noted(tags):  # its text is the next run, so that it is the only one of its own
-                others += next(decode(data[(at - 1) * SIZE : (at + noted) * SIZE], self._forwards))[0]
+                of_one = data[(at - 1) * SIZE : (at + noted) * SIZE]
+                others += next(decode(of_one, self._forwards, since_ns))[0]
                 continue
-            kind = (tags & 0xFFFF, *steps)
+            kind = tags & 0xFFFF, phase_of(tags), arcs
             if kind not in alike:
-                alike[kind], patterns[kind] = [], self._pattern(steps)
+                alike[kind], patterns[kind] = [], self._pattern(arcs, phase_of(tags))
             _, length, carries = patterns[kind]
-            columns = list(zip(*frames, strict=True))
-            times, losses = columns[TIMES : TIMES + length], columns[LOSS]
+            columns = list(zip(*rows, strict=True))
+            times, losses = (
+                [[word & NS for word in column] for column in columns[STEPS : STEPS + length]],
+                columns[LOSS],
+            )
             # A sum is NaN where one is, or where infinities cancel out.
             if carries and (total := sum(losses)) != total:
                 losses = tuple(map(_stored, losses))
             durations = [list(map(sub, after, before)) for before, after in pairwise(times)]
-            place = [*columns[:TAGS], times[0], columns[LOSS + 1]]
+            first = list(map(duration, columns[STEPS], columns[BEGAN]))
+            place = [*columns[:TAGS], [since_ns + ns for ns in times[0]], first]
             alike[kind] += _by_rows([*place, *durations, *[losses] * carries])
-        for kind, rows in alike.items():
+        for kind, values in alike.items():
             word, length, carries = patterns[kind]
             shared = {"attempt": self._attempt, "scope": self._scopes[kind[0]], "word": word}
             names = ["seq", "epoch", "batch", "time_ns", *_durations(length), *["loss"] * carries]
-            self._write("packed_transitions", shared, names, rows)
+            self._write("packed_transitions", shared, names, values)
         self.records(others)
 
-    def _pattern(self, steps: Sequence[int]) -> tuple[int, int, bool]:
-        """The word of a frame's steps, how many they are, and whether there is a loss among them."""
-        arcs = tuple(step & 0xFFFF for step in steps if step & PRESENT)
-        phases = tuple(step >> 16 & 0xFFFF for step in steps if step & PRESENT)
-        loss_at = next((at for at, arc in enumerate(arcs) if arc in self._forwards), -1)
-        return self._word_of(arcs, phases, loss_at), len(arcs), loss_at >= 0
+    def _pattern(self, arcs: bytes, phase: int) -> tuple[int, int, bool]:
+        """The word of a frame's arcs (see `arcs_of`), how many they are, and whether there is a loss among them."""
+        found = tuple(arc - 1 for arc in arcs.rstrip(b"\0"))
+        loss_at = next((at for at, arc in enumerate(found) if arc in self._forwards), -1)
+        return self._word_of(found, (phase,) * len(found), loss_at), len(found), loss_at >= 0
 
     def records(self, records: Iterable[Record]) -> None:
         """Write transitions, one by one."""

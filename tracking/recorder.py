@@ -9,11 +9,12 @@ The file is a header, a JSON area, and a ring of frames (see `tracking.frames`):
     24    q   capacity of the ring, in frames
     32    q   seq of the attempt's first transition
     40    II  length and CRC-32 of the JSON area, which begins at 192
+    48    q   since when its times are counted, in ns since 1970
     64    q   head: frames begun since the attempt began
     128   q   tail: frames that the journal holds durably, and that get no more transitions
 
 A frame is written first, with its first transition, and then committed by one 8-byte store of the head. Those that
-follow in it are committed each by the one store that puts them there. The pages belong to the kernel's page cache:
+follow in it are one store each, which commits them. The pages belong to the kernel's page cache:
 what was committed is there after the process was killed, and anybody may read it at any time. Frames from
 tail to head are never overwritten; older ones are, and the seq in each frame tells a reader which.
 """
@@ -33,31 +34,35 @@ from states.errors import InterlockError
 from states.table import ARCS, Trigger
 from tracking.forks import forget_in_children
 from tracking.frames import (
+    ARC_AT,
+    BEGAN,
     BEGIN,
     LATE,
     LOSS,
     MAX_NOTE_BYTES,
     MOST_FRAMES,
-    PRESENT,
+    NS,
+    PHASE_AT,
     SIZE,
     STEPS,
     STEPS_IN_A_FRAME,
     TAGS,
-    TIMES,
     TO_LOSS,
-    TO_TIME,
     WORDS,
     Record,
+    arcs_of,
     decode,
+    duration,
     is_text,
+    stamp,
     texts,
 )
 
 __all__ = ["FORWARDS", "Chunk", "Line", "Recorder", "RecorderError"]
 
 MAGIC = b"ILKRECRD"
-VERSION = 2
-HEADER = struct.Struct("<8sIIqqqII")
+VERSION = 3
+HEADER = struct.Struct("<8sIIqqqIIq")
 HEAD_AT, TAIL_AT, JSON_AT = 64, 128, 192
 
 FORWARDS = frozenset(code for code, arc in enumerate(ARCS) if arc.trigger is Trigger.FORWARD)
@@ -72,11 +77,15 @@ class RecorderError(InterlockError):
 
 
 class Chunk:
-    """What was recorded, as it is stored: frames, the first `skip` transitions of which were taken before."""
+    """What was recorded, as it is stored: frames, the first `skip` transitions of which were taken before.
 
-    def __init__(self, data: bytes, skip: int) -> None:
+    Their times are counted from `since_ns`, ns since 1970.
+    """
+
+    def __init__(self, data: bytes, skip: int, since_ns: int) -> None:
         self.data = data
         self.skip = skip
+        self.since_ns = since_ns
 
     def __bool__(self) -> bool:
         return bool(self.records) if len(self.data) == SIZE else bool(self.data)
@@ -84,7 +93,8 @@ class Chunk:
     @cached_property
     def records(self) -> list[Record]:
         """The transitions in the order of recording."""
-        return [record for found, _ in decode(self.data, FORWARDS) for record in found][self.skip :]
+        frames = decode(self.data, FORWARDS, self.since_ns)
+        return [record for found, _ in frames for record in found][self.skip :]
 
     @property
     def first(self) -> int:
@@ -104,9 +114,9 @@ class Place(Protocol):
 class Line:
     """The transitions of one scope, as they are made: what cannot continue the newest frame begins one.
 
-    Whoever is in a hurry may continue a frame himself, where `at < end`: store the time at `words[at + TO_TIME]`, then
-    the step at `words[at]`, and add 1 to `at`. A loss goes to `losses[first + TO_LOSS]` before that, and only where
-    `free` says that the frame has none.
+    Whoever is in a hurry may continue a frame himself, where `at < end`: store what the recorder's clock reads, and its
+    `stamp` of the arc added, at `words[at]`, and add 1 to `at`. A loss goes to `losses[first + TO_LOSS]` before that,
+    and only where `free` says that the frame has none. The phase is that of the frame.
     """
 
     __slots__ = ("_arc", "_mark", "_recorder", "_seq", "at", "end", "first", "free", "scope")
@@ -127,12 +137,14 @@ class Line:
     @property
     def arc(self) -> int:
         """The newest transition; -1 before the first."""
-        return self._recorder.words[self.at - 1] & 0xFFFF if self.at > self.first else self._arc
+        return (self._recorder.words[self.at - 1] >> ARC_AT) - 1 if self.at > self.first else self._arc
 
     @property
     def time_ns(self) -> int:
         """When the newest transition was complete, or the clock restarted."""
-        return self._recorder.words[self.at - 1 + TO_TIME] if self.at > self.first else self._mark
+        if self.at == self.first:
+            return self._mark
+        return self._recorder.since_ns + (self._recorder.words[self.at - 1] & NS)
 
     def restart(self) -> None:
         """What has passed since the newest transition belongs to none."""
@@ -149,8 +161,8 @@ class Line:
         self, arc: int, phase: int, place: Place, record: Callable[[], object]
     ) -> Callable[[], None]:
         """What does as `lap` where `arc`, without loss or note, begins the batch at `place`; else it calls `record`."""
-        recorder, step, scope = self._recorder, PRESENT | phase << 16 | arc, self.scope
-        buffer, ring, mask, offset = recorder.map, recorder.ring, recorder.mask, recorder.offset
+        recorder, of_arc, tags = self._recorder, self._recorder.stamp(arc), phase << PHASE_AT | self.scope
+        buffer, ring, mask = recorder.map, recorder.ring, recorder.mask
         words, heads = recorder.words, recorder.heads
 
         def begin() -> None:
@@ -158,7 +170,6 @@ class Line:
             if at == first or not self.end or position >= recorder.limit:
                 record()
                 return
-            now = _read() + offset
             seq = self._seq + at - first
             slot = position & mask
             _begin(
@@ -167,11 +178,10 @@ class Line:
                 seq,
                 place.epoch,
                 place.batch,
-                scope,
-                step,
-                now,
+                tags,
+                _read() + of_arc,
                 _NONE,
-                now - words[at - 1 + TO_TIME],
+                words[at - 1],
             )
             heads[0] = recorder.head = position + 1  # the commit
             self._seq = seq
@@ -194,26 +204,31 @@ class Line:
         """Write down one completed transition and return its seq; when this returns, a kill cannot undo it.
 
         Waits while the ring is full (see `Recorder.on_full`). The loss of what is no `forward` is none.
+        Raises ValueError if `time_ns` is not in the two years from when the recorder began.
         """
         recorder, at, carries = self._recorder, self.at, arc in FORWARDS
-        words, step = recorder.words, PRESENT | phase << 16 | arc
+        words, ns, tags = recorder.words, time_ns - recorder.since_ns, phase << PHASE_AT | self.scope
+        if not 0 <= ns <= NS:
+            raise ValueError(f"time: found {time_ns} ns, expected {recorder.since_ns} and up to {NS} more")
+        step, began = stamp(arc) + ns, ns - duration_ns & NS
+        frame = self.first - STEPS
         if (
             at < self.end
             and not note
-            and words[self.first - STEPS + 1] == epoch
-            and words[self.first - STEPS + 2] == batch
-            and words[at - 1 + TO_TIME] == time_ns - duration_ns
+            and words[frame + 1] == epoch
+            and words[frame + 2] == batch
+            and words[frame + TAGS] & ~LATE == tags
+            and words[at - 1] & NS == began
             and (self.free or not carries)
         ):
             if carries:
                 recorder.losses[self.first + TO_LOSS] = loss
                 self.free = False
-            words[at + TO_TIME] = time_ns
             words[at] = step  # the commit
             self.at = at + 1
         else:
             text = note.encode()[:MAX_NOTE_BYTES]
-            slot, seq = recorder.begin(self.scope, epoch, batch, step, time_ns, loss, duration_ns, text)
+            slot, seq = recorder.begin(tags, epoch, batch, step, loss, began, text)
             if recorder.newest is not None and recorder.newest is not self:
                 recorder.newest.leave()
             recorder.newest = self
@@ -243,20 +258,24 @@ class Recorder:
     Invariant: everything from tail to head is whole, and was committed in the order of its seq.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap, *, attempt: int, first_seq: int, capacity: int):
+    def __init__(
+        self, path: Path, mapped: mmap.mmap, *, attempt: int, first_seq: int, began: int, capacity: int
+    ):
         self.path = path
         self.attempt = attempt
         self.capacity = capacity
         self.on_full: Callable[[], None] = _wait_a_little
         """Called again and again while the ring is full; may raise to end the wait."""
-        self.offset = time.time_ns() - _read()
-        """From what `time.perf_counter_ns` reads to ns since 1970, so that times never run backwards."""
         self.map = mapped
         self._view = memoryview(mapped)
         # Casts of aligned parts: an item store through them is one machine store, never half a number.
         self.heads = self._view[HEAD_AT : HEAD_AT + 8].cast("q")
         self._tails = self._view[TAIL_AT : TAIL_AT + 8].cast("q")
-        self.ring = HEADER.unpack_from(mapped)[2]
+        header = HEADER.unpack_from(mapped)
+        self.ring: int = header[2]
+        self.since_ns: int = header[-1]
+        self.offset: int = self.since_ns - began
+        """From what `time.perf_counter_ns` reads to ns since 1970, so that times never run backwards."""
         self.words = self._view[self.ring :].cast("q")
         self.losses = self._view[self.ring :].cast("d")
         self.mask = capacity - 1
@@ -287,7 +306,8 @@ class Recorder:
         path = Path(path)
         if capacity < 64 or capacity & (capacity - 1):
             raise RecorderError(f"recorder capacity: found {capacity}, expected a power of two, at least 64")
-        header, ring = _header(attempt, next_seq, list(scopes), list(phases), capacity)
+        began = _read()
+        header, ring = _header(attempt, next_seq, list(scopes), list(phases), capacity, time.time_ns())
         fresh = path.with_name(path.name + ".new")
         try:
             file = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -306,7 +326,7 @@ class Recorder:
                 f"{path}: cannot allocate a flight recorder of {capacity * SIZE >> 20} MiB ({error}); "
                 "free some space, or choose a root that can be written"
             ) from error
-        return cls(path, mapped, attempt=attempt, first_seq=next_seq, capacity=capacity)
+        return cls(path, mapped, attempt=attempt, first_seq=next_seq, began=began, capacity=capacity)
 
     @property
     def next_seq(self) -> int:
@@ -330,6 +350,10 @@ class Recorder:
         """Nanoseconds since 1970, by a clock that never runs backwards."""
         return _read() + self.offset
 
+    def stamp(self, arc: int) -> int:
+        """What makes a transition that is complete now of what `time.perf_counter_ns` reads, added to it."""
+        return stamp(arc) + self.offset - self.since_ns
+
     def spent(self, scope: int, frames: int = 64) -> dict[int, int]:
         """Nanoseconds by arc, of a scope in the newest frames but one, which may be going on; from any thread."""
         found: dict[int, int] = {}
@@ -339,13 +363,13 @@ class Recorder:
                 at = (position & self.mask) * WORDS
                 if words[at + TAGS] & _LOW != scope:
                     continue
-                before = words[at + TIMES] - words[at + LOSS + 1]
-                for step in range(at + STEPS, at + TIMES):
-                    if not words[step] & PRESENT:
+                before = (words[at + STEPS] & NS) - duration(words[at + STEPS], words[at + BEGAN])
+                for word in words[at + STEPS : at + LOSS]:
+                    if not word:
                         break
-                    arc, time_ns = words[step] & _LOW, words[step + TO_TIME]
-                    found[arc] = found.get(arc, 0) + time_ns - before
-                    before = time_ns
+                    arc, ns = (word >> ARC_AT) - 1, word & NS
+                    found[arc] = found.get(arc, 0) + ns - before
+                    before = ns
         except ValueError:  # it was closed meanwhile
             pass
         return found
@@ -359,13 +383,12 @@ class Recorder:
 
     def begin(
         self,
-        scope: int,
+        tags: int,
         epoch: int,
         batch: int,
         step: int,
-        time_ns: int,
         loss: float,
-        duration_ns: int,
+        began: int,
         note: bytes,
     ) -> tuple[int, int]:
         """Begin a frame with its first transition, for a line to go on with; (its place in the ring, its seq)."""
@@ -375,28 +398,13 @@ class Recorder:
         seq = self.next_seq
         pieces = texts(seq, note) if note else ()
         slot = position & self.mask
-        tags = len(pieces) << 16 | scope
-        _begin(self.map, self.ring + slot * SIZE, seq, epoch, batch, tags, step, time_ns, loss, duration_ns)
+        tags |= len(pieces) << 16
+        _begin(self.map, self.ring + slot * SIZE, seq, epoch, batch, tags, step, loss, began)
         for at, piece in enumerate(pieces, position + 1):
             start = self.ring + (at & self.mask) * SIZE
             self.map[start : start + SIZE] = piece
         self.heads[0] = self.head = position + 1 + len(pieces)  # the commit
         return slot, seq
-
-    def record(
-        self,
-        arc: int,
-        scope: int,
-        phase: int,
-        epoch: int,
-        batch: int,
-        time_ns: int,
-        duration_ns: int,
-        loss: float,
-        note: str = "",
-    ) -> int:
-        """Write down one completed transition of a scope (see `Line.record`)."""
-        return self.line(scope).record(arc, phase, epoch, batch, time_ns, duration_ns, loss, note)
 
     def set_loss(self, seq: int, loss: float) -> None:
         """Fill in the loss of an earlier `forward`, if its frame has not been overwritten.
@@ -419,9 +427,9 @@ class Recorder:
         frame = (position & mask) * WORDS
         at = seq - words[frame]
         step = words[frame + STEPS + at] if 0 <= at < STEPS_IN_A_FRAME else 0
-        if not step & PRESENT:
+        if not step:
             return
-        arc = step & 0xFFFF
+        arc = (step >> ARC_AT) - 1
         if arc not in FORWARDS:
             raise ValueError(f"set_loss: transition {seq} is a {ARCS[arc].trigger.value!r}, not a 'forward'")
         self.losses[frame + LOSS] = loss
@@ -436,14 +444,14 @@ class Recorder:
         tail, head = self._tails[0], self.heads[0]
         if whole and head - tail > whole and not is_text(self.words[(head - 1 & self.mask) * WORDS + TAGS]):
             head -= 1
-            return Chunk(self._copy(tail, head), self._taken), (head, 0)
+            return Chunk(self._copy(tail, head), self._taken, self.since_ns), (head, 0)
         data = self._copy(tail, head)
-        last = struct.unpack_from(f"<{TIMES}q", data, len(data) - SIZE) if data else ()
-        if not last or is_text(last[TAGS]):
+        last = data[-SIZE:]
+        if not last or is_text(struct.unpack_from("<q", last, TAGS * 8)[0]):
             upto = (head, 0)  # a transition with a note ends its frame
         else:
-            upto = (head - 1, sum(step & PRESENT > 0 for step in last[STEPS:]))
-        return Chunk(data, self._taken), upto
+            upto = (head - 1, sum(map(bool, arcs_of(last))))
+        return Chunk(data, self._taken, self.since_ns), upto
 
     def release(self, upto: tuple[int, int]) -> None:
         """What `take` gave is durable elsewhere; its frames may be overwritten."""
@@ -475,7 +483,7 @@ class Recorder:
             other.leave()
         self.head, self.newest = self.heads[0], line
         line._seq, line.first = words[frame], first
-        line.at = line.end = first + sum(words[first + at] & PRESENT > 0 for at in range(STEPS_IN_A_FRAME))
+        line.at = line.end = first + sum(words[first + at] != 0 for at in range(STEPS_IN_A_FRAME))
 
     def _transitions_before(self, position: int) -> int:
         """The position of the last frame before `position` that holds transitions; -1 if there is none."""
@@ -517,7 +525,7 @@ def _wait_a_little() -> None:
 
 
 def _header(
-    attempt: int, first_seq: int, scopes: list[str], phases: list[str], capacity: int
+    attempt: int, first_seq: int, scopes: list[str], phases: list[str], capacity: int, since_ns: int
 ) -> tuple[bytes, int]:
     # The arcs are written out: a later version may number them differently, and still has to drain this.
     arcs = [[arc.trigger.value, arc.source.value, arc.dest.value] for arc in ARCS]
@@ -525,7 +533,17 @@ def _header(
     ring = -(-(JSON_AT + len(text)) // mmap.PAGESIZE) * mmap.PAGESIZE
     header = bytearray(JSON_AT + len(text))
     HEADER.pack_into(
-        header, 0, MAGIC, VERSION, ring, attempt, capacity, first_seq, len(text), zlib.crc32(text)
+        header,
+        0,
+        MAGIC,
+        VERSION,
+        ring,
+        attempt,
+        capacity,
+        first_seq,
+        len(text),
+        zlib.crc32(text),
+        since_ns,
     )
     header[JSON_AT:] = text
     return bytes(header), ring

@@ -21,13 +21,14 @@ class RecorderDamagedError(RecorderError):
 class RecorderView:
     """A flight recorder as read from outside: its header and the transitions it still holds.
 
-    `records` go up in seq, drained ones included. `arcs` holds (trigger, source, dest) by name for each
-    code, as the process that recorded numbered them. `damaged` counts frames that made no sense, as after
-    a power cut.
+    It began at `since_ns`, ns since 1970. `records` go up in seq, drained ones included. `arcs` holds (trigger, source,
+    dest) by name for each code, as the process that recorded numbered them. `damaged` counts frames that made no sense,
+    as after a power cut.
     """
 
     path: Path
     attempt: int
+    since_ns: int
     first_seq: int
     next_seq: int
     capacity: int
@@ -60,7 +61,9 @@ def read_recorder(path: Path | str, newest: int | None = None) -> RecorderView:
         head_of_file = file.read(JSON_AT)
         if len(head_of_file) < JSON_AT:
             raise _damaged(path, f"found {len(head_of_file)} bytes, expected a header of {JSON_AT}")
-        magic, version, ring, attempt, capacity, first_seq, length, crc = HEADER.unpack_from(head_of_file)
+        magic, version, ring, attempt, capacity, first_seq, length, crc, since_ns = HEADER.unpack_from(
+            head_of_file
+        )
         if magic != MAGIC:
             raise _damaged(path, f"it begins with {magic!r}, expected {MAGIC!r}")
         if version != VERSION:
@@ -87,10 +90,12 @@ def read_recorder(path: Path | str, newest: int | None = None) -> RecorderView:
         range(first_seq, first_seq + head * STEPS_IN_A_FRAME),
         arcs,
         (len(lists["scopes"]), len(lists["phases"])),
+        since_ns,
     )
     return RecorderView(
         path=path,
         attempt=attempt,
+        since_ns=since_ns,
         first_seq=first_seq,
         next_seq=records[-1].seq + 1 if records else first_seq,
         capacity=capacity,
@@ -131,16 +136,16 @@ def _unrolled(file: int, path: Path, ring: int, first: int, head: int, capacity:
 
 
 def _sensible(
-    data: bytes, seqs: range, arcs: tuple[tuple[str, str, str], ...], limits: tuple[int, int]
+    data: bytes, seqs: range, arcs: tuple[tuple[str, str, str], ...], limits: tuple[int, int], since_ns: int
 ) -> tuple[list[Record], set[int], int]:
     """The records whose numbers make sense and go up, the seqs with a late loss, how many frames do not."""
     forwards, (scopes, phases) = _forwards(arcs), limits
     records: list[Record] = []
     late: set[int] = set()
     newest, bad = seqs.start - 1, 0
-    for found, came_late in decode(data, forwards):
+    for found, came_late in decode(data, forwards, since_ns):
         if not found or not all(
-            newest < seq < seqs.stop and arc < len(arcs) and scope < scopes and phase < phases
+            newest < seq < seqs.stop and 0 <= arc < len(arcs) and scope < scopes and phase < phases
             for seq, arc, scope, phase, *_ in found
         ):
             bad += 1
