@@ -184,15 +184,17 @@ class Loop:
         """
         self.check_outside()
         situation = self.situation
-        roads: dict[State, dict[Way, _Road]] = {state: {} for state in State}
-        self._roads, self._asked = roads, asked
+        self._roads, self._asked = {state: {} for state in State}, asked
+        from_here = {state: (AHEAD[state], self._roads[state]) for state in State}
         self._inside = True
         try:
             while True:
-                way = ahead(situation) if situation.halt else AHEAD[situation.state](situation)
-                road = roads[situation.state].get(way)
-                if road is None:
-                    road = roads[situation.state][way] = self._road(way, asked, writer)
+                what_is_ahead, roads = from_here[situation.state]
+                way = ahead(situation) if situation.halt else what_is_ahead(situation)
+                try:
+                    road = roads[way]
+                except KeyError:
+                    road = roads[way] = self._road(way, asked, writer)
                 if road is not _no_road:
                     if not road():
                         continue

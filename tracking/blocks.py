@@ -128,9 +128,8 @@ class _Frames:
         times = steps & NS
         self._time = times[0] + since_ns
         self._durations = np.diff(times, axis=0, prepend=0)
-        self._durations[0] = (
-            steps[0] - columns[BEGAN] << 64 - ARC_AT >> 64 - ARC_AT
-        )  # of their times, with its sign
+        # Of their lower bits, which are the times, with its sign.
+        self._durations[0] = steps[0] - columns[BEGAN] << 64 - ARC_AT >> 64 - ARC_AT
         self._durations[np.arange(STEPS_IN_A_FRAME)[:, None] >= self._length] = 0
         self.storable = (self._word < 10**WORD_DIGITS) & (self._durations >= 0).all(axis=0)
         """What a block's digits can say."""

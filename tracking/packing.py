@@ -196,10 +196,8 @@ class Packer:
                 alike[kind], patterns[kind] = [], self._pattern(arcs, phase_of(tags))
             _, length, carries = patterns[kind]
             columns = list(zip(*rows, strict=True))
-            times, losses = (
-                [[word & NS for word in column] for column in columns[STEPS : STEPS + length]],
-                columns[LOSS],
-            )
+            times = [[word & NS for word in column] for column in columns[STEPS : STEPS + length]]
+            losses = columns[LOSS]
             # A sum is NaN where one is, or where infinities cancel out.
             if carries and (total := sum(losses)) != total:
                 losses = tuple(map(_stored, losses))
