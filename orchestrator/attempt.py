@@ -95,8 +95,7 @@ class Attempt:
         self._work.noted = self._line.end_frame
         now = self._recorder.now()
         self._deadline = None if settings.max_time is None else now + int(settings.max_time * 1e9)
-        self._offset = self._recorder.offset
-        self._look_at = now - self._offset
+        self._look_at = now - self._recorder.offset
         self.number: int = self._journal.attempt
         try:
             with Journal.open(run) as journal:
@@ -192,7 +191,7 @@ class Attempt:
         if note:
             work.note = ""
         if _CLOSES_BATCH[arc]:
-            self._close_batch(now - self._offset)
+            self._close_batch(now - self._recorder.offset)
         elif _CLOSES_EPOCH[arc]:
             by_epoch = self._settings.binding["validate_every"] is None
             self._metrics(place.epoch, -1, place.epoch, work.history[-1], work.validated, now, by_epoch)
@@ -258,10 +257,10 @@ class Attempt:
         work.close_batch()
         values, place = work.metrics, work.place
         if work.validated:
-            now = clock + self._offset
+            now = clock + self._recorder.offset
             self._metrics(place.epoch, place.batch, place.batches, values, work.validated, now)
         elif values:
-            seq, now = self._line.seq, clock + self._offset
+            seq, now = self._line.seq, clock + self._recorder.offset
             self._journal.metrics("train", place.epoch, place.batch, place.batches, values, now, seq=seq)
         if clock >= self._look_at:
             self._look(clock)
@@ -316,7 +315,7 @@ class Attempt:
         """Write down a transition of a validation pass."""
         place = work.place
         now = self._validation_line(name).lap(arc, self._no_phase, place.epoch, place.batch, work.loss)
-        self._look(now - self._offset)
+        self._look(now - self._recorder.offset)
 
     def _validation_line(self, name: str) -> Line:
         return self._recorder.line(self._validation_scopes[f"validation/{name}"])

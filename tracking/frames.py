@@ -42,6 +42,7 @@ __all__ = [
     "TO_LOSS",
     "WORDS",
     "Record",
+    "arc_of",
     "arcs_of",
     "decode",
     "duration",
@@ -49,6 +50,7 @@ __all__ = [
     "is_text",
     "phase_of",
     "stamp",
+    "tags_of",
     "texts",
 ]
 
@@ -123,6 +125,11 @@ def stamp(arc: int) -> int:
     return arc + 1 << ARC_AT
 
 
+def arc_of(word: int) -> int:
+    """The arc of a transition."""
+    return (word >> ARC_AT & 0xFF) - 1
+
+
 def duration(first: int, began: int) -> int:
     """How long the first transition of a frame took, in ns, from the words of itself and of when it began."""
     ns = first - began & NS
@@ -132,6 +139,11 @@ def duration(first: int, began: int) -> int:
 def arcs_of(frame: bytes) -> bytes:
     """Of the transitions of a frame the arcs and 1, then zeros: one byte each."""
     return frame[STEPS * 8 + 7 : LOSS * 8 : 8]
+
+
+def tags_of(frame: bytes) -> int:
+    """The tags of a frame."""
+    return int.from_bytes(frame[TAGS * 8 : TAGS * 8 + 8], "little")
 
 
 def phase_of(tags: int) -> int:
@@ -156,7 +168,7 @@ def decode(data: bytes, forwards: Collection[int], since_ns: int) -> Iterator[tu
         for at, step in enumerate(words[STEPS:LOSS]):
             if not step:
                 break
-            arc, time_ns = (step >> ARC_AT & 0xFF) - 1, since_ns + (step & NS)
+            arc, time_ns = arc_of(step), since_ns + (step & NS)
             its_loss = loss if arc in forwards else math.nan
             found.append(
                 Record(seq + at, arc, scope, phase, epoch, batch, time_ns, time_ns - began, its_loss, note)

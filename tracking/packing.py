@@ -28,6 +28,7 @@ from tracking.frames import (
     is_pending,
     is_text,
     phase_of,
+    tags_of,
 )
 from tracking.packed import (
     BATCH_DIGITS,
@@ -73,7 +74,7 @@ def _noted(tags: int) -> int:
 
 def _kind(frame: bytes) -> tuple[int, bytes]:
     """What frames that share a pattern have in common."""
-    return int.from_bytes(frame[TAGS * 8 : TAGS * 8 + 8], "little"), arcs_of(frame)
+    return tags_of(frame), arcs_of(frame)
 
 
 def _durations(length: int) -> list[str]:
@@ -175,7 +176,7 @@ class Packer:
         """Write what frames hold, those alike together; the first `skip` transitions of the first were taken before."""
         others: list[Record] = []
         if skip and data:
-            beyond = (1 + _noted(FRAME.unpack_from(data)[TAGS])) * SIZE
+            beyond = (1 + _noted(tags_of(data))) * SIZE
             others += next(decode(data[:beyond], self._forwards, since_ns))[0][skip:]
             data = data[beyond:]
         alike: dict[tuple[int, int, bytes], list[SqlNumber]] = {}
@@ -191,9 +192,10 @@ class Packer:
                 of_one = data[(at - 1) * SIZE : (at + noted) * SIZE]
                 others += next(decode(of_one, self._forwards, since_ns))[0]
                 continue
-            kind = tags & 0xFFFF, phase_of(tags), arcs
+            phase = phase_of(tags)
+            kind = tags & 0xFFFF, phase, arcs
             if kind not in alike:
-                alike[kind], patterns[kind] = [], self._pattern(arcs, phase_of(tags))
+                alike[kind], patterns[kind] = [], self._pattern(arcs, phase)
             _, length, carries = patterns[kind]
             columns = list(zip(*rows, strict=True))
             times = [[word & NS for word in column] for column in columns[STEPS : STEPS + length]]

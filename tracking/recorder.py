@@ -34,7 +34,6 @@ from states.errors import InterlockError
 from states.table import ARCS, Trigger
 from tracking.forks import forget_in_children
 from tracking.frames import (
-    ARC_AT,
     BEGAN,
     BEGIN,
     LATE,
@@ -50,11 +49,13 @@ from tracking.frames import (
     TO_LOSS,
     WORDS,
     Record,
+    arc_of,
     arcs_of,
     decode,
     duration,
     is_text,
     stamp,
+    tags_of,
     texts,
 )
 
@@ -137,7 +138,7 @@ class Line:
     @property
     def arc(self) -> int:
         """The newest transition; -1 before the first."""
-        return (self._recorder.words[self.at - 1] >> ARC_AT) - 1 if self.at > self.first else self._arc
+        return arc_of(self._recorder.words[self.at - 1]) if self.at > self.first else self._arc
 
     @property
     def time_ns(self) -> int:
@@ -367,7 +368,7 @@ class Recorder:
                 for word in words[at + STEPS : at + LOSS]:
                     if not word:
                         break
-                    arc, ns = (word >> ARC_AT) - 1, word & NS
+                    arc, ns = arc_of(word), word & NS
                     found[arc] = found.get(arc, 0) + ns - before
                     before = ns
         except ValueError:  # it was closed meanwhile
@@ -429,7 +430,7 @@ class Recorder:
         step = words[frame + STEPS + at] if 0 <= at < STEPS_IN_A_FRAME else 0
         if not step:
             return
-        arc = (step >> ARC_AT) - 1
+        arc = arc_of(step)
         if arc not in FORWARDS:
             raise ValueError(f"set_loss: transition {seq} is a {ARCS[arc].trigger.value!r}, not a 'forward'")
         self.losses[frame + LOSS] = loss
@@ -447,7 +448,7 @@ class Recorder:
             return Chunk(self._copy(tail, head), self._taken, self.since_ns), (head, 0)
         data = self._copy(tail, head)
         last = data[-SIZE:]
-        if not last or is_text(struct.unpack_from("<q", last, TAGS * 8)[0]):
+        if not last or is_text(tags_of(last)):
             upto = (head, 0)  # a transition with a note ends its frame
         else:
             upto = (head - 1, sum(map(bool, arcs_of(last))))
