@@ -91,6 +91,7 @@ class Attempt:
         self._recorder, self._journal = open_attempt(
             run, lease, _start(settings, plan, work.stream.length), list(scopes), phases
         )
+        self._put = self._journal.values.put
         self._line = self._recorder.line(0)
         self._work.noted = self._line.end_frame
         now = self._recorder.now()
@@ -260,8 +261,8 @@ class Attempt:
             now = clock + self._recorder.offset
             self._metrics(place.epoch, place.batch, place.batches, values, work.validated, now)
         elif values:
-            seq, now = self._line.seq, clock + self._recorder.offset
-            self._journal.metrics("train", place.epoch, place.batch, place.batches, values, now, seq=seq)
+            now = clock + self._recorder.offset
+            self._put(self._line.seq, "train", place.epoch, place.batch, place.batches, now, values)
         if clock >= self._look_at:
             self._look(clock)
 

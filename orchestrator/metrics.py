@@ -137,10 +137,11 @@ class EpochMetrics:
             values = {name: value for name, value in values.items() if name not in without}
         averages = self._averages
         for name, value in values.items():
-            average = averages.get(name)
-            if average is None:
-                if name in self._not_averaged:
-                    continue
+            if name in averages:
+                average = averages[name]
+            elif name in self._not_averaged:
+                continue
+            else:
                 average = averages[name] = Average()
             average.total += value * samples
             average.weight += samples

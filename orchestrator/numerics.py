@@ -11,7 +11,8 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _set_grad_enabled
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -245,30 +246,44 @@ _TENSOR_BACKWARD, _AUTOGRAD_BACKWARD = Tensor.backward, torch.autograd.backward
 
 def update(optimizer: Optimizer) -> None:
     """`optimizer.step()`, less what every optimizer's is wrapped in for a profiler and for hooks, if there are none."""
-    step: Any = type(optimizer).step
+    within = _within(type(optimizer).step)
     if (
-        getattr(step, "__code__", None) is _WRAPPER
-        and "step" not in vars(optimizer)
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and not _global_optimizer_pre_hooks
-        and not _global_optimizer_post_hooks
-        and not torch._C._autograd._profiler_enabled()
+        within is None
+        or "step" in vars(optimizer)
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiler_enabled()
     ):
-        step = step.__wrapped__
-        if getattr(step, "__code__", None) is not _GRAD_WRAPPER:
-            step(optimizer)
-            return
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(optimizer.defaults["differentiable"])
-        try:
-            step.__wrapped__(optimizer)
-        finally:
-            torch._C._set_grad_enabled(before)
-    else:
         optimizer.step()
+        return
+    step, sets_grad = within
+    if not sets_grad:
+        step(optimizer)
+        return
+    before = is_grad_enabled()
+    _set_grad_enabled(optimizer.defaults["differentiable"])
+    try:
+        step(optimizer)
+    finally:
+        _set_grad_enabled(before)
 
 
+@functools.cache
+def _within(step: Any) -> tuple[Callable[[Optimizer], object], bool] | None:
+    """What torch's wrappers of an optimizer's `step` call, and whether one of them sets the gradient mode.
+
+    None where the outermost is not torch's.
+    """
+    if getattr(step, "__code__", None) is not _WRAPPER:
+        return None
+    step = step.__wrapped__
+    sets_grad = getattr(step, "__code__", None) is _GRAD_WRAPPER
+    return (step.__wrapped__ if sets_grad else step), sets_grad
+
+
+_profiler_enabled = torch._C._autograd._profiler_enabled
 _WRAPPER = Optimizer.profile_hook_step(lambda _: None).__code__
 _GRAD_WRAPPER = _use_grad_for_differentiable(lambda _: None).__code__
 

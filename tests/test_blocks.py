@@ -21,10 +21,10 @@ from states.table import ARCS, Arc, State, Trigger
 from tracking import blocks
 from tracking.frames import PENDING
 from tracking.journal import Journal
-from tracking.packing import MetricValues
 from tracking.recorder import Chunk, Recorder
 from tracking.runs import Lease, RunFolder
 from tracking.settling import settle
+from tracking.values import ROW, Values
 from walk import put
 
 BATCH = [
@@ -68,15 +68,16 @@ def recorded(folder: Path, losses: list[float], took_ns: int = 1000) -> Chunk:
 def test_any_double_comes_out_to_the_bit(numbers: list[float]) -> None:
     with tempfile.TemporaryDirectory() as name, begun(Path(name) / "a") as (connection, packer):
         packer.transitions(recorded(Path(name), numbers))
-        packer.metrics(
-            [MetricValues(at, "train", 0, at, at + 1, ("a",), (x,), at) for at, x in enumerate(numbers)]
-        )
+        values = Values(lambda: None)
+        for at, x in enumerate(numbers):
+            values.put(at, "train", 0, at, at + 1, at, {"a": x})
+        packer.metrics(values.take(), values.kinds)
         assert connection.execute("SELECT count(*) FROM packed_transitions").fetchone() == (0,)
         assert connection.execute("SELECT count(*) FROM packed_metrics").fetchone() == (0,)
         losses = connection.execute("SELECT loss FROM transitions WHERE trigger = 'forward'").fetchall()
-        values = connection.execute("SELECT value FROM metrics").fetchall()
+        found = connection.execute("SELECT value FROM metrics").fetchall()
     waits = struct.pack("<d", PENDING)
-    for number, (loss,), (value,) in zip(numbers, losses, values, strict=True):
+    for number, (loss,), (value,) in zip(numbers, losses, found, strict=True):
         assert bits(value) == bits(number)
         assert (None if loss is None else bits(loss)) == (
             None if struct.pack("<d", number) == waits else bits(number)
@@ -87,19 +88,20 @@ def test_any_double_comes_out_to_the_bit(numbers: list[float]) -> None:
     st.lists(st.tuples(st.integers(1, 8), st.sampled_from([0, 1, 10**6, 10**12])), min_size=16, max_size=150)
 )
 def test_values_of_any_number_at_any_distance(what: list[tuple[int, int]]) -> None:
-    time_ns, values, expected = 10**18, [], []
+    time_ns, values, expected = 10**18, Values(lambda: None), []
     for at, (length, later) in enumerate(what):
         time_ns += later
         keys = tuple(f"k{key}" for key in range(length))
         numbers = tuple(at + key / 8 for key in range(length))
-        values.append(MetricValues(at * 9 + length, "train", 2, at, at + 7, keys, numbers, time_ns))
+        named = dict(zip(keys, numbers, strict=True))
+        values.put(at * 9 + length, "train", 2, at, at + 7, time_ns, named)
         expected += [
             (at * 9 + length, 2, at, at + 7, k, n, time_ns) for k, n in zip(keys, numbers, strict=True)
         ]
     with tempfile.TemporaryDirectory() as name, begun(Path(name) / "a") as (connection, packer):
-        packer.metrics(values[:3])
-        packer.metrics(values[3:])
-        packer.metrics(values[:3])
+        rows, three = values.take(), 3 * ROW.size
+        for part in (rows[:three], rows[three:], rows[:three]):
+            packer.metrics(part, values.kinds)
         found = connection.execute("SELECT seq, epoch, batch, step, key, value, time_ns FROM all_metrics")
         again = [row for row in expected if row[2] < 3]
         assert found.fetchall() == [*expected, *again]

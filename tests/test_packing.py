@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from states.table import ARCS, Trigger
 from tracking.frames import PENDING, decode
 from tracking.packed import transitions_between
-from tracking.packing import MetricValues, Packer
+from tracking.packing import Packer
 from tracking.recorder import Chunk, Recorder
 from tracking.schema import create_journal
+from tracking.values import Values
 from walk import put
 
 ARC_NAMES = [(arc.trigger.value, arc.source.value, arc.dest.value) for arc in ARCS]
@@ -110,18 +111,19 @@ measured = st.lists(
 def test_values_come_out_as_they_went_in(
     what: list[tuple[str, list[str], float, int]],
 ) -> None:
-    values, expected = [], []
+    values, expected, seq = Values(lambda: None), [], 0
     for scope, keys, last, times in what:
         for _ in range(times):
-            seq = len(values) + 1
+            seq += 1
             numbers = (*(seq * 10.0 + at for at in range(len(keys) - 1)), last)
-            values.append(MetricValues(seq, scope, seq // 9, seq % 9, seq, tuple(keys), numbers, seq * 1000))
+            named = dict(zip(keys, numbers, strict=True))
+            values.put(seq, scope, seq // 9, seq % 9, seq, seq * 1000, named)
             expected += [
                 (seq, scope, seq // 9, seq % 9, seq, key, "nan" if number != number else number, seq * 1000)
                 for key, number in zip(keys, numbers, strict=True)
             ]
     with tempfile.TemporaryDirectory() as name, begun(Path(name) / "a") as (connection, packer):
-        packer.metrics(values)
+        packer.metrics(values.take(), values.kinds)
         found = connection.execute(
             "SELECT seq, scope, epoch, batch, step, key, value, time_ns FROM all_metrics ORDER BY id"
         ).fetchall()

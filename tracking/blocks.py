@@ -1,8 +1,6 @@
 """Packed rows by the thousand: what the flight recorder and the queue of values hold, as columns and as blocks."""
 
-import struct
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +28,7 @@ from tracking.packed import (
     SEQ_DIGITS,
     WORD_DIGITS,
 )
+from tracking.values import ROW_WORDS, VALUES_AT, Kind
 
 __all__ = ["Block", "MetricBlock", "blocks", "metric_blocks"]
 
@@ -41,6 +40,9 @@ _AT_ONCE = 4_096
 
 PatternOf = Callable[[bytes, int], tuple[int, int, bool]]
 """Of the arcs of a frame and its phase: their word, how many they are, and whether there is a loss among them."""
+
+
+_LOW, _STEPS = 0xFFFF, slice(STEPS, STEPS + STEPS_IN_A_FRAME)
 
 
 class Block(NamedTuple):
@@ -89,50 +91,46 @@ def blocks(
     number = -(-len(rows) // _AT_ONCE)
     at_once = -(-len(rows) // number)
     for start in range(0, len(rows), at_once):
-        columns = np.ascontiguousarray(rows[start : start + at_once].T)
-        scope, texts = columns[TAGS] & 0xFFFF, columns[TAGS] >> 16 & 0xFFFF
-        whole = (scope != 0xFFFF) & (texts == 0)
-        whole[0] &= start > 0 or skip == 0
-        frames = _Frames(columns, scope, whole, since_ns, pattern)
-        for first, beyond in _runs(whole & frames.storable, frames.follows()):
-            yield start + first, start + beyond, frames.blocks(first, beyond, scopes[scope[first]])
+        frames = _Frames(rows[start : start + at_once], skip > 0 and start == 0, since_ns, pattern)
+        for first, beyond in _runs(frames.storable, frames.follows()):
+            yield start + first, start + beyond, frames.blocks(first, beyond, scopes)
 
 
 class _Frames:
     """Frames of the flight recorder as the columns of their words, with the journal's word of each."""
 
-    def __init__(
-        self,
-        columns: np.ndarray,
-        scope: np.ndarray,
-        whole: np.ndarray,
-        since_ns: int,
-        pattern: PatternOf,
-    ) -> None:
+    def __init__(self, rows: np.ndarray, cut: bool, since_ns: int, pattern: PatternOf) -> None:
+        """`cut`: some transitions of the first frame were taken before."""
+        columns = np.ascontiguousarray(rows.T)
         self._seq, self._epoch, self._batch = columns[:TAGS]
-        self._scope, self._loss = scope, columns[LOSS]
-        frames = len(scope)
-        self._word, self._length = np.zeros(frames, np.int64), np.zeros(frames, np.int64)
+        tags, self._loss = columns[TAGS], columns[LOSS]
+        self._scope, phase = tags & _LOW, tags >> PHASE_AT & _LOW
+        left = (self._scope != _LOW) & (tags >> 16 & _LOW == 0)
+        left[0] &= not cut
+        self.storable = left.copy()
+        """What a block's digits can say."""
+        frames = len(rows)
+        self._word, self._length = np.zeros((2, frames), np.int64)
         self._carries = np.zeros(frames, np.bool_)
-        steps = columns[STEPS : STEPS + STEPS_IN_A_FRAME]
-        arcs = np.ascontiguousarray((steps >> ARC_AT).astype(np.int8).T)
-        kind, phase = arcs.view(np.int64)[:, 0], columns[TAGS] >> PHASE_AT & 0xFFFF
-        left = whole.copy()
+        arcs = np.ascontiguousarray(rows.view(np.uint8).reshape(frames, WORDS, 8)[:, _STEPS, ARC_AT // 8])
+        kind = arcs.view(np.int64)[:, 0]
         while left.any():
             one = int(np.argmax(left))
             same = left & (kind == kind[one]) & (phase == phase[one])
-            left &= ~same
+            left ^= same
             self._word[same], self._length[same], self._carries[same] = pattern(
                 arcs[one].tobytes(), int(phase[one])
             )
-        times = steps & NS
+        most = max(1, int(self._length.max()))
+        times = columns[STEPS : STEPS + most] & NS
         self._time = times[0] + since_ns
-        self._durations = np.diff(times, axis=0, prepend=0)
+        self._durations = np.empty_like(times)
         # Of their lower bits, which are the times, with its sign.
-        self._durations[0] = steps[0] - columns[BEGAN] << 64 - ARC_AT >> 64 - ARC_AT
-        self._durations[np.arange(STEPS_IN_A_FRAME)[:, None] >= self._length] = 0
-        self.storable = (self._word < 10**WORD_DIGITS) & (self._durations >= 0).all(axis=0)
-        """What a block's digits can say."""
+        self._durations[0] = columns[STEPS] - columns[BEGAN] << 64 - ARC_AT >> 64 - ARC_AT
+        np.subtract(times[1:], times[:-1], out=self._durations[1:])
+        if int(self._length.min()) < most:
+            self._durations[np.arange(most)[:, None] >= self._length] = 0
+        self.storable &= (self._word < 10**WORD_DIGITS) & (self._durations >= 0).all(axis=0)
 
     def follows(self) -> np.ndarray:
         """Of each frame but the first: can it stand in a block behind the one before?"""
@@ -140,14 +138,15 @@ class _Frames:
         found &= self._seq[1:] == self._seq[:-1] + self._length[:-1]
         return found
 
-    def blocks(self, first: int, beyond: int, scope: int) -> Iterator[Block]:
-        """Those of frames that follow each other, all of one scope."""
+    def blocks(self, first: int, beyond: int, scopes: Sequence[int]) -> Iterator[Block]:
+        """Those of frames that follow each other, all of one of `scopes`."""
         run = slice(first, beyond)
         seq, batch, time_ns, lengths = (x[run] for x in (self._seq, self._batch, self._time, self._length))
         length = int(lengths.max())
         durations = self._durations[:length, run]
         width, lead = _width(durations.max()), _width(time_ns[-1] - time_ns[0])
         record = lead + SEQ_DIGITS + BATCH_DIGITS + WORD_DIGITS + length * width + NUMBER_DIGITS
+        scope = scopes[self._scope[first]]
         pieces = _Pieces(len(seq), record)
         pieces.put(lead, pieces.since(time_ns))
         place = pieces.since(seq) * 10**BATCH_DIGITS + pieces.since(batch)
@@ -172,28 +171,30 @@ class _Frames:
 
 
 def metric_blocks(
-    columns: Sequence[Sequence[int]], values: Sequence[tuple[float, ...]]
+    data: bytes,
+    kinds: Sequence[Kind],
+    scope_of: Callable[[str], int],
+    keyset_of: Callable[[tuple[str, ...]], int],
 ) -> Iterator[tuple[int, int, list[MetricBlock]]]:
     """What of rows of values is in blocks, in their order: from which row to before which, and the blocks.
 
-    `columns` are the rows' seq, scope, epoch, batch, step, time and keyset, which is -1 for what is to be in none.
+    `scope_of` and `keyset_of` give the journal's numbers. Not in blocks: parts of a moment, and an epoch's values.
     """
-    seq, scope, epoch, batch, step, time_ns, keyset = (
-        np.full(len(column), column[0], np.int64)
-        if column[0] == column[-1] and column.count(column[0]) == len(column)
-        else np.frombuffer(struct.pack(f"{len(column)}q", *column), np.int64)
-        for column in columns
-    )
+    columns = np.ascontiguousarray(np.frombuffer(data, "<i8").reshape(-1, ROW_WORDS).T)
+    seq, epoch, batch, step, time_ns, kind = columns[:VALUES_AT]
+    scope, keyset, lengths = np.zeros((3, len(kinds)), np.int64)
+    for number in np.flatnonzero(np.bincount(kind)).tolist():
+        one = kinds[number]
+        scope[number], lengths[number] = scope_of(one.scope), len(one.keys)
+        keyset[number] = -1 if one.part else keyset_of(one.keys)
+    scope, keyset, lengths = scope[kind], keyset[kind], lengths[kind]
     storable = (keyset >= 0) & (keyset < 10**KEYSET_DIGITS) & (batch >= 0)
-    follows = (np.diff(step) == np.diff(batch)) & (np.diff(seq) >= 0) & _goes_on(scope, epoch, batch, time_ns)
+    follows = _goes_on(scope, epoch, batch, time_ns)
+    follows &= (step[1:] - step[:-1] == batch[1:] - batch[:-1]) & (seq[1:] >= seq[:-1])
     for first, beyond in _runs(storable, follows):
         run = slice(first, beyond)
-        rows: Sequence[tuple[float, ...]] = values[run]
-        length = max(map(len, rows))
-        if keyset[first] != keyset[run].min() or keyset[first] != keyset[run].max():
-            rows = [(*row, *[0.0] * (length - len(row))) for row in rows]
-        flat = struct.pack(f"{len(rows) * length}d", *chain.from_iterable(rows))
-        numbers = np.frombuffer(flat).reshape(-1, length).T.copy()
+        length = int(lengths[run].max())
+        numbers = columns[VALUES_AT : VALUES_AT + length, run].view(np.float64)
         numbers[np.isnan(numbers)] = np.nan  # of one kind, which is not that of a loss that has not come yet
         lead, span = (_width(column[beyond - 1] - column[first]) for column in (time_ns, seq))
         record = lead + span + BATCH_DIGITS + KEYSET_DIGITS + length * NUMBER_DIGITS
@@ -227,9 +228,9 @@ def metric_blocks(
 
 def _goes_on(scope: np.ndarray, epoch: np.ndarray, batch: np.ndarray, time_ns: np.ndarray) -> np.ndarray:
     """Of each row but the first: is it of the scope and epoch of the one before, its batch or the next, not sooner?"""
-    batches = np.diff(batch)
-    found: np.ndarray = (np.diff(scope) == 0) & (np.diff(epoch) == 0) & (batches >= 0) & (batches <= 1)
-    found &= np.diff(time_ns) >= 0
+    batches = batch[1:] - batch[:-1]
+    found: np.ndarray = (batches == 0) | (batches == 1)
+    found &= (scope[1:] == scope[:-1]) & (epoch[1:] == epoch[:-1]) & (time_ns[1:] >= time_ns[:-1])
     return found
 
 
@@ -249,24 +250,26 @@ class _Pieces:
 
     def __init__(self, rows: int, record: int) -> None:
         number = -(-rows // min(BLOCK_ROWS, _MOST_DIGITS // record))
-        size = -(-rows // number)
-        self._starts = list(range(0, rows, size))
-        self._sizes = [min(size, rows - start) for start in self._starts]
-        self._eights: list[np.ndarray] = []
+        self._size = -(-rows // number)
+        self._firsts = np.repeat(np.arange(0, rows, self._size), self._size)[:rows]
+        self._eights = np.empty((record // 8, rows), np.uint64)
+        self._filled = 0
 
     def since(self, values: np.ndarray) -> np.ndarray:
         """How much more they are than in the first row of their block."""
-        more: np.ndarray = values - np.repeat(values[self._starts], self._sizes)
+        more: np.ndarray = values - values[self._firsts]
         return more
 
     def put(self, digits: int, *columns: np.ndarray) -> None:
         """What comes next in each row: a number of 8 or 16 digits from each of the columns."""
         for column in columns:
+            lower = self._eights[self._filled + (digits > 8)]
+            lower[:] = column
             if digits > 8:
-                upper = column // _UPPER
-                self._eights += [upper, column - upper * _UPPER]
-            else:
-                self._eights.append(column)
+                upper = self._eights[self._filled]
+                np.floor_divide(lower, _UPPER, out=upper)
+                lower -= upper * _UPPER
+            self._filled += digits // 8
 
     def put_numbers(self, bits: np.ndarray) -> None:
         """What comes next in each row: a double, given as its bits in an integer."""
@@ -275,12 +278,13 @@ class _Pieces:
 
     def digits(self) -> Iterator[tuple[int, int, bytes]]:
         """Of each block its rows, from which to before which, and their digits."""
-        rows = np.ascontiguousarray(_ascii(np.array(self._eights, np.uint64)).T)
-        for start, size in zip(self._starts, self._sizes, strict=True):
-            yield start, start + size, rows[start : start + size].tobytes()
+        rows = np.ascontiguousarray(_ascii(self._eights).T)
+        for start in range(0, len(rows), self._size):
+            some = rows[start : start + self._size]
+            yield start, start + len(some), some.tobytes()
 
 
-_UPPER = 10**8
+_UPPER = np.uint64(10**8)
 
 
 def _ascii(numbers: np.ndarray) -> np.ndarray:

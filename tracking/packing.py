@@ -6,10 +6,9 @@ import math
 import sqlite3
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
-from operator import attrgetter, sub
-from typing import Any, NamedTuple
+from operator import itemgetter, sub
 
 from states.table import Trigger
 from tracking import packed
@@ -40,8 +39,9 @@ from tracking.packed import (
     WORD_DIGITS,
 )
 from tracking.recorder import Chunk
+from tracking.values import ROW, VALUES_AT, Kind
 
-__all__ = ["MetricValues", "Packer", "from_number", "to_number"]
+__all__ = ["Packer", "from_number", "to_number"]
 
 # Columns that are NULL are left out: sqlite3 binds a None five times as slowly as a number.
 _PLACE = ("seq", "attempt", "scope", "word", "epoch", "batch", "time_ns")
@@ -65,6 +65,8 @@ _MOST_BOUND = 999
 """Values that one statement binds: what every SQLite allows."""
 _TOGETHER = 8
 """One statement writes a multiple of so many rows, or fewer: so there are few to be prepared, and kept."""
+
+_kind_of_row = itemgetter(VALUES_AT - 1)
 
 
 def _noted(tags: int) -> int:
@@ -98,27 +100,6 @@ def _insert(table: str, shared: Mapping[str, int], columns: Sequence[str], rows:
     """A statement that binds `columns` alone: binding a value takes as long as much of the insertion."""
     row = f"({', '.join([*map(str, shared.values()), *'?' * len(columns)])})"
     return f"INSERT INTO {table} ({', '.join([*shared, *columns])}) VALUES {', '.join([row] * rows)}"
-
-
-def _each(number_of: Callable[[Any], int], names: Sequence[Any]) -> Sequence[int]:
-    """The number of each of `names`."""
-    if names.count(names[0]) == len(names):  # which compares objects that are the same, as most are, at once
-        return [number_of(names[0])] * len(names)
-    found = {name: number_of(name) for name in dict.fromkeys(names)}
-    return [found[name] for name in names]
-
-
-class MetricValues(NamedTuple):
-    """What was measured at one moment; `seq` is the transition whose work measured it."""
-
-    seq: int
-    scope: str
-    epoch: int
-    batch: int
-    step: int
-    keys: tuple[str, ...]
-    values: tuple[float, ...]
-    time_ns: int
 
 
 class Packer:
@@ -243,44 +224,33 @@ class Packer:
             some, left = left[: together * width], left[together * width :]
             self._connection.execute(_insert(table, shared, columns, together), some)
 
-    def metrics(self, measured: Sequence[MetricValues]) -> None:
-        """Write metric values."""
-        if len(measured) < packed.LEAST_ROWS:
-            self._one_by_one(measured)
-            return
-        from tracking.blocks import MetricBlock, metric_blocks
-
-        insert = _insert("metric_blocks", {}, ("attempt", "id", *MetricBlock._fields))
-        seq, scopes, epoch, batch, step, keys, values, time_ns = zip(*measured, strict=True)
-        scope = _each(self.scope, scopes)
-        keyset = _each(lambda keys: self._keyset(keys) if len(keys) <= ROW_LENGTH else -1, keys)
+    def metrics(self, rows: bytes, kinds: Sequence[Kind]) -> None:
+        """Write rows of values (see `tracking.values`), which are of `kinds`."""
         done = 0
-        for first, beyond, found in metric_blocks((seq, scope, epoch, batch, step, time_ns, keyset), values):
-            self._one_by_one(measured[done:first])  # in their order, which is that of the ids
-            rows = ((self._attempt, self._next_id(block.rows), *block) for block in found)
-            self._connection.executemany(insert, rows)
-            done = beyond
-        self._one_by_one(measured[done:])
+        if len(rows) >= packed.LEAST_ROWS * ROW.size:
+            from tracking.blocks import MetricBlock, metric_blocks
 
-    def _one_by_one(self, measured: Sequence[MetricValues]) -> None:
-        for (scope, keys), alike in groupby(measured, attrgetter("scope", "keys")):
-            if len(keys) <= ROW_LENGTH:
-                self._measured(scope, keys, alike)
-                continue
-            for one in alike:  # row by row: their order is that of their ids
-                for at in range(0, len(keys), ROW_LENGTH):
-                    part = slice(at, at + ROW_LENGTH)
-                    self._measured(scope, keys[part], [one._replace(values=one.values[part])])
+            insert = _insert("metric_blocks", {}, ("attempt", "id", *MetricBlock._fields))
+            for first, beyond, found in metric_blocks(rows, kinds, self.scope, self._keyset):
+                # In their order, which is that of the ids.
+                self._one_by_one(rows[done * ROW.size : first * ROW.size], kinds)
+                with_ids = ((self._attempt, self._next_id(block.rows), *block) for block in found)
+                self._connection.executemany(insert, with_ids)
+                done = beyond
+        self._one_by_one(rows[done * ROW.size :], kinds)
 
-    def _measured(self, scope: str, keys: tuple[str, ...], alike: Iterable[MetricValues]) -> None:
-        shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
-        names = ("id", "seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
-        seq, _, epoch, batch, step, _, values, time_ns = zip(*alike, strict=True)
-        if (total := sum(map(sum, values))) != total:  # as one is NaN, or infinities cancel out
-            values = tuple(tuple(map(from_number, one)) for one in values)
-        first = self._next_id(len(seq))
-        place = (range(first, first + len(seq)), seq, epoch, batch, step, time_ns)
-        self._write("packed_metrics", shared, names, _by_rows([*place, *zip(*values, strict=True)]))
+    def _one_by_one(self, rows: bytes, kinds: Sequence[Kind]) -> None:
+        for number, alike in groupby(ROW.iter_unpack(rows), _kind_of_row):
+            scope, keys, _ = kinds[number]
+            shared = {"attempt": self._attempt, "scope": self.scope(scope), "keyset": self._keyset(keys)}
+            names = ("id", "seq", "epoch", "batch", "step", "time_ns", *(f"v{at}" for at in range(len(keys))))
+            columns = list(zip(*alike, strict=True))
+            place, values = columns[: VALUES_AT - 1], columns[VALUES_AT : VALUES_AT + len(keys)]
+            if (total := sum(map(sum, values))) != total:  # as one is NaN, or infinities cancel out
+                values = [tuple(map(from_number, column)) for column in values]
+            first = self._next_id(len(columns[0]))
+            ids = range(first, first + len(columns[0]))
+            self._write("packed_metrics", shared, names, _by_rows([ids, *place, *values]))
 
     def _next_id(self, rows: int = 1) -> int:
         """The first of the ids of so many packed rows of values."""

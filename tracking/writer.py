@@ -15,12 +15,13 @@ from itertools import repeat, starmap
 from typing import TypeVar
 
 from states.table import ARCS
-from tracking.packing import MetricValues, Packer, from_number
+from tracking.packing import Packer, from_number
 from tracking.recorder import Recorder
 from tracking.rows import AttemptStart, CheckpointRow, Outcome
 from tracking.runs import Lease, RunFolder
 from tracking.schema import Connection, JournalError
 from tracking.settling import begin_attempt, end_attempt, open_to_write
+from tracking.values import Values
 
 __all__ = ["JournalStalledError", "JournalWriter", "open_attempt"]
 
@@ -103,8 +104,8 @@ def open_attempt(
 class JournalWriter:
     """Writes one attempt to the journal, four times a second. Made by `open_attempt`.
 
-    The methods may be called from any thread of the process; but for `sync`, `end` and `close` they only
-    append to a queue. A transition leaves the recorder when its row is durable, so a kill loses none. Of
+    The methods may be called from any thread of the process, `metrics` from one; but for `sync`, `end` and `close`
+    they only append to a queue. A transition leaves the recorder when its row is durable, so a kill loses none. Of
     metrics and messages a kill loses those of the last quarter second: so `sync` before a checkpoint is
     announced, and a resume replays the batches whose metrics are missing.
 
@@ -130,12 +131,11 @@ class JournalWriter:
         self._lists = (scopes, phases)
         self._packer: Packer | None = None
         self._warn = warn or _warn
-        self._values: deque[MetricValues] = deque()
-        self._keys: tuple[str, ...] = ()
+        self.values = Values(self._check_room)
+        """What is measured, for one thread to put in: that of the training."""
         self._events: deque[_Event] = deque()
         self._late: deque[tuple[int, float]] = deque()
         # Taken from the queues by the thread, until they are durable.
-        self._held_values: list[MetricValues] = []
         self._held_events: list[_Event] = []
         self._held_late: list[tuple[int, float]] = []
         self._trouble: Exception | None = None
@@ -162,7 +162,7 @@ class JournalWriter:
     @property
     def queued(self) -> int:
         """How many records wait in memory, transitions not counted."""
-        return len(self._held_values) + len(self._values) + len(self._held_events) + len(self._events)
+        return len(self.values) + len(self._held_events) + len(self._events)
 
     def metrics(
         self,
@@ -181,14 +181,8 @@ class JournalWriter:
         going on, which is recorded next. Values that arrive late name the transition they came from.
         """
         if values:
-            if seq is None:
-                seq = self._recorder.next_seq
-            keys, numbers = tuple(values), tuple(map(float, values.values()))
-            if keys == self._keys:
-                keys = self._keys  # the same object, which is sooner compared
-            self._keys = keys
-            self._check_room()
-            self._values.append(MetricValues(seq, scope, epoch, batch, step, keys, numbers, time_ns))
+            first = self._recorder.next_seq if seq is None else seq
+            self.values.put(first, scope, epoch, batch, step, time_ns, values)
 
     def log(self, level: str, message: str, time_ns: int | None = None) -> None:
         """Queue a message; `time_ns` is since 1970, default: now."""
@@ -309,10 +303,10 @@ class JournalWriter:
         """Write down what there is, in one transaction, but for a batch under way; did it work?"""
         # Events first, so that what was measured before one comes with it.
         _move(self._events, self._held_events)
-        _move(self._values, self._held_values)
+        values = self.values.take()
         _move(self._late, self._held_late)
         chunk, position = self._recorder.take(whole=0 if everything else _WHOLE)
-        if not (self._held_values or self._held_events or self._held_late or chunk):
+        if not (values or self._held_events or self._held_late or chunk):
             self._recovered()
             return True
         try:
@@ -323,7 +317,7 @@ class JournalWriter:
             for seq, loss in self._held_late:
                 if seq < known:
                     packer.late_loss(seq, loss)
-            packer.metrics(self._held_values)
+            packer.metrics(values, self.values.kinds)
             self._write_events(self._held_events)
             self._connection.execute("COMMIT")
         except Exception as error:  # a thread that died silently would stop the training without a word
@@ -331,7 +325,7 @@ class JournalWriter:
             self._failed(error)
             return False
         self._recorder.release(position)
-        self._held_values.clear()
+        self.values.release(len(values))
         self._held_events.clear()
         self._held_late.clear()
         self._recovered()

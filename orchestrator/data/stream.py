@@ -53,6 +53,8 @@ class BatchStream:
         self._source = _source(loader, role)
         self._epoch: int | None = None
         self._position = 0
+        self.has_next = False
+        """Whether the epoch has another batch; known without waiting. False before any epoch."""
         self._origin = self._source.record()
         self._stands = True
         self._fingerprint: dict[str, Any] | None = None
@@ -84,11 +86,6 @@ class BatchStream:
         return self._position
 
     @property
-    def has_next(self) -> bool:
-        """Whether the epoch has another batch; known without waiting. False before any epoch."""
-        return self._epoch is not None and self._source.has_next(self._position)
-
-    @property
     def waiting(self) -> bool:
         """Whether `fetch` is at this moment waiting for a data worker.
 
@@ -104,13 +101,14 @@ class BatchStream:
         origin = self._source.record()
         self._source.begin(epoch)
         self._origin, self._epoch, self._position, self._stands = origin, epoch, 0, True
+        self.has_next = self._source.has_next(0)
 
     def fetch(self) -> Any:
         """The next batch, as the loader makes it (None if its collate function returns None).
 
         Raises DataError where there is none; an exception of the data set or a worker passes through.
         """
-        if self._epoch is None or not self._source.has_next(self._position):
+        if not self.has_next:
             raise DataError(
                 f"there is no batch {self._position} in epoch {self._epoch}; look at has_next before fetching"
                 if self._epoch is not None
@@ -131,7 +129,8 @@ class BatchStream:
             self._stands = False
             raise
         self._position += 1
-        if not self._source.has_next(self._position):
+        self.has_next = self._source.has_next(self._position)
+        if not self.has_next:
             self._source.end_epoch()
         return batch
 
@@ -239,6 +238,7 @@ class BatchStream:
         else:
             self._source.replay(self._epoch, self._origin, self._position, place)
         self._stands = True
+        self.has_next = self._epoch is not None and self._source.has_next(self._position)
 
 
 class _Failed:
