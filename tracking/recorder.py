@@ -167,11 +167,12 @@ class Line:
         words, heads = recorder.words, recorder.heads
 
         def begin() -> None:
-            at, first, position = self.at, self.first, recorder.head
-            if at == first or not self.end or position >= recorder.limit:
+            position = recorder.head
+            if not self.end or position >= recorder.limit:
                 record()
                 return
-            seq = self._seq + at - first
+            at = self.at
+            seq = self._seq + at - self.first
             slot = position & mask
             _begin(
                 buffer,
@@ -250,7 +251,7 @@ class Line:
         if self.at > self.first:
             self._mark, self._arc = self.time_ns, self.arc
             self._seq += self.at - self.first
-        self.first = self.end = self.at
+        self.first, self.end = self.at, 0
 
 
 class Recorder:

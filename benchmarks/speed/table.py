@@ -34,6 +34,7 @@ PARTS = {
     "Orchestration alone": ["dispatch.py"],
     "Orchestration alone, instructions": ["instructions.py"],
     "Orchestration alone, part by part": ["parts.py"],
+    "Orchestration alone, line by line": ["lines.py"],
     "Real training": ["training.py"],
     "Real training, instructions": ["instructions.py", "--training", "--rounds", "1"],
     "Real training, 4 ms a step": ["training.py", "--width", "4096", "--size", "128"],
@@ -65,6 +66,7 @@ PARTS = {
 QUICKLY = {
     "Orchestration alone": ["--batches", "2000", "--rounds", "1"],
     "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
+    "Orchestration alone, line by line": ["--seconds", "2", "--rounds", "1"],
     "Real training": ["--rounds", "1", "--turns", "1"],
     "Real training, 4 ms a step, beside the loop": ["--rounds", "1", "--seconds", "4"],
     "Validation": ["--batches", "300", "--rounds", "1", "--turns", "1"],
