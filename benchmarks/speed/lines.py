@@ -9,7 +9,6 @@ does is in no line.
 from __future__ import annotations
 
 import linecache
-import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from orchestrator import loop
 
 ROOT = Path(__file__).parents[2]
 BATCHES = 50_000
-_FRAME = re.compile(r"(?P<function>.*) \((?P<file>.*):(?P<line>\d+)\)$")
 
 
 def _kept(source: str, title: str, mode: str) -> CodeType:
@@ -45,35 +43,41 @@ def main_thread(batches: int) -> float:
 
 
 def looked_at(spy: str, seconds: int, rate: int) -> Counter[str]:
-    """How often the loop's thread was at each line, as py-spy names it."""
+    """How often the loop's thread was at each line, as FILE:LINE."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "stacks"
-        subprocess.run(
+        done = subprocess.run(
             [
                 *(spy, "record", "--rate", str(rate), "--full-filenames", "--format", "raw"),
                 *("--output", str(found), "--", sys.executable, "-W", "ignore", __file__),
                 *("--inside", "--seconds", str(seconds)),
             ],
-            check=True,
-            stdout=sys.stderr,
+            capture_output=True,
+            text=True,
         )
+        if done.returncode:
+            print(f"py-spy ended with {done.returncode}, so nothing is looked at: {done.stderr.strip()}")
+            return Counter()
         counts: Counter[str] = Counter()
         for line in found.read_text().splitlines():
             stack, _, count = line.rpartition(" ")
             frames = stack.split(";")
             if any(frame.startswith("Loop.run (") for frame in frames):
-                counts[frames[-1]] += int(count)
+                counts[frames[-1].rpartition(" (")[2].removesuffix(")")] += int(count)
     return counts
 
 
 def named(place: str) -> str:
-    """The line that py-spy has named, with what stands there."""
-    match = _FRAME.match(place)
-    assert match is not None, place
-    file, line = match["file"], int(match["line"])
+    """The line, with what stands there."""
+    file, line = _parts(place)
     path = Path(file)
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     return f"{where}:{line:<4} {linecache.getline(file, line).strip()[:72]}".rstrip()
+
+
+def _parts(place: str) -> tuple[str, int]:
+    file, _, line = place.rpartition(":")
+    return file, int(line)
 
 
 def rows(spy: str, seconds: int, rate: int, rounds: int) -> list[Row]:
@@ -82,6 +86,8 @@ def rows(spy: str, seconds: int, rate: int, rounds: int) -> list[Row]:
     for _ in range(rounds):
         totals.append(main_thread(BATCHES))
         counts = looked_at(spy, seconds, rate)
+        if not counts:
+            return []
         shares.append({place: count / counts.total() for place, count in counts.items()})
     of_all: Counter[str] = Counter()
     for found in shares:
@@ -90,8 +96,8 @@ def rows(spy: str, seconds: int, rate: int, rounds: int) -> list[Row]:
     shown = [place for place in of_all if of_all[place] >= 0.005]
     of_file: Counter[str] = Counter()
     for place in shown:
-        of_file[_file(place)] += of_all[place]
-    shown.sort(key=lambda place: (-of_file[_file(place)], _file(place), _line(place)))
+        of_file[_parts(place)[0]] += of_all[place]
+    shown.sort(key=lambda place: (-of_file[_parts(place)[0]], _parts(place)))
     times = {
         named(place): [total * found.get(place, 0.0) for total, found in zip(totals, shares, strict=True)]
         for place in shown
@@ -105,16 +111,8 @@ def rows(spy: str, seconds: int, rate: int, rounds: int) -> list[Row]:
     ]
 
 
-def _file(place: str) -> str:
-    return place.rpartition(" (")[2].rpartition(":")[0]
-
-
-def _line(place: str) -> int:
-    return int(place.rpartition(":")[2].removesuffix(")"))
-
-
 if __name__ == "__main__":
-    parser = arguments(__doc__, seconds=20, rate=500, rounds=3)
+    parser = arguments(__doc__, seconds=20, rate=200, rounds=3)
     parser.add_argument("--inside", action="store_true", help="used by this script itself")
     options = parser.parse_args()
     vars(loop)["compile"] = _kept
@@ -126,5 +124,5 @@ if __name__ == "__main__":
             main_thread(10 * BATCHES)
     elif spy is None:
         print("py-spy is not installed here, so nothing is looked at; `make bench` installs it")
-    else:
-        report(rows(spy, options.seconds, options.rate, options.rounds), options.json)
+    elif found := rows(spy, options.seconds, options.rate, options.rounds):
+        report(found, options.json)
