@@ -72,6 +72,23 @@ def test_one_thread_puts_in_what_another_takes() -> None:
     assert len(values) == 0
 
 
+def test_a_page_that_is_just_begun_is_not_forgotten() -> None:
+    class Interrupted(list[Any]):
+        """The other thread comes in at once."""
+
+        def append(self, page: Any) -> None:
+            super().append(page)
+            values.release(0)
+
+    values = Values(lambda: None)
+    values._pages = Interrupted()
+    for number in range(3000):
+        if number % 1024 == 0:
+            values.release(len(values.take()))
+        values.put(number, "train", 0, number, number, 0, {"a": 1.0})
+    assert [row[1] for row in told(values.take(), values)] == list(range(2048, 3000))
+
+
 def test_memory_is_asked_for_first_and_no_part_of_a_moment_is_left() -> None:
     def no_room() -> None:
         raise MemoryError("full")

@@ -93,7 +93,9 @@ class Values:
         """Forget the first `size` bytes of what waits."""
         self._released += size
         while self._pages and self._pages[0] is not self._page and self._released >= self._pages[0].at:
-            self._released -= self._pages.pop(0).at
+            # In this order, so that there never seem to be fewer than none.
+            self._released -= self._pages[0].at
+            del self._pages[0]
 
     def __len__(self) -> int:
         return (sum(page.at for page in self._pages[:]) - self._released) // ROW.size
@@ -125,9 +127,9 @@ class Values:
         page = self._page
         if page.at + size > len(page):
             self._make_room()
-            page = _Page(max(size, _PAGE), 0)
+            # The one at hand before it waits with the others: `release`, which may come between, leaves that alone.
+            page = self._page = _Page(max(size, _PAGE), 0)
             self._pages.append(page)
-            self._page = page
         return page
 
     def _number(self, kind: Kind) -> int:
