@@ -12,11 +12,14 @@ from tracking.frames import (
     LOSS,
     NS,
     PENDING,
-    PHASE_AT,
     STEPS,
     STEPS_IN_A_FRAME,
     TAGS,
+    TEXT,
     WORDS,
+    phase_of,
+    scope_of,
+    texts_after,
 )
 from tracking.packed import (
     BATCH_DIGITS,
@@ -42,7 +45,7 @@ PatternOf = Callable[[bytes, int], tuple[int, int, bool]]
 """Of the arcs of a frame and its phase: their word, how many they are, and whether there is a loss among them."""
 
 
-_LOW, _STEPS = 0xFFFF, slice(STEPS, STEPS + STEPS_IN_A_FRAME)
+_STEPS = slice(STEPS, STEPS + STEPS_IN_A_FRAME)
 
 
 class Block(NamedTuple):
@@ -104,8 +107,8 @@ class _Frames:
         columns = np.ascontiguousarray(rows.T)
         self._seq, self._epoch, self._batch = columns[:TAGS]
         tags, self._loss = columns[TAGS], columns[LOSS]
-        self._scope, phase = tags & _LOW, tags >> PHASE_AT & _LOW
-        left = (self._scope != _LOW) & (tags >> 16 & _LOW == 0)
+        self._scope, phase = scope_of(tags), phase_of(tags)
+        left = (self._scope != TEXT) & (texts_after(tags) == 0)
         left[0] &= not cut
         self.storable = left.copy()
         """What a block's digits can say."""

@@ -21,7 +21,10 @@ A transition that continues a frame is one store. A note is in frames of text af
 import math
 import struct
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "ARC_AT",
@@ -39,6 +42,7 @@ __all__ = [
     "STEPS",
     "STEPS_IN_A_FRAME",
     "TAGS",
+    "TEXT",
     "TO_LOSS",
     "WORDS",
     "Record",
@@ -49,9 +53,11 @@ __all__ = [
     "is_pending",
     "is_text",
     "phase_of",
+    "scope_of",
     "stamp",
     "tags_of",
     "texts",
+    "texts_after",
 ]
 
 SIZE = 128
@@ -66,7 +72,11 @@ ARC_AT = 56
 """Bits of tags, and of a transition."""
 NS = (1 << ARC_AT) - 1
 """The bits of a transition's time: enough for two years and a quarter."""
-_LOW = 0xFFFF
+TEXT = 0xFFFF
+"""In a scope's place: the frame holds text."""
+
+Tags = TypeVar("Tags", int, "np.ndarray")
+"""Those of a frame, or of many."""
 
 BEGIN = struct.Struct("<qqqqq56xdq16x")
 """A frame with its first transition: seq, epoch, batch, tags, transition, loss, began."""
@@ -111,13 +121,13 @@ def is_pending(loss: float) -> bool:
 
 def is_text(tags: int) -> bool:
     """Does a frame with these tags hold text, and no transitions?"""
-    return tags & _LOW == _LOW
+    return scope_of(tags) == TEXT
 
 
 def texts(seq: int, note: bytes) -> list[bytes]:
     """The frames of text that hold a note of at most `MAX_NOTE_BYTES`."""
     pieces = [note[at : at + _TEXT_BYTES] for at in range(0, len(note), _TEXT_BYTES)]
-    return [_TEXT.pack(seq, _LOW | len(piece) << 16, piece) for piece in pieces]
+    return [_TEXT.pack(seq, TEXT | len(piece) << 16, piece) for piece in pieces]
 
 
 def stamp(arc: int) -> int:
@@ -146,9 +156,19 @@ def tags_of(frame: bytes) -> int:
     return int.from_bytes(frame[TAGS * 8 : TAGS * 8 + 8], "little")
 
 
-def phase_of(tags: int) -> int:
+def scope_of(tags: Tags) -> Tags:
+    """The scope of a frame with these tags; `TEXT` where it holds text, and no transitions."""
+    return tags & 0xFFFF
+
+
+def texts_after(tags: Tags) -> Tags:
+    """How many frames of text follow a frame with these tags; of one of text, its bytes."""
+    return tags >> 16 & 0xFFFF
+
+
+def phase_of(tags: Tags) -> Tags:
     """The phase of a frame with these tags."""
-    return tags >> PHASE_AT & _LOW
+    return tags >> PHASE_AT & 0xFFFF
 
 
 def decode(data: bytes, forwards: Collection[int], since_ns: int) -> Iterator[tuple[list[Record], bool]]:
@@ -161,7 +181,7 @@ def decode(data: bytes, forwards: Collection[int], since_ns: int) -> Iterator[tu
         seq, epoch, batch, tags = words[:STEPS]
         if is_text(tags):
             continue
-        scope, length, phase, loss = tags & _LOW, tags >> 16 & _LOW, phase_of(tags), words[LOSS]
+        scope, length, phase, loss = scope_of(tags), texts_after(tags), phase_of(tags), words[LOSS]
         note = _note(data, offset + SIZE, seq, length) if length else ""
         found: list[Record] = []
         began = since_ns + (words[STEPS] & NS) - duration(words[STEPS], words[BEGAN])
@@ -183,5 +203,5 @@ def _note(data: bytes, offset: int, seq: int, length: int) -> str:
         of, tags, text = _TEXT.unpack_from(data, at)
         if of != seq or not is_text(tags):
             break
-        found += text[: tags >> 16 & _LOW]
+        found += text[: texts_after(tags)]
     return found.decode(errors="ignore")  # a note that was cut may end in half a character

@@ -27,7 +27,9 @@ from tracking.frames import (
     is_pending,
     is_text,
     phase_of,
+    scope_of,
     tags_of,
+    texts_after,
 )
 from tracking.packed import (
     BATCH_DIGITS,
@@ -67,11 +69,6 @@ _TOGETHER = 8
 """One statement writes a multiple of so many rows, or fewer: so there are few to be prepared, and kept."""
 
 _kind_of_row = itemgetter(VALUES_AT - 1)
-
-
-def _noted(tags: int) -> int:
-    """How many frames of text follow a frame with these tags."""
-    return tags >> 16 & 0xFFFF
 
 
 def _kind(frame: bytes) -> tuple[int, bytes]:
@@ -157,7 +154,7 @@ class Packer:
         """Write what frames hold, those alike together; the first `skip` transitions of the first were taken before."""
         others: list[Record] = []
         if skip and data:
-            beyond = (1 + _noted(tags_of(data))) * SIZE
+            beyond = (1 + texts_after(tags_of(data))) * SIZE
             others += next(decode(data[:beyond], self._forwards, since_ns))[0][skip:]
             data = data[beyond:]
         alike: dict[tuple[int, int, bytes], list[SqlNumber]] = {}
@@ -169,12 +166,12 @@ class Packer:
             at += len(rows)
             if is_text(tags):
                 continue
-            if noted := _noted(tags):  # its text is the next run, so that it is the only one of its own
+            if noted := texts_after(tags):  # its text is the next run, so that it is the only one of its own
                 of_one = data[(at - 1) * SIZE : (at + noted) * SIZE]
                 others += next(decode(of_one, self._forwards, since_ns))[0]
                 continue
             phase = phase_of(tags)
-            kind = tags & 0xFFFF, phase, arcs
+            kind = scope_of(tags), phase, arcs
             if kind not in alike:
                 alike[kind], patterns[kind] = [], self._pattern(arcs, phase)
             _, length, carries = patterns[kind]

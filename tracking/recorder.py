@@ -54,6 +54,7 @@ from tracking.frames import (
     decode,
     duration,
     is_text,
+    scope_of,
     stamp,
     tags_of,
     texts,
@@ -70,7 +71,6 @@ FORWARDS = frozenset(code for code, arc in enumerate(ARCS) if arc.trigger is Tri
 """The arcs that carry a loss."""
 
 _NONE = float("nan")
-_LOW = 0xFFFF
 
 
 class RecorderError(InterlockError):
@@ -363,7 +363,7 @@ class Recorder:
             words, head = self.words, self.heads[0]
             for position in range(max(0, head - frames, head - self.capacity + 1), head - 1):
                 at = (position & self.mask) * WORDS
-                if words[at + TAGS] & _LOW != scope:
+                if scope_of(words[at + TAGS]) != scope:
                     continue
                 before = (words[at + STEPS] & NS) - duration(words[at + STEPS], words[at + BEGAN])
                 for word in words[at + STEPS : at + LOSS]:
@@ -480,7 +480,7 @@ class Recorder:
         if position < 0:
             return
         words, frame = self.words, (position & self.mask) * WORDS
-        line, first = self.line(words[frame + TAGS] & 0xFFFF), frame + STEPS
+        line, first = self.line(scope_of(words[frame + TAGS])), frame + STEPS
         for other in self._lines.values():
             other.leave()
         self.head, self.newest = self.heads[0], line

@@ -79,7 +79,7 @@ class Values:
             else:
                 page.at = at + ROW.size
                 return
-        self._put_any(seq, scope, epoch, batch, step, time_ns, values)
+        self._put_any(scope, values, seq, epoch, batch, step, time_ns)
 
     def take(self) -> bytes:
         """The rows that wait, which stay until they are released."""
@@ -100,23 +100,15 @@ class Values:
     def __len__(self) -> int:
         return (sum(page.at for page in self._pages[:]) - self._released) // ROW.size
 
-    def _put_any(
-        self,
-        seq: int,
-        scope: str,
-        epoch: int,
-        batch: int,
-        step: int,
-        time_ns: int,
-        values: Mapping[str, float],
-    ) -> None:
+    def _put_any(self, scope: str, values: Mapping[str, float], *place: int) -> None:
+        """The same of any kind, in as many rows as it takes; `place` is what stands before a row's kind."""
         keys, numbers = tuple(values), tuple(map(float, values.values()))
         cuts = [slice(first, first + ROW_LENGTH) for first in range(0, len(keys), ROW_LENGTH)]
         page = self._page_for(len(cuts) * ROW.size)
         at = page.at
         for cut in cuts:
             kind = self._number(Kind(scope, keys[cut], part=len(cuts) > 1))
-            _PACK[len(keys[cut])](page, at, seq, epoch, batch, step, time_ns, kind, *numbers[cut])
+            _PACK[len(keys[cut])](page, at, *place, kind, *numbers[cut])
             at += ROW.size
         page.at = at  # at once: no part of a moment is taken without the others
         if len(cuts) == 1:

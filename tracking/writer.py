@@ -181,8 +181,9 @@ class JournalWriter:
         going on, which is recorded next. Values that arrive late name the transition they came from.
         """
         if values:
-            first = self._recorder.next_seq if seq is None else seq
-            self.values.put(first, scope, epoch, batch, step, time_ns, values)
+            if seq is None:
+                seq = self._recorder.next_seq
+            self.values.put(seq, scope, epoch, batch, step, time_ns, values)
 
     def log(self, level: str, message: str, time_ns: int | None = None) -> None:
         """Queue a message; `time_ns` is since 1970, default: now."""
