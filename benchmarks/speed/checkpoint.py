@@ -180,11 +180,18 @@ class Measurement:
             list(pool.map(lambda part: hashlib.sha256(part).digest(), parts))
 
     def slowed(self, save: Callable[[], Callable[[], bool]]) -> float:
-        """How many times as long steps take while what `save` has begun goes on, which it says."""
+        """How many times as long steps take while what `save` has begun goes on, which it says.
+
+        As before and after it, as a machine's speed changes within the seconds that it takes.
+        """
+        before = self.alone()
+        meanwhile = self.step.seconds(save())
+        return 2 * meanwhile / (before + self.alone())
+
+    def alone(self) -> float:
+        """What a step takes with nothing beside it: seconds."""
         until = time.perf_counter() + 0.5
-        alone = self.step.seconds(lambda: time.perf_counter() < until)
-        going_on = save()
-        return self.step.seconds(going_on) / alone
+        return self.step.seconds(lambda: time.perf_counter() < until)
 
     def begin_interlock(self) -> Callable[[], bool]:
         self.trainer.advance(until=State.BATCH_END)

@@ -3,10 +3,13 @@
 The bare loop adds its losses up and reads the sum once, at the end; the other one reads each, as interlock does, whose
 journal has them all. The same network on the same batches, which are in memory, in turns (turns.py), pass after pass.
 interlock's pass is that of a training, journaled, and that of `Trainer.evaluate`, which nothing records.
+
+With --loader batches are made of single samples by a DataLoader, as most are.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,12 +18,11 @@ from functools import partial
 import torch
 from measuring import keep_memory, report
 from torch import nn
-from training import network
+from torch.utils.data import DataLoader, TensorDataset
+from training import Batches, network
 from turns import Contender, Turns, alternate, arguments
 
 from orchestrator import Trainer
-
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def bare(model: nn.Module, batches: Batches, *, reads: bool) -> None:
@@ -41,7 +43,7 @@ def bare(model: nn.Module, batches: Batches, *, reads: bool) -> None:
 def interlock(model: nn.Module, batches: Batches, *, journaled: bool) -> None:
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), batches[:1],
+            model, torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss(), [next(iter(batches))],
             batches if journaled else None, epochs=2**20, log=None, track=None, checkpoint=None, root=root,
         )  # fmt: skip
         if journaled:
@@ -58,19 +60,27 @@ CONTENDERS: dict[str, Callable[[nn.Module, Batches], None]] = {
 }
 
 
-def contender(name: str, count: int, size: int, width: int) -> Contender:
+def contender(name: str, options: argparse.Namespace) -> Contender:
     """The contender of that name, with a network and batches of its own."""
-    model = Turns(network(width, convolutions=False))
-    batches = [(torch.randn(size, 64), torch.randint(10, (size,))) for _ in range(count)]
+    model = Turns(network(options.width, convolutions=False))
+    different = [
+        (torch.randn(options.size, 64), torch.randint(10, (options.size,))) for _ in range(options.batches)
+    ]
+    batches: Batches = different
+    if options.loader:
+        samples = TensorDataset(*map(torch.cat, zip(*different, strict=True)))
+        batches = DataLoader(samples, batch_size=options.size)
     return Contender(name, model, partial(CONTENDERS[name], model, batches))
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__, batches=5000, size=32, width=32).parse_args()
+    parser = arguments(__doc__, batches=5000, size=32, width=32)
+    parser.add_argument("--loader", action="store_true", help="batches come from a DataLoader")
+    options = parser.parse_args()
     keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    contenders = [contender(name, options.batches, options.size, options.width) for name in CONTENDERS]
+    contenders = [contender(name, options) for name in CONTENDERS]
     rows = alternate(contenders, options)
     for one in contenders:
         one.finish()

@@ -37,6 +37,8 @@ _PANELS = (
     _Panel("Orchestration alone", "µs a batch", "figure", "wall"),
     _Panel("Orchestration alone, instructions", "a batch", "figure"),
     _Panel("Real training", "more than the bare loop, µs a batch", "more", "wall"),
+    _Panel("Real training, beside Ignite alone", "more than the bare loop, µs a batch", "more", "wall"),
+    _Panel("Real training, convolutions, 5 ms a step", "more than the bare loop, µs a batch", "more", "wall"),
     _Panel("Real training, 4 ms a step", "more than the bare loop, µs a batch", "more", "wall"),
     _Panel(
         "Checkpoints",

@@ -36,18 +36,22 @@ PARTS = {
     "Orchestration alone, part by part": ["parts.py"],
     "Orchestration alone, line by line": ["lines.py"],
     "Real training": ["training.py"],
+    "Real training, beside Ignite alone": [
+        *("training.py", "--only", "everything", "Ignite", "--rounds", "11", "--turns", "30"),
+    ],
     "Real training, instructions": ["instructions.py", "--training", "--rounds", "1"],
     "Real training, 4 ms a step": ["training.py", "--width", "4096", "--size", "128"],
     "Real training, 4 ms a step, beside the loop": ["delivering.py"],
-    "Real training, convolutions": [
-        *("training.py", "--convolutions", "--width", "32", "--size", "24"),
-        *("--only", "norm", "not tracked", "Ignite"),
+    "Real training, convolutions, 5 ms a step": [
+        *("training.py", "--convolutions", "--width", "32", "--size", "96"),
+        *("--only", "everything", "Ignite", "Lightning, no", "--rounds", "9", "--turns", "20"),
     ],
     "Real training, convolutions, instructions": [
         *("instructions.py", "--training", "--convolutions", "--width", "32", "--size", "24"),
         *("--warm", "5", "--batches", "20", "--rounds", "1"),
     ],
     "Validation": ["evaluation.py"],
+    "Validation, from a DataLoader": ["evaluation.py", "--loader", "--batches", "1000"],
     "Validation, 1.5 ms a batch": [
         *("evaluation.py", "--width", "4096", "--size", "128", "--batches", "500"),
     ],
