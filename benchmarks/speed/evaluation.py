@@ -20,7 +20,7 @@ from measuring import keep_memory, report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import Batches, network
-from turns import Contender, Turns, alternate, arguments
+from turns import Contender, Turns, arguments, measured
 
 from orchestrator import Trainer
 
@@ -80,8 +80,4 @@ if __name__ == "__main__":
     keep_memory()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    contenders = [contender(name, options) for name in CONTENDERS]
-    rows = alternate(contenders, options)
-    for one in contenders:
-        one.finish()
-    report(rows, options.json)
+    report(measured(lambda: [contender(name, options) for name in CONTENDERS], options), options.json)

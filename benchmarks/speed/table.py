@@ -37,7 +37,7 @@ PARTS = {
     "Orchestration alone, line by line": ["lines.py"],
     "Real training": ["training.py"],
     "Real training, beside Ignite alone": [
-        *("training.py", "--only", "everything", "Ignite", "--rounds", "11", "--turns", "30"),
+        *("training.py", "--only", "everything", "Ignite", "--processes", "9", "--rounds", "2"),
     ],
     "Real training, instructions": ["instructions.py", "--training", "--rounds", "1"],
     "Real training, 4 ms a step": ["training.py", "--width", "4096", "--size", "128"],

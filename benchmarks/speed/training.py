@@ -35,7 +35,7 @@ import torch
 from measuring import installed, keep_memory, report
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from turns import Contender, Turns, alternate, arguments
+from turns import Contender, Turns, arguments, measured
 
 from orchestrator import MLflow, Trainer, seed_everything
 
@@ -241,14 +241,12 @@ if __name__ == "__main__":
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     missing = [peer for peer in ("Ignite", "Lightning") if not installed(peer.lower(), peer)]
     with tempfile.TemporaryDirectory() as root, contextlib.chdir(root):  # MLflow puts mlruns/ where it is
-        contenders = [
-            contender(name, options)
+        names = [
+            name
             for name in CONTENDERS
             if (name == BARE or any(part in name for part in options.only))
             and not name.startswith(tuple(missing))
             and (name != NEVER_READS or options.device != "cpu")
         ]
-        rows = alternate(contenders, options)
-        for one in contenders:
-            one.finish()
+        rows = measured(lambda: [contender(name, options) for name in names], options)
     report(rows, options.json)

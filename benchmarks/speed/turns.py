@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import measuring
 import psutil
 import torch
-from measuring import Figure, Row
+from measuring import Figure, Row, read
 from torch import nn
 
-__all__ = ["Contender", "Finished", "Turns", "alternate", "arguments"]
+__all__ = ["Contender", "Finished", "Turns", "arguments", "measured"]
 
 MEASURES = ("wall", "cpu", "machine")
 
@@ -31,6 +36,7 @@ def arguments(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
     """A parser with what `alternate` asks for, and an option for each of `numbers`."""
     parser = measuring.arguments(doc, rounds=7, turns=12, **numbers)
     parser.add_argument("--turn", type=float, default=0.3, metavar="SECONDS", help="how long a turn takes")
+    parser.add_argument("--processes", type=int, default=1, help="how many measure, one after the other")
     return parser
 
 
@@ -91,7 +97,7 @@ class Contender:
 
     def turn(self, seconds: float) -> list[float]:
         """Work so long: what a batch took, in microseconds, by each of the measures."""
-        self._each(psutil.Process.resume)
+        _each(self._processes, psutil.Process.resume)
         before = _processes()
         network = self._network
         network.until = time.perf_counter() + seconds
@@ -99,31 +105,43 @@ class Contender:
         network.end.acquire()
         if self._failed is not None:
             raise self._failed
-        self._each(psutil.Process.suspend)
+        _each(self._processes, psutil.Process.suspend)
         while new := _processes() - before - self._processes:  # one that stands still starts no other
             self._processes |= new
-            self._each(psutil.Process.suspend)
+            _each(self._processes, psutil.Process.suspend)
         return [(b - a) / network.batches * 1e6 for a, b in zip(network.began, network.ended, strict=True)]
 
     def finish(self) -> None:
-        """End."""
-        self._each(psutil.Process.resume)
+        """End; from here on all processes run: one that came between two turns may stand still as another's."""
+        _each(_processes(), psutil.Process.resume)
         self._network.over, self._network.until = True, 0.0
         self._network.begin.release()
         self._thread.join()
 
-    def _each(self, do: Callable[[psutil.Process], None]) -> None:
-        for process in self._processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                do(process)
+
+def _each(processes: set[psutil.Process], do: Callable[[psutil.Process], None]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            do(process)
 
 
 def _processes() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-def alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Row]:
-    """A row for each contender, of which the first is the bare loop, and measure."""
+def measured(contenders: Callable[[], Sequence[Contender]], options: argparse.Namespace) -> list[Row]:
+    """Make the contenders, of which the first is the bare loop, and measure: rows for each. Asked once, by a script."""
+    if options.processes > 1:
+        return _in_processes(options.processes)
+    ones = contenders()
+    rows = _alternate(ones, options)
+    for one in ones:
+        one.finish()
+    return rows
+
+
+def _alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> list[Row]:
+    """A row for each measure of each contender."""
     bare, *others = contenders
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     before = bare.turn(options.turn)
@@ -147,4 +165,37 @@ def alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> l
             cost, more, times = map(Figure.of, zip(*found[contender.name, measure], strict=True))
             row = Row(contender.name, cost, "µs a batch", measure)
             rows.append(row if contender is bare else replace(row, more=more, times=times))
+    return rows
+
+
+def _in_processes(number: int) -> list[Row]:
+    """The rows of so many processes that do what this one was asked for: each figure is of their medians."""
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        script = str(sys.modules["__main__"].__file__)  # argv has it as seen from another folder
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            script,
+            *sys.argv[1:],
+            "--processes",
+            "1",
+            "--json",
+            str(file),
+        ]
+        for _ in range(number):
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            runs.append(read(json.loads(file.read_text())))
+
+    rows = []
+    for ones in zip(*runs, strict=True):
+        figures = {what: [getattr(one, what) for one in ones] for what in ("figure", "more", "times")}
+        of_medians = {
+            what: Figure.of([figure.median for figure in found])
+            for what, found in figures.items()
+            if found[0] is not None
+        }
+        rows.append(replace(ones[0], **of_medians))
     return rows
