@@ -6,6 +6,9 @@ import argparse
 import ctypes
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ __all__ = [
     "installed",
     "keep",
     "keep_memory",
+    "measured_by",
     "read",
     "report",
 ]
@@ -158,6 +162,15 @@ def arguments(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     return parser
+
+
+def measured_by(script: str, arguments: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """What a script prints, and the rows that it writes, for `read`; none where it had nothing to measure with."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-W", "ignore", script, *arguments, "--json", str(file)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout.rstrip(), json.loads(file.read_text()) if file.exists() else []
 
 
 def report(rows: Sequence[Row], file: Path | None) -> None:

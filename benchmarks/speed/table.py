@@ -11,8 +11,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import read
+from measuring import measured_by, read
 from plot import draw
 
 HERE = Path(__file__).parent
@@ -72,8 +70,12 @@ QUICKLY = {
     "Orchestration alone, part by part": ["--batches", "2000", "--rounds", "1"],
     "Orchestration alone, line by line": ["--seconds", "2", "--rounds", "1"],
     "Real training": ["--rounds", "1", "--turns", "1"],
+    "Real training, beside Ignite alone": [
+        *("--only", "everything", "Ignite", "--processes", "2", "--rounds", "1", "--turns", "1"),
+    ],
     "Real training, 4 ms a step, beside the loop": ["--rounds", "1", "--seconds", "4"],
     "Validation": ["--batches", "300", "--rounds", "1", "--turns", "1"],
+    "Validation, from a DataLoader": ["--loader", "--batches", "100", "--rounds", "1", "--turns", "1"],
     "Checkpoints": ["--megabytes", "50", "--rounds", "1"],
     "Checkpoints, in a training": ["--megabytes", "50", "--rounds", "1"],
     "Start and stop": ["--rounds", "1"],
@@ -118,13 +120,8 @@ class Part:
     @classmethod
     def measure(cls, script: str, arguments: list[str]) -> Part:
         """Run the script, which shows what it measures."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments, "--json", str(file)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows = json.loads(file.read_text()) if file.exists() else []
-        shown = " ".join([script, *arguments])
-        return cls(shown, done.stdout.rstrip(), rows, str(date.today()), machine())
+        printed, rows = measured_by(str(HERE / script), arguments)
+        return cls(" ".join([script, *arguments]), printed, rows, str(date.today()), machine())
 
 
 def text(parts: Mapping[str, Part]) -> str:

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import measuring
 import psutil
 import torch
-from measuring import Figure, Row, read
+from measuring import Figure, Row, measured_by, read
 from torch import nn
 
 __all__ = ["Contender", "Finished", "Turns", "arguments", "measured"]
@@ -170,25 +166,9 @@ def _alternate(contenders: Sequence[Contender], options: argparse.Namespace) -> 
 
 def _in_processes(number: int) -> list[Row]:
     """The rows of so many processes that do what this one was asked for: each figure is of their medians."""
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        script = str(sys.modules["__main__"].__file__)  # argv has it as seen from another folder
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            script,
-            *sys.argv[1:],
-            "--processes",
-            "1",
-            "--json",
-            str(file),
-        ]
-        for _ in range(number):
-            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-            runs.append(read(json.loads(file.read_text())))
-
+    script = str(sys.modules["__main__"].__file__)  # argv has it as seen from another folder
+    arguments = [*sys.argv[1:], "--processes", "1"]
+    runs = [read(measured_by(script, arguments)[1]) for _ in range(number)]
     rows = []
     for ones in zip(*runs, strict=True):
         figures = {what: [getattr(one, what) for one in ones] for what in ("figure", "more", "times")}
